@@ -1,0 +1,514 @@
+"""Every knob of a run: frozen dataclasses, one section per owner, read from YAML.
+
+Values come in three layers: the defaults below, one YAML file, dotted overrides
+(``schedule.total_tokens=4e6``). Unknown keys are errors that name the nearest known key.
+A section checks itself in ``__post_init__``; ``validate`` checks sections against each other
+and against the number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says what is legal."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name} is {value!r}; legal values: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Decoder-only GPT: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 1024
+    """FFN width of the enlarged model: neurons per layer before any are removed."""
+    num_attention_heads: int = 4
+    num_query_groups: int = 2
+    """Key/value heads; equal to num_attention_heads for multi-head attention."""
+    kv_channels: int = 32
+    """Width of one attention head."""
+    vocab_size: int = 4096
+    """Rows of the embedding; at least the tokenizer's vocabulary, a multiple of TP."""
+    share_embeddings_and_output_weights: bool = True
+    qk_layernorm: bool = False
+    """RMSNorm on each query and key head before RoPE."""
+    rotary_base: int = 10000
+    layernorm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+            "num_query_groups", "kv_channels", "vocab_size", "rotary_base",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(value > 0, f"model.{name} is {value}; it must be positive")
+        _require(
+            self.num_attention_heads % self.num_query_groups == 0,
+            f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+            f"model.num_query_groups ({self.num_query_groups})",
+        )
+        _require(self.kv_channels % 2 == 0, "model.kv_channels must be even: RoPE rotates pairs")
+        for name in ("hidden_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"model.{name} is {value}; it must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class BlendEntry:
+    """One indexed dataset of a blend: ``prefix.bin`` and ``prefix.idx``, and its weight."""
+
+    prefix: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"weight of {self.prefix!r} is {self.weight}; must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from. Relative paths are taken from the working directory."""
+
+    tokenizer: str = "byte"
+    """Path of a ``tokenizer.json``, or ``byte`` for the byte-level fallback (256 + 1 ids)."""
+    train: list[BlendEntry] = field(default_factory=list)
+    validation: list[BlendEntry] = field(default_factory=list)
+    """Held-out documents; empty: no held-out loss is measured."""
+    cache_dir: str = ""
+    """Where shuffled sample indices are kept; empty: ``<run_dir>/data_cache``."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batch, sequence, numbers."""
+
+    seq_length: int = 256
+    micro_batch_size: int = 8
+    """Sequences per data-parallel rank in one forward and backward pass."""
+    global_batch_size: int = 8
+    """Sequences in one optimizer step, over all ranks."""
+    precision: str = "fp32"
+    """``fp32``, or ``bf16`` with fp32 main weights, gradients and moments."""
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+            value = getattr(self, name)
+            _require(value > 0, f"training.{name} is {value}; it must be positive")
+        _one_of("training.precision", self.precision, ("fp32", "bf16"))
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Tensor, pipeline, data parallelism. Data-parallel size = processes / (TP x PP)."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks per pipeline rank (interleaved 1F1B); 1 is plain 1F1B."""
+    sequence_parallel: bool = True
+    """Split norms and residuals over TP ranks too; has a meaning only when TP > 1."""
+    use_distributed_optimizer: bool = True
+    """Shard main weights and Adam moments over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_size: int = 0
+    """Elements per gradient bucket; 0 leaves the choice to megatron-core."""
+    distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(value >= 1, f"parallel.{name} is {value}; it must be at least 1")
+        _require(
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            "parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1",
+        )
+        _require(
+            not self.overlap_param_gather
+            or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "parallel.overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
+        )
+        _require(self.bucket_size >= 0, "parallel.bucket_size must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. The learning rate belongs to ``schedule``."""
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Coefficient on weight x learning rate (torch and Megatron convention)."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    lr_scaling: str = "none"
+    """``none``, or ``mup_simple``: attention and FFN matrices step with lr x min(768 / hidden, 1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be in [0, 1)")
+        _require(self.clip_grad >= 0, "optimizer.clip_grad must not be negative")
+        _one_of("optimizer.lr_scaling", self.lr_scaling, ("none", "mup_simple"))
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """One curve over consumed tokens; ``schedule.py`` has the functions."""
+
+    kind: str = "integrated"
+    """``integrated``: one warm-up, one cosine over all tokens. ``restarted``: the cosine ends with
+    the enlarged phase; pruning begins with a new warm-up and a new cosine (the naive pipeline)."""
+    total_tokens: int = 4_000_000
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 5e-6
+    """Learning rate at the last token."""
+    lr_warmup_fraction: float = 0.01
+    """Share of all tokens in the linear warm-up."""
+    enlarged_fraction: float = 0.5
+    prune_fraction: float = 0.15
+    recover_fraction: float = 0.35
+    """Shares of all tokens in the three phases; they add up to 1."""
+    prune_warmup_fraction: float = 0.05
+    """Share of the prune phase in which scores are gathered and nothing is removed."""
+    removal: str = "cubic"
+    """``cubic``: gradual. ``one_shot``: everything at the end of the prune warm-up."""
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.kind", self.kind, ("integrated", "restarted"))
+        _one_of("schedule.removal", self.removal, ("cubic", "one_shot"))
+        _require(self.total_tokens > 0, "schedule.total_tokens must be positive")
+        _require(
+            0 <= self.min_lr <= self.lr and self.lr > 0,
+            f"schedule.min_lr ({self.min_lr}) must be between 0 and schedule.lr ({self.lr})",
+        )
+        for name in (
+            "lr_warmup_fraction", "enlarged_fraction", "prune_fraction", "recover_fraction",
+            "prune_warmup_fraction",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"schedule.{name} is {value}; it must be in [0, 1]")
+        _require(self.lr_warmup_fraction < 1, "schedule.lr_warmup_fraction must be below 1")
+        _require(self.prune_warmup_fraction < 1, "schedule.prune_warmup_fraction must be below 1")
+        phases = (self.enlarged_fraction, self.prune_fraction, self.recover_fraction)
+        _require(
+            abs(sum(phases) - 1) < 1e-9,
+            "schedule.enlarged_fraction + prune_fraction + recover_fraction must be 1; "
+            f"they are {' + '.join(map(str, phases))} = {sum(phases):.6g}",
+        )
+        _require(
+            self.kind == "integrated"
+            or self.lr_warmup_fraction < min(self.enlarged_fraction, 1 - self.enlarged_fraction),
+            "schedule.kind=restarted warms up twice: lr_warmup_fraction must be shorter than the "
+            "enlarged phase and than the rest",
+        )
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Which neurons go. Defaults are our reading of IDEA Prune; docs/method.md argues each."""
+
+    strategy: str = "idea"
+    """``idea``, or ``none`` for plain training at the full width."""
+    target_ffn_hidden_size: int = 384
+    """FFN width of the model that is shipped (mean over layers when ``scope`` is global)."""
+    element: str = "abs"
+    """Importance of one weight: ``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g."""
+    row_reduce: str = "mean"
+    """Over the hidden_size weights of a neuron in one matrix: ``mean``, ``sum``, ``l2``, ``max``."""
+    matrix_reduce: str = "max"
+    """Over gate, up and down: ``max``, ``mean``, ``sum``."""
+    ema: float = 0.5
+    """Coefficient of the moving average; which term it multiplies is ``ema_on``."""
+    ema_on: str = "history"
+    scope: str = "layer"
+    """``layer``: equal widths. ``global``: one ranking over all layers, widths differ."""
+    mask_interval_steps: int = 1
+    """Optimizer steps between mask updates; importance is averaged inside the interval."""
+    compact: bool = True
+    """Remove masked neurons physically in blocks; False keeps masks to the end of the run."""
+    compaction_block: int = 0
+    """Neurons per layer and compaction; 0: a sixteenth of the enlarged width, made legal."""
+    alignment: int = 8
+    """Physical widths are multiples of TP x alignment (8 for bf16 GEMMs, 16 for FP8)."""
+    placement: str = "min"
+    """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
+
+    def __post_init__(self) -> None:
+        _one_of("prune.strategy", self.strategy, ("idea", "none"))
+        _one_of("prune.element", self.element, ("abs", "squared", "signed"))
+        _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
+        _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))
+        _one_of("prune.ema_on", self.ema_on, ("history", "new"))
+        _one_of("prune.scope", self.scope, ("layer", "global"))
+        _one_of("prune.placement", self.placement, ("min", "ordered"))
+        _require(0 <= self.ema <= 1, f"prune.ema is {self.ema}; it must be in [0, 1]")
+        _require(self.history < 1, "prune.ema keeps only history: scores would stay 0 for ever")
+        _require(self.mask_interval_steps >= 1, "prune.mask_interval_steps must be at least 1")
+        _require(self.alignment >= 1, "prune.alignment must be at least 1")
+        _require(self.compaction_block >= 0, "prune.compaction_block must not be negative")
+
+    @property
+    def history(self) -> float:
+        """Weight of the old average in the moving average, in [0, 1)."""
+        return self.ema if self.ema_on == "history" else 1.0 - self.ema
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Written to ``<run_dir>/checkpoints/step_NNNNNNNN``, complete or absent."""
+
+    every_tokens: int = 0
+    """Tokens between checkpoints; 0: only at the end of each phase."""
+    keep_last: int = 2
+    """Older checkpoints are deleted; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_tokens >= 0, "checkpoint.every_tokens must not be negative")
+        _require(self.keep_last >= 0, "checkpoint.keep_last must not be negative")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss: at the start, at every phase's end, and every so many tokens."""
+
+    every_tokens: int = 0
+    num_samples: int = 64
+    """Held-out sequences in one evaluation, always the same ones."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_tokens >= 0, "evaluation.every_tokens must not be negative")
+        _require(self.num_samples > 0, "evaluation.num_samples must be positive")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """metrics.jsonl and events.jsonl are always written."""
+
+    tensorboard: bool = True
+    progress: bool = True
+    """One live line in a terminal; a line now and then elsewhere."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = "runs/unnamed"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one optimizer step."""
+        return self.training.global_batch_size * self.training.seq_length
+
+    @property
+    def target_ffn_hidden_size(self) -> int:
+        """FFN width at the end of the run (mean over layers when ``prune.scope`` is global)."""
+        if self.prune.strategy == "none":
+            return self.model.ffn_hidden_size
+        return self.prune.target_ffn_hidden_size
+
+    @property
+    def final_keep_ratio(self) -> float:
+        """Share of FFN neurons alive at the end, in (0, 1]."""
+        return self.target_ffn_hidden_size / self.model.ffn_hidden_size
+
+    @property
+    def ffn_multiple(self) -> int:
+        """Physical FFN widths are multiples of this: TP x alignment."""
+        return self.parallel.tensor_model_parallel_size * self.prune.alignment
+
+    @property
+    def compaction_block(self) -> int:
+        """Neurons per layer between two compactions, a multiple of ``ffn_multiple``."""
+        wanted = self.prune.compaction_block or self.model.ffn_hidden_size // 16
+        return max(1, wanted // self.ffn_multiple) * self.ffn_multiple
+
+
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a run's configuration: defaults, then the YAML file, then ``key.sub=value`` overrides.
+
+    Raises: ConfigError for a missing file, broken YAML, unknown keys, wrong types, illegal values.
+    """
+    layers = []
+    try:
+        if path is not None:
+            _require(Path(path).is_file(), f"no configuration file at {path}")
+            layers.append(OmegaConf.load(path))
+        for override in overrides:
+            _require("=" in override, f"override {override!r} is not of the form key.sub=value")
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # YAML and OmegaConf raise many types; all are the user's input
+        raise ConfigError(f"cannot read configuration {path or overrides}: {error}") from error
+    _require(isinstance(given, dict), f"{path} must be a mapping of sections")
+    return from_dict(given)  # type: ignore[arg-type]
+
+
+def from_dict(given: dict[str, Any]) -> Config:
+    """Build a Config from nested plain values; raises ConfigError as ``load`` does."""
+    _reject_unknown(given, Config, prefix="")
+    try:
+        schema = OmegaConf.structured(Config)
+        OmegaConf.set_readonly(schema, None)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, _whole_numbers(given, Config)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as it is saved in the run folder."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def replace(config: Config, **sections: Any) -> Config:
+    """A copy with sections or fields replaced: ``replace(config, prune={"ema": 0.3})``."""
+    changes = {
+        name: dataclasses.replace(getattr(config, name), **value)
+        if isinstance(value, dict)
+        else value
+        for name, value in sections.items()
+    }
+    return dataclasses.replace(config, **changes)
+
+
+def _reject_unknown(given: dict[str, Any], section: type, prefix: str) -> None:
+    known = {f.name: f for f in dataclasses.fields(section)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"unknown key {prefix + str(key)!r}; did you mean {prefix + near!r}? "
+                f"known here: {', '.join(known)}"
+            )
+        default = known[key].default_factory
+        if isinstance(default, type) and dataclasses.is_dataclass(default):
+            _require(
+                isinstance(value, dict), f"{prefix}{key} is a section, not the value {value!r}"
+            )
+            _reject_unknown(value, default, prefix=f"{prefix}{key}.")
+
+
+def _whole_numbers(given: Any, section: type) -> Any:
+    """Let whole numbers be written as 4e6 or 2_000_000: YAML reads those as float or text."""
+    out = dict(given)
+    for f in dataclasses.fields(section):
+        if f.name not in out:
+            continue
+        value = out[f.name]
+        if isinstance(f.default_factory, type) and dataclasses.is_dataclass(f.default_factory):
+            out[f.name] = _whole_numbers(value, f.default_factory)
+        elif f.type == "int" and isinstance(value, (str, float)) and not isinstance(value, bool):
+            try:
+                number = float(str(value).replace("_", ""))
+            except ValueError:
+                continue
+            if number == int(number):
+                out[f.name] = int(number)
+    return out
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Check sections against each other and against the number of processes.
+
+    Raises: ConfigError, saying what was given, what is legal and how to mend it.
+    """
+    model, training, parallel = config.model, config.training, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    _require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes cannot be split into TP {tp} x PP {pp} x DP: start a multiple of "
+        f"{tp * pp} (TP x PP x DP = processes)",
+    )
+    dp = world_size // (tp * pp)
+    for name in ("num_attention_heads", "num_query_groups", "vocab_size"):
+        value = getattr(model, name)
+        _require(
+            value % tp == 0, f"model.{name} ({value}) must be a multiple of the TP size ({tp})"
+        )
+    _require(
+        model.num_layers % (pp * vpp) == 0,
+        f"model.num_layers ({model.num_layers}) must be a multiple of PP x virtual PP ({pp * vpp})",
+    )
+    _require(
+        tp == 1 or not parallel.sequence_parallel or training.seq_length % tp == 0,
+        f"training.seq_length ({training.seq_length}) must be a multiple of the TP size ({tp}) "
+        "for sequence parallelism",
+    )
+    per_step = training.micro_batch_size * dp
+    _require(
+        training.global_batch_size % per_step == 0,
+        f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+        f"micro_batch_size x DP = {training.micro_batch_size} x {dp} = {per_step}",
+    )
+    num_microbatches = training.global_batch_size // per_step
+    _require(
+        vpp == 1 or num_microbatches % pp == 0,
+        f"interleaved pipelining needs a multiple of PP ({pp}) micro-batches per step; "
+        f"this run has {num_microbatches}",
+    )
+    _validate_widths(config)
+
+
+def _validate_widths(config: Config) -> None:
+    full, target = config.model.ffn_hidden_size, config.target_ffn_hidden_size
+    multiple = config.ffn_multiple
+    what = f"TP x prune.alignment = {multiple}"
+    for name, width in (("model.ffn_hidden_size", full), ("prune.target_ffn_hidden_size", target)):
+        below = width // multiple * multiple
+        _require(
+            width % multiple == 0 and width > 0,
+            f"{name} ({width}) must be a multiple of {what}; nearest legal widths: "
+            f"{', '.join(str(w) for w in (below, below + multiple) if w > 0)}",
+        )
+    if config.prune.strategy == "none":
+        return
+    _require(
+        target < full,
+        f"prune.target_ffn_hidden_size ({target}) must be below model.ffn_hidden_size ({full}); "
+        "to train without pruning set prune.strategy=none",
+    )
+    block = config.prune.compaction_block
+    _require(
+        block % multiple == 0,
+        f"prune.compaction_block ({block}) must be a multiple of {what}",
+    )
