@@ -1,0 +1,10 @@
+"""Kernels of the product, one op a file: tensors and numbers in, tensors out.
+
+Imported as ``megatron_idea.kernels``, never as ``kernels``: that name belongs to a package that
+``transformers`` looks for.
+"""
+
+from megatron_idea.kernels.score import matrix_scores
+from megatron_idea.kernels.swiglu import masked_swiglu
+
+__all__ = ["masked_swiglu", "matrix_scores"]

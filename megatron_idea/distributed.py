@@ -1,0 +1,167 @@
+"""Start and stop the processes of a run; one ProcessGroups value says who talks to whom."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import megatron.core.distributed
+import megatron.core.models.gpt
+import megatron.core.optimizer
+import megatron.core.pipeline_parallel  # noqa: F401  (loaded here so that cpu.install sees all)
+import psutil
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_idea import cpu
+from megatron_idea.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """The process groups of this rank. Sizes multiply: world = TP x PP x DP."""
+
+    collection: ProcessGroupCollection = field(repr=False)
+    """The same groups in the form that megatron-core's parts take."""
+    device: torch.device
+
+    @property
+    def world(self) -> dist.ProcessGroup:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.collection.pp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        return self.collection.dp_cp
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes the run folder's logs."""
+        return dist.get_rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp.rank() == self.pp.size() - 1
+
+
+def world_size_from_environment() -> int:
+    """Processes of this job: what torchrun set, else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_distributed(
+    parallel: ParallelConfig, seed: int, rendezvous: str | None = None
+) -> ProcessGroups:
+    """Join the job: torch.distributed, model-parallel groups, random-number streams.
+
+    ``rendezvous`` is an ``init_method`` (tests use ``file://``) for the RANK and WORLD_SIZE of the
+    environment; without it torchrun's variables are used, and without those the job is one process.
+    Backend: NCCL with CUDA (gloo beside it for CPU tensors), gloo without.
+    """
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+    cpu.install()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
+        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+        if rendezvous is None and "RANK" not in os.environ:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+        else:
+            dist.init_process_group(
+                backend,
+                init_method=rendezvous or "env://",
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timeout,
+            )
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        # A gloo copy of each group is wanted beside NCCL only: a gloo job has it already.
+        create_gloo_process_groups=has_cuda,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ProcessGroups(ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+def stop_distributed() -> None:
+    """Leave the job; the process may start another."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool, groups: ProcessGroups) -> bool:
+    """Whether ``flag`` is set on at least one rank; a collective over all ranks."""
+    if groups.world.size() == 1:
+        return flag
+    word = torch.tensor([int(flag)], device=groups.device)
+    dist.all_reduce(word, op=dist.ReduceOp.MAX)
+    return bool(word.item())
+
+
+def agree_or_raise(error: Exception | None, groups: ProcessGroups) -> None:
+    """Raise on all ranks when one has an error, so that none waits for a rank that is gone."""
+    failed = any_rank(error is not None, groups)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("another rank failed; its message says why")
+
+
+def together(action: Callable[[], Any], groups: ProcessGroups) -> Any:
+    """Run ``action`` (no collectives inside) on every rank; raise everywhere if it failed on one."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = action()
+    except Exception as caught:  # carried to agree_or_raise, which raises it
+        error = caught
+    agree_or_raise(error, groups)
+    return result
+
+
+def assert_same_on_all_ranks(content: bytes, what: str, groups: ProcessGroups) -> str:
+    """Compare a SHA-256 of ``content`` over all ranks; returns the hex digest.
+
+    Raises: RuntimeError on every rank when any two differ.
+    """
+    digest = hashlib.sha256(content).digest()
+    if groups.world.size() > 1:
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(groups.device)
+        everyones = torch.empty(groups.world.size() * mine.numel(), dtype=torch.uint8, device=mine.device)
+        dist.all_gather_into_tensor(everyones, mine)
+        if not bool((everyones.view(-1, mine.numel()) == mine).all()):
+            raise RuntimeError(f"{what} differs between ranks; stopping before anything is changed")
+    return digest.hex()
+
+
+def memory_bytes() -> int:
+    """Memory in use by this process: allocated on its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,169 @@
+"""The parts of a transformer layer that are ours: RMSNorm, attention core, prunable MLP.
+
+All are ModuleSpec parts for megatron-core and run on CPU and GPU. With Transformer Engine the norm
+and the attention core are its own; the prunable MLP is ours in both cases.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_idea.kernels import masked_swiglu
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, under sequence parallelism too.
+
+    Sequence parallelism shows each TP rank its own tokens only; the ``sequence_parallel`` mark on
+    the weight makes megatron-core add the ranks' gradients up.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Causal attention core on ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Never forms the [sequence, sequence] score matrix where torch has a fused kernel: flash on
+    GPU, the blocked kernel on CPU.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.dropout_p = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
+        """[s, b, heads, kv_channels] queries and [s, b, groups, kv_channels] keys and values.
+
+        Returns: [s, b, heads * kv_channels].
+        """
+        s, b, heads, channels = query.shape
+        groups = key.shape[2]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if groups != heads:
+            key, value = (
+                x[:, :, None].expand(b, groups, heads // groups, s, channels).flatten(1, 2)
+                for x in (key, value)
+            )
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            scale=self.softmax_scale,
+        )
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * channels)
+
+
+class PrunableMLP(MLP):
+    """SwiGLU MLP whose neurons can be masked, and whose width is its own, not the config's.
+
+    A neuron is one intermediate index: a gate row and an up row of ``linear_fc1`` and a column of
+    ``linear_fc2``. On a TP rank with ``f`` neurons, neuron ``c`` is rows ``c`` and ``f + c`` and
+    column ``c``. A masked neuron's activation is exactly zero, hence so are the gradients of all
+    its weights: removing it physically changes nothing.
+
+    Buffers, [f] each and saved with the model: ``mask`` (bool, True is alive) and ``neuron_ids``
+    (int64, the neuron's index in the enlarged model, which it keeps for life).
+    """
+
+    mask: Tensor
+    neuron_ids: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        ffn_hidden_size: int,
+        tp_group: torch.distributed.ProcessGroup,
+        **_: Any,
+    ) -> None:
+        # fc2 takes its input width from the config, fc1 from the argument: give both the same.
+        config = copy.copy(config)
+        config.ffn_hidden_size = ffn_hidden_size
+        super().__init__(config, submodules, ffn_hidden_size=ffn_hidden_size, tp_group=tp_group)
+        width = ffn_hidden_size // tp_group.size()
+        expected = (2 * width, width)
+        actual = (self.linear_fc1.weight.shape[0], self.linear_fc2.weight.shape[1])
+        assert actual == expected, f"fc1 rows, fc2 columns are {actual}, wanted {expected}"
+        device = self.linear_fc1.weight.device
+        first = tp_group.rank() * width
+        self.register_buffer("mask", torch.ones(width, dtype=torch.bool, device=device))
+        self.register_buffer("neuron_ids", torch.arange(first, first + width, device=device))
+        self._factor: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Physical neurons on this TP rank."""
+        return self.mask.numel()
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Set which of this rank's neurons are alive: bool [width]."""
+        self.mask.copy_(mask)
+        self.refresh_mask()
+
+    def refresh_mask(self) -> None:
+        """Derive the activation's factor from ``mask``; call it after the buffer was loaded."""
+        whole = bool(self.mask.all())
+        self._factor = None if whole else self.mask.to(self.linear_fc1.weight.dtype)
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] to [s, b, h]; the second value is fc2's bias, which this model has not."""
+        assert per_token_scale is None, "only a mixture of experts scales tokens"
+        gate_up, _bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(masked_swiglu(gate_up, self._factor))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The weights as megatron-core shards them, and the two buffers split over TP."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        tp, dp = self.tp_group, (metadata or {})["dp_cp_group"]
+        for name in ("mask", "neuron_ids"):
+            state[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                getattr(self, name),
+                *sharded_offsets,
+                (len(sharded_offsets), tp.rank(), tp.size()),
+                replica_id=(0, 0, dp.rank()),
+                prepend_axis_num=len(sharded_offsets),
+            )
+        return state

@@ -1,0 +1,409 @@
+"""The optimizer, and ONE view of what it holds for a parameter over data-parallel shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    DistributedOptimizer,
+    MegatronOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_idea.config import Config
+from megatron_idea.distributed import ProcessGroups
+from megatron_idea.layers import PrunableMLP
+from megatron_idea.model import (
+    build_model,
+    initialize_weights,
+    prunable_mlps,
+    transformer_config,
+)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def wrap_data_parallel(
+    config: Config,
+    core: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    groups: ProcessGroups,
+) -> list[DistributedDataParallel]:
+    """Give each chunk megatron-core's gradient buffers and tell the schedules about them.
+
+    Gradients are accumulated and reduced in fp32, and averaged over data-parallel ranks.
+    """
+    parallel = config.parallel
+    wrapped = [
+        DistributedDataParallel(
+            config=core,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                bucket_size=parallel.bucket_size or None,
+            ),
+            module=chunk,
+            disable_bucketing=index > 0,
+            pg_collection=groups.collection,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    core.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        core.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def forget_data_parallel(core: TransformerConfig) -> None:
+    """Drop what ``wrap_data_parallel`` hung on the config: bound methods keep old buffers alive."""
+    core.finalize_model_grads_func = None
+    core.no_sync_func = None
+    core.grad_sync_func = None
+    core.param_sync_func = None
+
+
+def build_optimizer(
+    config: Config, chunks: Sequence[DistributedDataParallel], groups: ProcessGroups
+) -> MegatronOptimizer:
+    """AdamW over ``chunks``: Transformer Engine's or apex's fused one when installed, else torch's.
+
+    Norm weights are not decayed. With ``lr_scaling=mup_simple`` matrices of attention and FFN step
+    with lr * min(768 / hidden_size, 1) while their decay per step stays that of the plain rate.
+    """
+    settings, peak = config.optimizer, config.schedule.lr
+    core_config = CoreOptimizerConfig(
+        optimizer="adam",
+        lr=peak,
+        min_lr=config.schedule.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.training.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(core_config)
+    scale = min(768 / config.model.hidden_size, 1.0)
+    if settings.lr_scaling == "mup_simple" and scale < 1:
+        matrices = ParamKey(name="*decoder.layers.*.linear_*.weight")
+        overrides[matrices] = {"max_lr": peak * scale, "wd_mult": 1.0 / scale}
+    (optimizer,) = get_megatron_optimizer(
+        core_config,
+        list(chunks),
+        config_overrides=overrides,
+        use_gloo_process_groups=False,
+        pg_collection=groups.collection,
+    ).chained_optimizers
+    if not torch.cuda.is_available():
+        for group in optimizer.optimizer.param_groups:
+            group["fused"] = True  # one pass per parameter instead of ten
+    return optimizer
+
+
+def update(optimizer: MegatronOptimizer, config: Config, lr: float) -> float:
+    """Clip gradients and take one step with learning rate ``lr``.
+
+    Returns: the global gradient norm before clipping. When it is not finite no weight, moment or
+    step count is changed.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["max_lr"] / config.schedule.lr
+        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+    optimizer.prepare_grads()
+    clip = config.optimizer.clip_grad
+    with torch.no_grad():
+        grad_norm = optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm()
+    grad_norm = float(grad_norm)
+    if math.isfinite(grad_norm):
+        optimizer.step_with_ready_grads()
+    return grad_norm
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What this rank's optimizer holds of one parameter: its flat elements [start, end).
+
+    Without the distributed optimizer that is the whole parameter on every data-parallel rank.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    end: int
+    main: Tensor
+    """Main weight, the tensor that the inner optimizer steps; fp32. Its ``numel`` is end - start."""
+    state: dict[str, Any]
+    """``exp_avg``, ``exp_avg_sq`` shaped like ``main`` (and torch's ``step``); empty before step 1."""
+
+    @property
+    def grad(self) -> Tensor:
+        """Gradient [end - start], fp32, reduced over data-parallel ranks; a view."""
+        main_grad: Tensor = self.parameter.main_grad  # type: ignore[attr-defined,assignment]
+        return main_grad.view(-1)[self.start : self.end]
+
+
+def slot(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Slot | None:
+    """This rank's part of ``parameter``; None when its shard is all on other ranks."""
+    inner = optimizer.optimizer
+    if isinstance(optimizer, DistributedOptimizer):
+        if parameter not in optimizer.model_param_gbuf_map:
+            return None
+        owned = optimizer._get_model_param_range_map(parameter)["param"]
+        group, index = optimizer.model_param_group_index_map[parameter]
+        main = inner.param_groups[group]["params"][index]
+        start, end = owned.start, owned.end
+    else:
+        main = getattr(parameter, "main_param", parameter)
+        start, end = 0, parameter.numel()
+    return Slot(parameter, start, end, main, inner.state[main] if main in inner.state else {})
+
+
+def adam_step(optimizer: MegatronOptimizer, groups: ProcessGroups) -> int:
+    """Steps that Adam has taken, the same for all parameters; 0 before the first.
+
+    torch keeps it with each parameter, Transformer Engine and apex with each parameter group. A
+    rank may own no shard at all, so the largest over all ranks counts.
+    """
+    inner = optimizer.optimizer
+    kept = [s["step"] for s in inner.state.values() if "step" in s]
+    kept += [group["step"] for group in inner.param_groups if "step" in group]
+    steps = {int(step) for step in kept}
+    assert len(steps) <= 1, f"Adam's step count differs between parameters: {sorted(steps)}"
+    word = torch.tensor([max(steps, default=0)], device=groups.device)
+    torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
+    return int(word.item())
+
+
+def set_state(
+    optimizer: MegatronOptimizer,
+    parameter: torch.nn.Parameter,
+    step: int,
+    main: Tensor | None,
+    moments: dict[str, Tensor],
+) -> None:
+    """Put flat fp32 values of this rank's part into the optimizer.
+
+    ``main`` is None where the model weight itself is the main weight (fp32 training). Each
+    parameter gets a ``step`` tensor of its own: torch's Adam adds one to it in place, so a shared
+    tensor would count every parameter (a load through megatron-core shares it).
+    """
+    part = slot(optimizer, parameter)
+    assert part is not None
+    inner = optimizer.optimizer
+    if main is not None:
+        part.main.data.copy_(main.view_as(part.main))
+    state = inner.state[part.main]
+    for name, value in moments.items():
+        state[name] = value.clone().view_as(part.main)
+    if _keeps_step_per_parameter(inner):
+        state["step"] = torch.tensor(float(step))
+    else:
+        for group in inner.param_groups:
+            group["step"] = step
+
+
+def _keeps_step_per_parameter(inner: torch.optim.Optimizer) -> bool:
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def has_main_copy(parameter: torch.nn.Parameter) -> bool:
+    """Whether the optimizer keeps an fp32 main weight apart from the model's weight."""
+    return parameter.dtype != torch.float32
+
+
+def finish_main_update(
+    optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel]
+) -> None:
+    """After main weights were set by hand: cast them into the model and gather shards over DP."""
+    if isinstance(optimizer, DistributedOptimizer):
+        optimizer._copy_main_params_to_model_params()
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+    elif optimizer.config.bf16:
+        optimizer._copy_main_params_to_model_params()
+
+
+class ShardExchange:
+    """Moves a parameter's main weight and moments between DP shards and one whole copy.
+
+    Parameters are dealt out to data-parallel ranks by size, the two of an FFN together; a
+    parameter's owner holds the whole [3, numel] (main, exp_avg, exp_avg_sq) while it is cut, saved
+    or loaded. So no rank ever holds more than its share of the state and one FFN. Without the
+    distributed optimizer every rank has every parameter whole already and nothing travels.
+    """
+
+    def __init__(self, trainable: Trainable) -> None:
+        self._optimizer = trainable.optimizer
+        self._groups = trainable.groups
+        self._sharded = (
+            isinstance(trainable.optimizer, DistributedOptimizer) and trainable.groups.dp.size() > 1
+        )
+        self._owners = self._deal(trainable.bundles, trainable.groups.dp.size())
+        self._ranges = self._all_ranges(trainable.parameters)
+
+    @staticmethod
+    def _deal(bundles: Sequence[tuple[torch.nn.Parameter, ...]], dp: int) -> dict[int, int]:
+        """Largest bundle first, to the rank that has least; equal over TP because shapes are."""
+        sizes = {bundle: sum(p.numel() for p in bundle) for bundle in bundles}
+        load = [0] * dp
+        owners = {}
+        for bundle in sorted(bundles, key=lambda b: -sizes[b]):
+            owner = load.index(min(load))
+            owners.update({id(parameter): owner for parameter in bundle})
+            load[owner] += sizes[bundle]
+        return owners
+
+    def _all_ranges(
+        self, parameters: Sequence[torch.nn.Parameter]
+    ) -> dict[int, list[tuple[int, int]]]:
+        """Each DP rank's [start, end) of each parameter."""
+        if not self._sharded:
+            return {}
+        parts = (slot(self._optimizer, parameter) for parameter in parameters)
+        mine = torch.tensor(
+            [(p.start, p.end) if p else (0, 0) for p in parts], device=self._groups.device
+        )
+        dp = self._groups.dp
+        everyones = mine.new_empty(dp.size() * mine.shape[0], 2)
+        torch.distributed.all_gather_into_tensor(everyones, mine, group=dp)
+        by_rank = everyones.view(dp.size(), -1, 2).tolist()
+        return {
+            id(parameter): [tuple(ranges[i]) for ranges in by_rank]
+            for i, parameter in enumerate(parameters)
+        }
+
+    def owns(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the whole of ``parameter`` comes together on this rank."""
+        return not self._sharded or self._owners[id(parameter)] == self._groups.dp.rank()
+
+    def is_saver(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether this rank, alone among its data-parallel peers, writes ``parameter``."""
+        return self._owners[id(parameter)] == self._groups.dp.rank()
+
+    @torch.no_grad()
+    def gather(self, parameter: torch.nn.Parameter) -> Tensor | None:
+        """Whole fp32 [3, numel] on the owner, None elsewhere; a collective over DP."""
+        part = slot(self._optimizer, parameter)
+        mine = (
+            torch.stack([part.main.detach().view(-1), *(part.state[m].view(-1) for m in MOMENTS)])
+            if part
+            else torch.empty(3, 0, device=self._groups.device)
+        )
+        if not self._sharded:
+            return mine
+        ranges = self._ranges[id(parameter)]
+        to_owner = self._splits(parameter)
+        from_ranks = [3 * (end - start) for start, end in ranges]
+        received = mine.new_empty(sum(from_ranks) if self.owns(parameter) else 0)
+        torch.distributed.all_to_all_single(
+            received,
+            mine.flatten(),
+            from_ranks if self.owns(parameter) else [0] * len(ranges),
+            to_owner,
+            group=self._groups.dp,
+        )
+        if not self.owns(parameter):
+            return None
+        # Shards come in rank order, and a parameter's shards lie in rank order.
+        parts = [block.view(3, -1) for block in received.split(from_ranks)]
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def scatter(self, parameter: torch.nn.Parameter, whole: Tensor | None) -> Tensor | None:
+        """This rank's [3, end - start] of the owner's ``whole``; a collective over DP.
+
+        None where this rank holds no part of the parameter.
+        """
+        if not self._sharded:
+            return whole
+        ranges = self._ranges[id(parameter)]
+        sent = torch.empty(0, device=self._groups.device)
+        if whole is not None:
+            sent = torch.cat([whole[:, start:end].flatten() for start, end in ranges])
+        to_ranks = [3 * (end - start) for start, end in ranges]
+        start, end = ranges[self._groups.dp.rank()]
+        received = sent.new_empty(3 * (end - start))
+        torch.distributed.all_to_all_single(
+            received,
+            sent,
+            self._splits(parameter),
+            to_ranks if self.owns(parameter) else [0] * len(ranges),
+            group=self._groups.dp,
+        )
+        return received.view(3, -1) if end > start else None
+
+    def _splits(self, parameter: torch.nn.Parameter) -> list[int]:
+        """Elements of this rank's part, at the owner's place."""
+        start, end = self._ranges[id(parameter)][self._groups.dp.rank()]
+        splits = [0] * self._groups.dp.size()
+        splits[self._owners[id(parameter)]] = 3 * (end - start)
+        return splits
+
+
+@dataclass
+class Trainable:
+    """A model and its optimizer on this rank: what compaction replaces as one."""
+
+    config: Config
+    groups: ProcessGroups
+    core: TransformerConfig
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    widths: tuple[int, ...]
+    """Physical FFN neurons of every layer of the whole model."""
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All parameters of this rank, in the model's order."""
+        return [p for chunk in self.chunks for p in chunk.parameters()]
+
+    @property
+    def bundles(self) -> list[tuple[torch.nn.Parameter, ...]]:
+        """``parameters`` in portions that are moved as one: an FFN's two weights, any other alone."""
+        ffns = {id(m.linear_fc1.weight): m.linear_fc2.weight for _, m in self.mlps}
+        seconds = {id(fc2) for fc2 in ffns.values()}
+        return [
+            (p, ffns[id(p)]) if id(p) in ffns else (p,)
+            for p in self.parameters
+            if id(p) not in seconds
+        ]
+
+    @property
+    def mlps(self) -> list[tuple[int, PrunableMLP]]:
+        """This rank's MLPs with their layer number in the whole model."""
+        return list(prunable_mlps(self.chunks))
+
+
+def assemble(
+    config: Config, groups: ProcessGroups, widths: Sequence[int], initialize: bool
+) -> Trainable:
+    """Build model, gradient buffers and optimizer at ``widths``.
+
+    ``initialize`` sets the weights from the seed; without it a checkpoint or a compaction must.
+    """
+    core = transformer_config(config)
+    chunks = build_model(config, core, widths, groups)
+    if initialize:
+        initialize_weights(config, chunks, groups.tp.rank())
+    wrapped = wrap_data_parallel(config, core, chunks, groups)
+    optimizer = build_optimizer(config, wrapped, groups)
+    return Trainable(config, groups, core, wrapped, optimizer, tuple(widths))
