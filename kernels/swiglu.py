@@ -2,7 +2,7 @@
 
     y = silu(gate) * up * mask,   [gate | up] = x
 
-Shapes: x_T2F [..., 2F] as fc1 leaves it on a tensor-parallel rank, mask_F [F] or None, y_TF [..., F].
+Shapes: x_T2F [..., 2F] as fc1 leaves it on a tensor-parallel rank; mask_F [F]; y_TF [..., F].
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"model.{name} is {value}; it must be in [0, 1)")
+        for name in ("layernorm_epsilon", "init_method_std"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"model.{name} is {value}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,10 @@ class ParallelConfig:
             "parallel.overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
         )
         _require(self.bucket_size >= 0, "parallel.bucket_size must not be negative")
+        _require(
+            0 < self.distributed_timeout_minutes < math.inf,
+            "parallel.distributed_timeout_minutes must be positive",
+        )
 
 
 @dataclass(frozen=True)
@@ -166,13 +174,15 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     lr_scaling: str = "none"
-    """``none``, or ``mup_simple``: attention and FFN matrices step with lr x min(768 / hidden, 1)."""
+    """``none``, or ``mup_simple``: matrices of attention and FFN step with lr x min(768/hidden, 1)."""
 
     def __post_init__(self) -> None:
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be in [0, 1)")
-        _require(self.clip_grad >= 0, "optimizer.clip_grad must not be negative")
+        for name in ("adam_eps", "weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optimizer.{name} is {value}; it must not be negative")
         _one_of("optimizer.lr_scaling", self.lr_scaling, ("none", "mup_simple"))
 
 
@@ -204,7 +214,7 @@ class ScheduleConfig:
         _one_of("schedule.removal", self.removal, ("cubic", "one_shot"))
         _require(self.total_tokens > 0, "schedule.total_tokens must be positive")
         _require(
-            0 <= self.min_lr <= self.lr and self.lr > 0,
+            0 <= self.min_lr <= self.lr and 0 < self.lr < math.inf,
             f"schedule.min_lr ({self.min_lr}) must be between 0 and schedule.lr ({self.lr})",
         )
         for name in (
@@ -240,7 +250,7 @@ class PruneConfig:
     element: str = "abs"
     """Importance of one weight: ``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g."""
     row_reduce: str = "mean"
-    """Over the hidden_size weights of a neuron in one matrix: ``mean``, ``sum``, ``l2``, ``max``."""
+    """Over the hidden_size weights of a neuron in a matrix: ``mean``, ``sum``, ``l2``, ``max``."""
     matrix_reduce: str = "max"
     """Over gate, up and down: ``max``, ``mean``, ``sum``."""
     ema: float = 0.5
@@ -440,7 +450,7 @@ def _whole_numbers(given: Any, section: type) -> Any:
                 number = float(str(value).replace("_", ""))
             except ValueError:
                 continue
-            if number == int(number):
+            if math.isfinite(number) and number == int(number):
                 out[f.name] = int(number)
     return out
 
@@ -506,6 +516,14 @@ def _validate_widths(config: Config) -> None:
         target < full,
         f"prune.target_ffn_hidden_size ({target}) must be below model.ffn_hidden_size ({full}); "
         "to train without pruning set prune.strategy=none",
+    )
+    schedule = config.schedule
+    observed = schedule.prune_fraction * schedule.prune_warmup_fraction * schedule.total_tokens
+    _require(
+        observed >= config.batch_tokens,
+        f"neurons would be removed before any importance is known: the prune warm-up is "
+        f"{observed:,.0f} tokens (total_tokens x prune_fraction x prune_warmup_fraction), one step "
+        f"is {config.batch_tokens:,}; make it at least one step",
     )
     block = config.prune.compaction_block
     _require(

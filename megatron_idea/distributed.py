@@ -134,7 +134,7 @@ def agree_or_raise(error: Exception | None, groups: ProcessGroups) -> None:
 
 
 def together(action: Callable[[], Any], groups: ProcessGroups) -> Any:
-    """Run ``action`` (no collectives inside) on every rank; raise everywhere if it failed on one."""
+    """Run ``action`` (no collectives inside) on every rank; raise on all if it failed on one."""
     error: Exception | None = None
     result = None
     try:
@@ -153,7 +153,9 @@ def assert_same_on_all_ranks(content: bytes, what: str, groups: ProcessGroups) -
     digest = hashlib.sha256(content).digest()
     if groups.world.size() > 1:
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(groups.device)
-        everyones = torch.empty(groups.world.size() * mine.numel(), dtype=torch.uint8, device=mine.device)
+        everyones = torch.empty(
+            groups.world.size() * mine.numel(), dtype=torch.uint8, device=mine.device
+        )
         dist.all_gather_into_tensor(everyones, mine)
         if not bool((everyones.view(-1, mine.numel()) == mine).all()):
             raise RuntimeError(f"{what} differs between ranks; stopping before anything is changed")

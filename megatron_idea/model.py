@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -33,7 +34,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from torch import Tensor
 
 from megatron_idea.config import Config
@@ -87,8 +87,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         # p2p cannot tell apart (Megatron-LM issue 750): it trains wrongly, without an error.
         overlap_p2p_comm=vpp > 1,
         batch_p2p_comm=vpp == 1,
-        deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=fused or find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # Frees an output once it was handed to send. gloo may still be reading it then: the next
+        # stage would compute on freed memory. CUDA orders the two on the stream.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        gradient_accumulation_fusion=fused
+        or find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -227,14 +230,15 @@ def named_parameters(
     for chunk in chunks:
         model = unwrap(chunk)
         layers = model.decoder.layers
-        first = layers[0].layer_number - 1 if len(layers) else 0
         tied = model.share_embeddings_and_output_weights
         for name, parameter in model.named_parameters():
             if tied and name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
-            yield re.sub(
-                r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m.group()) + first), name
-            ), parameter
+            local = re.match(r"decoder\.layers\.(\d+)\.", name)
+            if local:
+                layer = layers[int(local[1])].layer_number - 1
+                name = f"decoder.layers.{layer}.{name[local.end() :]}"
+            yield name, parameter
 
 
 def initialize_weights(config: Config, chunks: Sequence[torch.nn.Module], tp_rank: int) -> None:

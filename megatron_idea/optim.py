@@ -150,9 +150,9 @@ class Slot:
     start: int
     end: int
     main: Tensor
-    """Main weight, the tensor that the inner optimizer steps; fp32. Its ``numel`` is end - start."""
+    """Main weight [end - start] or in the parameter's shape, fp32: what the inner optimizer steps."""
     state: dict[str, Any]
-    """``exp_avg``, ``exp_avg_sq`` shaped like ``main`` (and torch's ``step``); empty before step 1."""
+    """``exp_avg``, ``exp_avg_sq`` shaped like ``main``, torch's ``step``; empty before step 1."""
 
     @property
     def grad(self) -> Tensor:
@@ -174,7 +174,7 @@ def slot(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Slot | 
     else:
         main = getattr(parameter, "main_param", parameter)
         start, end = 0, parameter.numel()
-    return Slot(parameter, start, end, main, inner.state[main] if main in inner.state else {})
+    return Slot(parameter, start, end, main, inner.state.get(main, {}))
 
 
 def adam_step(optimizer: MegatronOptimizer, groups: ProcessGroups) -> int:
@@ -378,7 +378,7 @@ class Trainable:
 
     @property
     def bundles(self) -> list[tuple[torch.nn.Parameter, ...]]:
-        """``parameters`` in portions that are moved as one: an FFN's two weights, any other alone."""
+        """``parameters`` in portions that move as one: an FFN's two weights, any other alone."""
         ffns = {id(m.linear_fc1.weight): m.linear_fc2.weight for _, m in self.mlps}
         seconds = {id(fc2) for fc2 in ffns.values()}
         return [

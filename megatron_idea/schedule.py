@@ -42,8 +42,9 @@ def _warmup_cosine(
 def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
     """Learning rate of the step that brings the run to ``tokens`` consumed tokens.
 
-    Integrated: lr * t / w for t < w, then min_lr + (lr - min_lr) (1 + cos(pi (t - w) / (T - w))) / 2
-    over all T tokens. Restarted: the same curve twice, over the enlarged phase and over the rest.
+    Integrated: lr * t / w for t < w, then the cosine
+    min_lr + (lr - min_lr) (1 + cos(pi (t - w) / (T - w))) / 2 over all T tokens.
+    Restarted: the same curve twice, over the enlarged phase and over the rest.
 
     Returns: in [0, schedule.lr].
     Source: IDEA Prune (arXiv 2503.05920), one cosine over the three stages; the warm-up is ours.
@@ -68,15 +69,17 @@ def removal_window(schedule: ScheduleConfig) -> tuple[float, int]:
 def keep_ratio(schedule: ScheduleConfig, tokens: int, final_keep_ratio: float) -> float:
     """Share of FFN neurons alive once ``tokens`` tokens are consumed.
 
-    r = R + (1 - R) (1 - (t - start) / (end - start))^3 inside the removal window, 1 before, R after.
+    r = R + (1 - R) (1 - (t - start) / (end - start))^3 in the removal window; 1 before, R after.
 
     Returns: in [final_keep_ratio, 1]; never increases with ``tokens``.
     Source: Zhu and Gupta 2017, eq. 1; the window is our reading of IDEA Prune.
     """
     start, end = removal_window(schedule)
-    if tokens < start or start >= end and tokens < end:
+    if tokens >= end:
+        return final_keep_ratio
+    if tokens < start:
         return 1.0
-    if tokens >= end or schedule.removal == "one_shot":
+    if schedule.removal == "one_shot":
         return final_keep_ratio
     remaining = 1.0 - (tokens - start) / (end - start)
     return final_keep_ratio + (1.0 - final_keep_ratio) * remaining**3

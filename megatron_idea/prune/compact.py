@@ -117,7 +117,7 @@ def exchange(neurons: Tensor, relocation: Relocation, group: dist.ProcessGroup) 
 
 
 def _stored(alive: Tensor, ids: Sequence[Tensor], width: int) -> list[Tensor]:
-    """Which neurons of one layer stay in memory: the live, then masked ones by id up to ``width``."""
+    """Which neurons of a layer stay in memory: the live, then masked ones by id up to ``width``."""
     present = torch.cat(list(ids))
     is_alive = alive.cpu()[present]
     spare = width - int(is_alive.sum())
@@ -232,11 +232,12 @@ def _stage(trainable: Trainable, relocations: dict[int, Relocation]) -> dict[str
     layers = {id(mlp.linear_fc1.weight): layer for layer, mlp in trainable.mlps}
     staged: dict[str, Tensor] = {}
     for bundle in trainable.bundles:
-        wholes = []
+        gathered = []
         for parameter in bundle:
-            wholes.append(shards.gather(parameter))
+            gathered.append(shards.gather(parameter))
             _drop(trainable, parameter)
-        if not shards.owns(bundle[0]):
+        wholes = [whole for whole in gathered if whole is not None]
+        if not wholes:  # another rank owns this bundle
             continue
         if len(bundle) == 2:
             relocation = relocations[layers[id(bundle[0])]]
@@ -261,7 +262,7 @@ def _cut(
     relocation: Relocation,
     tp: dist.ProcessGroup,
 ) -> list[Tensor]:
-    """Keep and exchange the neurons of one FFN: [3, 2 f H], [3, H f] at width f to the new width."""
+    """Keep and exchange an FFN's neurons: [3, 2 f H] and [3, H f] go to the new width."""
     fc1, fc2 = (w.view(3, *p.shape) for w, p in zip(wholes, ffn, strict=True))
     return [part.view(3, -1) for part in unpack(exchange(pack(fc1, fc2), relocation, tp))]
 
@@ -273,6 +274,7 @@ def _restore(fresh: Trainable, staged: dict[str, Tensor], step: int) -> None:
     for name, parameter in named_parameters(fresh.chunks):
         part = shards.scatter(parameter, staged.pop(name, None))
         if part is not None:
-            set_state(fresh.optimizer, parameter, step, part[0], dict(zip(MOMENTS, part[1:])))
+            moments = dict(zip(MOMENTS, part[1:], strict=True))
+            set_state(fresh.optimizer, parameter, step, part[0], moments)
     assert not staged, f"staged but not restored: {sorted(staged)}"
     finish_main_update(fresh.optimizer, fresh.chunks)

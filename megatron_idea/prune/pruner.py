@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.config import Config
@@ -40,12 +41,8 @@ class Pruner:
         self.alive = self._read_masks(trainable)
 
     def _read_masks(self, trainable: Trainable) -> Tensor:
-        model = self.config.model
         masks = [mlp.mask.to(torch.int32) for _, mlp in trainable.mlps]
-        table = to_original_numbering(
-            trainable.mlps, masks, model.num_layers, model.ffn_hidden_size, trainable.groups
-        )
-        return table > 0
+        return self.in_original_numbering(trainable, masks) > 0
 
     @property
     def live(self) -> list[int]:
@@ -59,15 +56,15 @@ class Pruner:
         """
         if self.config.prune.strategy == "none" or not gathers_scores(self.config.schedule, tokens):
             return None
-        return self.scores.observe(trainable.mlps, trainable.optimizer, trainable.groups)
+        return self.scores.observe(trainable)
 
     def record(self, observed: list[Tensor] | None) -> None:
         """Let an observation count: the step that it comes from was taken."""
         if observed is not None:
             self.scores.record(observed)
 
-    def reduced_scores(self, trainable: Trainable, values: list[Tensor]) -> Tensor:
-        """[L, 3, F] of per-rank score vectors, summed over shards and equal on every rank."""
+    def in_original_numbering(self, trainable: Trainable, values: list[Tensor]) -> Tensor:
+        """[L, ..., F] of values per local neuron, equal on every rank."""
         model = self.config.model
         return to_original_numbering(
             trainable.mlps, values, model.num_layers, model.ffn_hidden_size, trainable.groups
@@ -81,14 +78,14 @@ class Pruner:
         config = self.config
         if config.prune.strategy == "none" or not self._mask_update_due(tokens):
             return None
-        self.scores.fold()
+        self.scores.fold(trainable.groups)
         model = config.model
         final = tokens >= removal_window(config.schedule)[1]
         ratio = keep_ratio(config.schedule, tokens, config.final_keep_ratio)
         count = keep_count(ratio, model.ffn_hidden_size)
         alive = self.alive
         if count * model.num_layers < sum(self.live):
-            sums = self.reduced_scores(trainable, self.scores.ema)
+            sums = self.in_original_numbering(trainable, self.scores.ema)
             importance = self.strategy.importance(Stats(sums, model.hidden_size))
             budget = self.strategy.allocate(importance, alive, count)
             alive = select(importance, alive, budget)
@@ -103,7 +100,7 @@ class Pruner:
         return Plan(alive, widths, digest)
 
     def _mask_update_due(self, tokens: int) -> bool:
-        """Every ``mask_interval_steps`` steps of the prune phase, and whenever pruning has ended."""
+        """Every ``mask_interval_steps`` steps, and whenever the prune phase is over."""
         interval = self.config.prune.mask_interval_steps
         step = -(-tokens // self.config.batch_tokens)
         return tokens >= removal_window(self.config.schedule)[1] or step % interval == 0
@@ -121,24 +118,24 @@ class Pruner:
 
     def state(self, trainable: Trainable) -> ScoreState:
         """The scores in original numbering, whatever the layout; collective."""
-        return ScoreState(
-            self.reduced_scores(trainable, self.scores.ema),
-            self.reduced_scores(trainable, self.scores.window),
-            self.scores.window_steps,
-        )
+        self.scores.reduce_window(trainable.groups)
+        window = self.in_original_numbering(trainable, self.scores.window)
+        # Equal on every rank, as the average is: only the first data-parallel ranks carry it.
+        dist.broadcast(window, src=0)
+        ema = self.in_original_numbering(trainable, self.scores.ema)
+        return ScoreState(ema, window, self.scores.window_steps)
 
     def load_state(self, trainable: Trainable, state: ScoreState) -> None:
-        """Take scores over into the present layout; the first data-parallel rank carries them on."""
+        """Take scores over into the present layout, and who is alive from the model's masks."""
         self.scores.resize(trainable.mlps)
         self.scores.window_steps = state.window_steps
         self.alive = self._read_masks(trainable)
-        if trainable.groups.dp.rank() > 0:
-            return
         for (layer, mlp), ema, window in zip(
             trainable.mlps, self.scores.ema, self.scores.window, strict=True
         ):
             ema.copy_(state.ema[layer][:, mlp.neuron_ids])
-            window.copy_(state.window[layer][:, mlp.neuron_ids])
+            if trainable.groups.dp.rank() == 0:
+                window.copy_(state.window[layer][:, mlp.neuron_ids])
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ class ScoreState:
     """Scores as they are carried over a compaction and stored in a checkpoint."""
 
     ema: Tensor
-    """[L, 3, F] fp32, original numbering, reduced over all ranks."""
+    """[L, 3, F] fp32, original numbering, equal on every rank."""
     window: Tensor
     """[L, 3, F] fp32: sums since the average was last updated."""
     window_steps: int

@@ -6,26 +6,22 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_idea.distributed import ProcessGroups
 from megatron_idea.kernels import matrix_scores
 from megatron_idea.layers import PrunableMLP
-from megatron_idea.optim import slot
+from megatron_idea.optim import Trainable, slot
 from megatron_idea.prune.strategy import DOWN, GATE, UP, Strategy
 
 
 class ScoreTracker:
     """Moving average of each local neuron's gradient x weight sums, [3, f] per layer.
 
-    Every data-parallel rank averages the sums over its own optimizer shard: the average is linear,
-    so adding the ranks up when a plan is due gives the average of the whole, and observing costs
-    one read of weights and gradients and no communication. (``max`` is not linear: it is reduced
-    at once.)
-
-    ``ema`` <- history * ema + (1 - history) * mean of the window; the window is the steps since
-    the last update of the average.
+    Every data-parallel rank adds up the sums over its own optimizer shard in ``window``; observing
+    is one read of weights and gradients and no communication. When a plan is due the window is
+    reduced over data-parallel ranks and folded into ``ema``, which is then equal on all of them:
+    ``ema`` <- history * ema + (1 - history) * mean of the window.
     """
 
     def __init__(
@@ -44,37 +40,26 @@ class ScoreTracker:
         self.window = [torch.zeros_like(e) for e in self.ema]
 
     @torch.no_grad()
-    def observe(
-        self,
-        mlps: Sequence[tuple[int, PrunableMLP]],
-        optimizer: MegatronOptimizer,
-        groups: ProcessGroups,
-    ) -> list[Tensor]:
+    def observe(self, trainable: Trainable) -> list[Tensor]:
         """Sums of this step, [3, f] per layer, over this rank's shards.
 
         Call between the reduction of gradients and the optimizer's step: weights before their
         update, gradients before clipping.
         """
-        sums = [self._layer_sums(mlp, optimizer, groups) for _, mlp in mlps]
-        if self.strategy.reduction == "max" and groups.dp.size() > 1:
-            flat = torch.cat([s.flatten() for s in sums])
-            dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=groups.dp)
-            flat *= groups.dp.rank() == 0
-            sums = [
-                part.view_as(s)
-                for part, s in zip(flat.split([s.numel() for s in sums]), sums, strict=True)
-            ]
+        sums = [self._layer_sums(mlp, trainable) for _, mlp in trainable.mlps]
+        if self.strategy.reduction == "max":  # not linear: the shards of a row must meet at once
+            _all_reduce(sums, dist.ReduceOp.MAX, trainable.groups)
+            if trainable.groups.dp.rank() > 0:
+                sums = [torch.zeros_like(s) for s in sums]
         return sums
 
-    def _layer_sums(
-        self, mlp: PrunableMLP, optimizer: MegatronOptimizer, groups: ProcessGroups
-    ) -> Tensor:
+    def _layer_sums(self, mlp: PrunableMLP, trainable: Trainable) -> Tensor:
         sums = torch.zeros(3, mlp.width, device=mlp.mask.device)
-        sharded = optimizer.config.use_distributed_optimizer
+        sharded = trainable.config.parallel.use_distributed_optimizer
         for linear, per in ((mlp.linear_fc1, "row"), (mlp.linear_fc2, "column")):
-            part = slot(optimizer, linear.weight)
+            part = slot(trainable.optimizer, linear.weight)
             # Without shards every rank holds the whole: one of them counts.
-            if part is None or (not sharded and groups.dp.rank() > 0):
+            if part is None or (not sharded and trainable.groups.dp.rank() > 0):
                 continue
             scores = matrix_scores(
                 part.main.detach().view(-1),
@@ -97,11 +82,31 @@ class ScoreTracker:
             window += value
         self.window_steps += 1
 
-    def fold(self) -> None:
+    def reduce_window(self, groups: ProcessGroups) -> None:
+        """Sum the window over data-parallel ranks; the first of them carries it on."""
+        _all_reduce(self.window, dist.ReduceOp.SUM, groups)
+        if groups.dp.rank() > 0:
+            for window in self.window:
+                window.zero_()
+
+    def fold(self, groups: ProcessGroups) -> None:
         """Let the window into the average and empty it; nothing when it is empty."""
         if self.window_steps == 0:
             return
+        _all_reduce(self.window, dist.ReduceOp.SUM, groups)
         for ema, window in zip(self.ema, self.window, strict=True):
             ema.mul_(self.history).add_(window, alpha=(1 - self.history) / self.window_steps)
             window.zero_()
         self.window_steps = 0
+
+
+def _all_reduce(
+    values: Sequence[Tensor], op: dist.ReduceOp.RedOpType, groups: ProcessGroups
+) -> None:
+    """Reduce small tensors over data-parallel ranks in place, in one message."""
+    if groups.dp.size() == 1:
+        return
+    flat = torch.cat([v.flatten() for v in values])
+    dist.all_reduce(flat, op=op, group=groups.dp)
+    for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
+        value.copy_(part.view_as(value))

@@ -18,8 +18,7 @@ from megatron_idea.layers import PrunableMLP
 
 def pack(fc1: Tensor, fc2: Tensor) -> Tensor:
     """[..., 2 f, H] and [..., H, f] -> [f, ..., 3, H]: all that each neuron owns, in one row."""
-    *lead, rows, hidden = fc1.shape
-    gate_up = fc1.unflatten(-2, (2, rows // 2))
+    gate_up = fc1.unflatten(-2, (2, fc1.shape[-2] // 2))
     down = fc2.transpose(-1, -2).unsqueeze(-3)
     return torch.cat([gate_up, down], dim=-3).movedim(-2, 0).contiguous()
 
@@ -38,13 +37,12 @@ def to_original_numbering(
     ffn_hidden_size: int,
     groups: ProcessGroups,
 ) -> Tensor:
-    """Sum values of local neurons over all ranks into one table in original numbering.
+    """Collect values of neurons over tensor and pipeline ranks into one table.
 
     Args:
         mlps: this rank's (layer, MLP) pairs.
-        values: per MLP, [..., f] in local order.
-    Returns: [L, ..., F], equal on every rank. Tensor and pipeline ranks hold different neurons, so
-        only data-parallel ranks are really added up.
+        values: per MLP, [..., f] in local order, equal over data-parallel ranks.
+    Returns: [L, ..., F] in original numbering, equal on every rank; 0 where a neuron is gone.
     """
     lead = values[0].shape[:-1]
     table = torch.zeros(
@@ -52,6 +50,6 @@ def to_original_numbering(
     )
     for (layer, mlp), value in zip(mlps, values, strict=True):
         table[layer][..., mlp.neuron_ids] = value
-    if groups.world.size() > 1:
-        dist.all_reduce(table)
+    if groups.collection.mp.size() > 1:
+        dist.all_reduce(table, group=groups.collection.mp)  # each entry is on one rank only
     return table

@@ -1,0 +1,400 @@
+"""Save and load the whole state of a run, from any parallel layout to any other.
+
+    <run>/checkpoints/step_00000042/
+        state.json     step, consumed tokens, FFN widths: read first, the model is built from it
+        config.yaml    the configuration that wrote it
+        ...            tensors, by megatron-core's dist_checkpointing, one key per layer
+
+A folder is written under a temporary name and renamed when it is complete, so it is complete or
+absent. Tensors: model weights, masks and neuron ids; Adam's moments and (for bf16) fp32 main
+weights, each parameter whole, by the data-parallel rank that owns it; scores; random-number states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
+
+from megatron_idea import config as configuration
+from megatron_idea import cpu
+from megatron_idea.config import Config, ConfigError
+from megatron_idea.distributed import ProcessGroups, agree_or_raise, together
+from megatron_idea.model import prunable_mlps, unwrap
+from megatron_idea.optim import (
+    MOMENTS,
+    ShardExchange,
+    Trainable,
+    adam_step,
+    finish_main_update,
+    has_main_copy,
+    set_state,
+)
+from megatron_idea.prune.pruner import Pruner, ScoreState
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message says why and what stands."""
+
+
+@dataclass
+class TrainState:
+    """Where a run is: all that is not a tensor."""
+
+    step: int
+    consumed_tokens: int
+    widths: tuple[int, ...]
+    """Physical FFN neurons of every layer."""
+    adam_step: int = 0
+    """Optimizer steps that were taken; skipped steps are not counted."""
+    skipped: int = 0
+    """Steps whose gradient was not finite."""
+    score_window_steps: int = 0
+    layout: dict[str, int] = field(default_factory=dict)
+    """TP, PP and DP of the job that wrote it."""
+
+    @staticmethod
+    def fresh(config: Config) -> TrainState:
+        """The state before the first step: nothing consumed, all layers at full width."""
+        widths = (config.model.ffn_hidden_size,) * config.model.num_layers
+        return TrainState(0, 0, widths)
+
+
+def folder(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def complete(run_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(p.parent for p in folder(run_dir).glob("step_[0-9]*[0-9]/state.json"))
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, if there is one."""
+    found = complete(run_dir)
+    return found[-1] if found else None
+
+
+def read_state(path: Path) -> TrainState:
+    """Read ``state.json``. Raises: CheckpointError when it is missing or of another format."""
+    try:
+        content = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+    if content.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} has another checkpoint format than {FORMAT}")
+    content.pop("megatron_core")
+    return TrainState(**{**content, "widths": tuple(content["widths"])})
+
+
+# What a resumed run may change: where and how it runs, not what it computes.
+_FREE = {
+    "run_dir", "parallel", "checkpoint", "evaluation", "logging", "data.cache_dir",
+    "training.micro_batch_size",
+}  # fmt: skip
+
+
+def check_same_run(path: Path, config: Config) -> None:
+    """Make sure that ``config`` continues what the checkpoint was computing.
+
+    Raises: CheckpointError that names every differing value, for another model, schedule, data,
+        batch or optimizer.
+    """
+    try:
+        saved = configuration.load(path / "config.yaml")
+    except ConfigError as error:
+        raise CheckpointError(f"{path} cannot be resumed: {error}") from error
+    was, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
+    changed = [
+        f"{key}: {was.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+        for key in sorted({*was, *now})
+        if was.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    ]
+    if changed:
+        other = any(line.startswith("model.") for line in changed)
+        what = "is a checkpoint of another model" if other else "was written by another run"
+        raise CheckpointError(
+            f"{path} {what}:\n  " + "\n  ".join(changed) + "\n"
+            "Resume with the same values, or give the new run another run_dir."
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
+    """Write a checkpoint of this step; collective over all ranks.
+
+    Returns: its folder. Older ones beyond ``checkpoint.keep_last`` are removed afterwards.
+    Raises: CheckpointError on every rank when it cannot be written; earlier ones stand untouched.
+    """
+    groups, config = trainable.groups, trainable.config
+    path = folder(config.run_dir) / f"step_{state.step:08d}"
+    partial = path.with_name(path.name + ".partial")
+    scores = pruner.state(trainable)
+    state = dataclasses.replace(
+        state,
+        widths=trainable.widths,
+        adam_step=adam_step(trainable.optimizer, groups),
+        score_window_steps=scores.window_steps,
+        layout=_layout(groups),
+    )
+
+    def begin() -> None:
+        if groups.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def finish() -> None:
+        if groups.is_writer:
+            _write(partial / "config.yaml", configuration.to_yaml(config))
+            header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
+            _write(partial / "state.json", json.dumps(header | dataclasses.asdict(state), indent=1))
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+            _sync_folder(path.parent)
+
+    try:
+        together(begin, groups)
+        _save_tensors(_tensors(trainable, scores, state.adam_step), partial, groups)
+        together(finish, groups)
+    except Exception as error:
+        if groups.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = latest(config.run_dir)
+        stands = f"the last complete one is {kept}" if kept else "there is no earlier one"
+        raise CheckpointError(f"cannot write checkpoint {path}: {error}; {stands}") from error
+    if groups.is_writer and config.checkpoint.keep_last:
+        for old in complete(config.run_dir)[: -config.checkpoint.keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
+    """Read a checkpoint into a model that was built at the checkpoint's widths; collective.
+
+    Random-number streams continue only in the layout that saved them; in another they start from
+    the seed again, which matters with dropout alone.
+
+    Raises: CheckpointError on every rank when a file is missing or does not fit.
+    """
+    state = read_state(path)
+    groups = trainable.groups
+    assert state.widths == trainable.widths, (state.widths, trainable.widths)
+    wanted = _tensors(trainable, _empty_scores(trainable, state), state.adam_step, empty=True)
+    if state.layout != _layout(groups):
+        wanted.pop("rng")
+    loaded = _load_tensors(wanted, path, groups)
+    _take_weights(trainable.chunks, loaded)
+    if state.adam_step:
+        _load_optimizer(trainable, loaded["optimizer"], state.adam_step)
+    pruner.load_state(
+        trainable,
+        ScoreState(loaded["scores"]["ema"], loaded["scores"]["window"], state.score_window_steps),
+    )
+    if "rng" in loaded:
+        _set_rng({name: value[0] for name, value in loaded["rng"].items()})
+    return state
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], path: Path, groups: ProcessGroups) -> None:
+    """Read weights and masks alone, into chunks that were built at the checkpoint's widths."""
+    _take_weights(chunks, _load_tensors(_weight_tensors(chunks, groups), path, groups))
+
+
+def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> dict[str, Any]:
+    """Read what is asked for. Raises: CheckpointError on every rank when one cannot."""
+    error: Exception | None = None
+    try:
+        cpu.install()
+        loaded = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+    except Exception as caught:  # carried to agree_or_raise, which raises it everywhere
+        error = CheckpointError(f"cannot read checkpoint {path}: {_first_line(caught)}")
+        error.__cause__ = caught
+    agree_or_raise(error, groups)
+    return loaded
+
+
+def _take_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+    for _, mlp in prunable_mlps(chunks):
+        mlp.refresh_mask()
+
+
+def _weight_tensors(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
+    """Weights, masks and neuron ids with their place in the whole, keyed per layer."""
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.dp}
+    return {
+        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(chunks)
+    }
+
+
+@torch.no_grad()
+def _load_optimizer(trainable: Trainable, loaded: dict[str, dict[str, Tensor]], step: int) -> None:
+    shards = ShardExchange(trainable)
+    for name, parameter in _named(trainable):
+        whole = None
+        if shards.owns(parameter):
+            parts = loaded[name]
+            # fp32 training has no main copy: the model's own weight, loaded before, is it.
+            main = parts.get("main", parameter.detach())
+            whole = torch.stack([x.view(-1) for x in (main, *(parts[m] for m in MOMENTS))])
+        part = shards.scatter(parameter, whole)
+        if part is not None:
+            moments = dict(zip(MOMENTS, part[1:], strict=True))
+            set_state(trainable.optimizer, parameter, step, part[0], moments)
+    finish_main_update(trainable.optimizer, trainable.chunks)
+
+
+def _named(trainable: Trainable) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with a name that is unique on this rank."""
+    for index, chunk in enumerate(trainable.chunks):
+        for name, parameter in unwrap(chunk).named_parameters():
+            yield f"{index}.{name}", parameter
+
+
+def _tensors(
+    trainable: Trainable, scores: ScoreState, step: int, empty: bool = False
+) -> dict[str, Any]:
+    """All tensors of a run with their place in the whole; ``empty``: as targets for loading."""
+    groups = trainable.groups
+    tree = _weight_tensors(trainable.chunks, groups)
+    if step:
+        tree["optimizer"] = _optimizer_tensors(trainable, tree, empty)
+    rank, world = groups.world.rank(), groups.world.size()
+    tree["scores"] = {
+        name: ShardedTensor.from_rank_offsets(f"scores.{name}", value, replica_id=rank)
+        for name, value in (("ema", scores.ema), ("window", scores.window))
+    }
+    tree["rng"] = {
+        name: ShardedTensor.from_rank_offsets(f"rng.{name}", value[None], (0, rank, world))
+        for name, value in _get_rng().items()
+    }
+    return tree
+
+
+def _optimizer_tensors(
+    trainable: Trainable, tree: dict[str, Any], empty: bool
+) -> dict[str, dict[str, ShardedTensor | ShardedTensorFactory]]:
+    """Main weights and moments of the parameters that this rank owns, sharded as the model is."""
+    shards = ShardExchange(trainable)
+    sharded = {
+        id(tensor.data): tensor
+        for index in range(len(trainable.chunks))
+        for tensor in tree[f"model{index}"].values()
+        if isinstance(tensor, (ShardedTensor, ShardedTensorFactory))
+    }
+    result = {}
+    for name, parameter in _named(trainable):
+        whole = None
+        if not empty:
+            whole = shards.gather(parameter)
+        wanted = shards.owns(parameter) if empty else shards.is_saver(parameter)
+        if not wanted:
+            continue
+        if whole is None:
+            whole = torch.empty(3, parameter.numel(), device=parameter.device)
+        kinds = ("main", *MOMENTS) if has_main_copy(parameter) else MOMENTS
+        values = dict(zip(("main", *MOMENTS), whole, strict=True))
+        model_tensor = sharded[id(parameter)]
+        # The owner writes for all its data-parallel peers.
+        model_tensor = dataclasses.replace(
+            model_tensor, replica_id=(*model_tensor.replica_id[:-1], 0)
+        )
+        result[name] = {
+            kind: make_sharded_optimizer_tensor(
+                model_tensor, values[kind].view(parameter.shape), f"optimizer.{kind}"
+            )
+            for kind in kinds
+        }
+    return result
+
+
+def _empty_scores(trainable: Trainable, state: TrainState) -> ScoreState:
+    model = trainable.config.model
+    table = torch.empty(model.num_layers, 3, model.ffn_hidden_size, device=trainable.groups.device)
+    return ScoreState(table, torch.empty_like(table), state.score_window_steps)
+
+
+def _save_tensors(tree: dict[str, Any], path: Path, groups: ProcessGroups) -> None:
+    # megatron-core collects results of its writer through a spawned manager process, seconds to
+    # start; a save that is waited for can use a plain queue.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    cpu.install()
+    dist_checkpointing.save(
+        tree,
+        str(path),
+        sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+    )
+
+
+def _get_rng() -> dict[str, Tensor]:
+    """Every random-number stream of this rank, as bytes."""
+    streams = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        streams["cuda"] = torch.cuda.get_rng_state()
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return streams | {f"tracker.{name}": state for name, state in tracker.items()}
+
+
+def _set_rng(streams: dict[str, Tensor]) -> None:
+    streams = {name: state.cpu() for name, state in streams.items()}
+    torch.set_rng_state(streams["cpu"])
+    if "cuda" in streams:
+        torch.cuda.set_rng_state(streams["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(
+        {n.removeprefix("tracker."): s for n, s in streams.items() if n.startswith("tracker.")}
+    )
+
+
+def _layout(groups: ProcessGroups) -> dict[str, int]:
+    return {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename inside ``path`` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

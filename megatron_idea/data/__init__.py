@@ -1,0 +1,1 @@
+"""From text to micro-batches: corpus, documents, tokenizer, indexed dataset, batches."""

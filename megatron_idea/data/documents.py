@@ -1,0 +1,197 @@
+"""Read documents from JSONL, Parquet, text files and folders, one at a time.
+
+Every document knows where it came from (``file:line``), so that an error can name it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+FORMATS = (".jsonl", ".parquet", *TEXT_SUFFIXES)
+COMPRESSIONS = (".gz", ".zst")
+_LEGAL = f"legal: {', '.join(FORMATS)}; all but .parquet also with {' or '.join(COMPRESSIONS)}"
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, what is legal and how to mend it."""
+
+
+class BadDocumentError(DataError):
+    """One unusable document in an otherwise readable file; these can be skipped."""
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    where: str
+    """``file:line`` (JSONL), ``file:row`` from 0 (Parquet) or ``file`` (text)."""
+
+
+@dataclass
+class Documents:
+    """Iterate over the documents of ``inputs``: files, or folders that are walked in sorted order.
+
+    A JSONL line is a document, so is a Parquet row, so is a text file. A folder contributes its
+    files of known format and ignores the others. Nothing is held in memory but the document at
+    hand (Parquet: a batch of rows).
+
+    Raises, while iterating: DataError for a missing or unreadable file; BadDocumentError for a
+    line, row or text file without Unicode text, unless ``skip_bad_documents``.
+    """
+
+    inputs: Sequence[str | Path]
+    text_key: str = "text"
+    """Key of the text in a JSONL line, column of the text in a Parquet file."""
+    skip_bad_documents: bool = False
+    skipped: int = field(default=0, init=False)
+    """Bad documents left out so far by the latest iteration."""
+
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped = 0
+        for path in input_files(self.inputs):
+            for document in _read(path, self.text_key):
+                if isinstance(document, Document):
+                    yield document
+                elif self.skip_bad_documents:
+                    self.skipped += 1
+                else:
+                    raise document
+
+
+def input_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """Resolve files and folders to files of known format, in the order they will be read.
+
+    Raises: DataError for a missing path, an unknown suffix, a folder with nothing to read.
+    """
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p) in FORMATS)
+            if not found:
+                raise DataError(f"folder {path} holds no file of a known format; {_LEGAL}")
+            files += found
+        elif not path.is_file():
+            raise DataError(f"no file or folder at {path}")
+        elif _format(path) not in FORMATS:
+            raise DataError(f"{path} is of no known format; {_LEGAL}")
+        else:
+            files.append(path)
+    return files
+
+
+def hash_fraction(text: str, salt: bytes) -> float:
+    """Map a text to [0, 1), evenly and for ever; another salt gives an independent value."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, salt=salt).digest()
+    # 53 bits: as many as a float holds, so the result stays below 1.
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+def _format(path: Path) -> str:
+    """Return the suffix without the compression; empty for a combination that is not legal."""
+    if path.suffix not in COMPRESSIONS:
+        return path.suffix
+    inner = Path(path.stem).suffix
+    return "" if inner == ".parquet" else inner
+
+
+def _read(path: Path, text_key: str) -> Iterator[Document | BadDocumentError]:
+    """Yield each document, or in its place the error that it is; raise when the file breaks."""
+    where = str(path)
+    try:
+        for where, record in _records(path, text_key):
+            yield _document(record, text_key, where)
+    except _read_errors(path) as error:
+        raise DataError(f"cannot read {path}, reached {where}: {error}") from error
+
+
+def _records(path: Path, text_key: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where, record); a record is a mapping, or the error that stands in its place."""
+    kind = _format(path)
+    if kind == ".parquet":
+        for row, text in enumerate(_parquet_column(path, text_key)):
+            yield f"{path}:{row}", {text_key: text}
+        return
+    with _open(path) as stream:
+        if kind in TEXT_SUFFIXES:
+            try:
+                yield str(path), {text_key: stream.read().decode("utf-8")}
+            except UnicodeDecodeError as error:
+                yield str(path), error
+            return
+        for number, line in enumerate(stream, 1):
+            if line.isspace():
+                continue
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"{path}:{number}", error
+
+
+def _document(record: Any, text_key: str, where: str) -> Document | BadDocumentError:
+    if isinstance(record, Exception):
+        what = "UTF-8 text" if isinstance(record, UnicodeDecodeError) else "a line of JSON"
+        return BadDocumentError(f"{where} is not {what}: {record}; mend it or skip bad documents")
+    if not isinstance(record, dict):
+        return BadDocumentError(f"{where} holds a {type(record).__name__}, not a JSON object")
+    if text_key not in record:
+        return BadDocumentError(
+            f"{where} has no key {text_key!r}, only {', '.join(map(repr, record)) or 'nothing'}; "
+            "name the key that holds the text, or skip bad documents"
+        )
+    text = record[text_key]
+    if not isinstance(text, str):
+        return BadDocumentError(f"{where}: {text_key!r} is a {type(text).__name__}, not a string")
+    try:
+        text.encode("utf-8")  # JSON can escape half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        return BadDocumentError(f"{where}: {text_key!r} is not Unicode text: {error}")
+    return Document(text, where)
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if path.suffix == ".zst":
+        # Not the zstandard package: it takes a truncated stream for a short one.
+        stream = _module("pyarrow", path).input_stream(path, compression="zstd")
+        return io.BufferedReader(stream, buffer_size=1 << 20)
+    return path.open("rb")
+
+
+def _parquet_column(path: Path, column: str) -> Iterator[Any]:
+    with _module("pyarrow.parquet", path).ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise DataError(
+                f"{path} has no column {column!r}, only {', '.join(map(repr, names))}; "
+                "name the column that holds the text"
+            )
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            yield from batch.column(0).to_pylist()
+
+
+def _read_errors(path: Path) -> tuple[type[Exception], ...]:
+    """What reading a damaged file of this format raises."""
+    errors = (OSError, EOFError, zlib.error)
+    if path.suffix in (".parquet", ".zst"):
+        return (*errors, _module("pyarrow", path).ArrowException)
+    return errors
+
+
+def _module(name: str, path: Path) -> Any:
+    """Import a format's reader when the first file needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(f"reading {path} needs the Python package {package}") from error

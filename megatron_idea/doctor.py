@@ -1,0 +1,199 @@
+"""What this machine offers, and which implementations a run will use because of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+Status = Literal["ok", "absent", "broken", "missing"]
+_STYLE = {"ok": "green", "absent": "yellow", "broken": "red", "missing": "red"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding. ``missing`` and ``broken`` stop a run when ``required``; ``absent`` does not."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+    required: bool = False
+
+    @property
+    def is_fatal(self) -> bool:
+        return self.required and self.status != "ok"
+
+
+def collect() -> list[Row]:
+    """Look at what can be imported and used here; an import that breaks becomes a row."""
+    return [
+        Row("Python", "ok", platform.python_version(), required=True),
+        *_torch(),
+        _package("megatron-core", "megatron.core", "pip install megatron-core", required=True),
+        *_accelerators(),
+        _communication(),
+        *_in_use(),
+    ]
+
+
+def render(rows: list[Row]) -> Table:
+    """Lay the findings out for a terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("what")
+    for row in rows:
+        what = Text(row.detail)
+        if row.remedy:
+            what.append(f"; {row.remedy}", "dim")
+        table.add_row(row.name, Text(row.status, _STYLE[row.status]), what)
+    return table
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Imports of accelerators talk a lot about what they miss; the table says it once."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _import(name: str) -> ModuleType | Exception | None:
+    """The module; None if it is not installed; the exception if it is and does not import."""
+    try:
+        if importlib.util.find_spec(name) is None:
+            return None
+        with _quiet():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A dependency of an installed package is a broken package; its parent, an absent one.
+        absent = error.name is not None and f"{name}.".startswith(f"{error.name}.")
+        return None if absent else error
+    except Exception as error:  # a broken binary package can raise anything
+        return error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _package(
+    label: str, name: str, remedy: str, *, required: bool = False, without: str = "not installed"
+) -> Row:
+    module = _import(name)
+    if module is None:
+        return Row(label, "missing" if required else "absent", without, remedy, required)
+    if isinstance(module, Exception):
+        return Row(label, "broken", _reason(module), f"reinstall: {remedy}", required)
+    return Row(label, "ok", str(getattr(module, "__version__", "installed")), required=required)
+
+
+def _torch() -> list[Row]:
+    row = _package("torch", "torch", "pip install torch", required=True)
+    if row.status != "ok":
+        return [row]
+    import torch
+
+    cuda = torch.version.cuda
+    built = f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "built without CUDA")
+    if torch.cuda.is_available():
+        devices = Row("devices", "ok", _gpus(torch))
+    else:
+        remedy = (
+            "to use a GPU: a driver that fits this torch"
+            if cuda
+            else "to use a GPU: a CUDA build of torch"
+        )
+        devices = Row("devices", "ok", f"CPU, {os.cpu_count()} cores, no GPU", remedy)
+    return [Row("torch", "ok", built, required=True), devices]
+
+
+def _gpus(torch: Any) -> str:
+    counts: dict[str, int] = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        counts[name] = counts.get(name, 0) + 1
+    return "; ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+def _accelerators() -> list[Row]:
+    return [
+        _package(
+            "Transformer Engine",
+            "transformer_engine.pytorch",
+            "with CUDA: pip install --no-build-isolation 'transformer_engine[pytorch]'",
+        ),
+        _package(
+            "apex", "apex", "not needed beside Transformer Engine; else built from its source"
+        ),
+        _package("Triton", "triton", "comes with CUDA builds of torch"),
+        _package(
+            "C++ extension",
+            "megatron_idea._C",
+            "pip install . with a C++17 compiler at hand",
+            without="not built",
+        ),
+    ]
+
+
+def _communication() -> Row:
+    module = _import("torch.distributed")
+    if not isinstance(module, ModuleType) or not module.is_available():
+        remedy = "a torch build with torch.distributed"
+        return Row("communication", "missing", "no torch.distributed", remedy, required=True)
+    backends = [
+        name
+        for name, present in (
+            ("NCCL", module.is_nccl_available()),
+            ("gloo", module.is_gloo_available()),
+        )
+        if present
+    ]
+    return Row("communication", "ok", " and ".join(backends))
+
+
+def _in_use() -> list[Row]:
+    """The implementations that follow, asked of the code that chooses them."""
+    model, optimizer = _import("megatron_idea.model"), _import("megatron.core.optimizer")
+    if not isinstance(model, ModuleType) or not isinstance(optimizer, ModuleType):
+        culprit = optimizer if isinstance(model, ModuleType) else model
+        why = _reason(culprit) if isinstance(culprit, Exception) else "megatron-core is missing"
+        return [Row("the model", "broken", why, "mend the rows above", required=True)]
+    fused = model.uses_transformer_engine()
+    adam = optimizer.Adam
+    return [
+        Row(
+            "-> attention",
+            "ok",
+            "Transformer Engine DotProductAttention"
+            if fused
+            else "torch scaled_dot_product_attention",
+        ),
+        Row("-> RMSNorm", "ok", "Transformer Engine" if fused else "torch rms_norm"),
+        Row("-> optimizer", "ok", f"{adam.__module__.split('.')[0]} {adam.__name__}"),
+        Row("-> collectives", "ok", "NCCL" if _has_cuda() else "gloo"),
+    ]
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,283 @@
+"""What a run leaves behind and shows while it works.
+
+``RunLog`` appends to ``metrics.jsonl`` (one record per optimizer step) and ``events.jsonl`` (things
+that happen now and then), and mirrors the scalars to TensorBoard. JSONL is the truth: the report
+is drawn from it. ``Progress`` is the line a person watches; it stores nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from megatron_idea.config import Config, ConfigError
+from megatron_idea.estimate import flops_per_token, human_count, remaining_flops
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+
+# Dense bf16 FLOP/s of one device, by a part of its name; from NVIDIA's data sheets, SXM parts,
+# without sparsity. The first match counts: names of one family contain each other.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a device from its name (``torch.cuda.get_device_name``), if known."""
+    for part, peak in PEAK_FLOPS.items():
+        if part in device_name:
+            return peak
+    return None
+
+
+class RunLog:
+    """Writer of a run folder's records; does nothing on ranks that do not write."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        is_writer: bool,
+        *,
+        step: int = 0,
+        peak_flops: float | None = None,
+    ) -> None:
+        """Open the records of ``run_dir``, as a run that has ``step`` optimizer steps behind it.
+
+        A process that was killed may have recorded steps that no checkpoint holds. They will be
+        run again, so their metrics are dropped; events stay, followed by ``resumed``.
+
+        Args:
+            peak_flops: FLOP/s of all devices of the job together; None: no ``mfu`` is recorded.
+        Raises: ConfigError, on every rank, when TensorBoard is asked for and not installed.
+        """
+        if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "logging.tensorboard is true but tensorboard is not installed: "
+                "pip install tensorboard, or set logging.tensorboard=false"
+            )
+        self.config = config
+        self.is_writer = is_writer
+        self.peak_flops = peak_flops
+        if not is_writer:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _truncate(run_dir / METRICS, keep=lambda record: record["step"] <= step)
+        _truncate(run_dir / EVENTS, keep=lambda event: True)
+        # Line buffering: every record is with the operating system before the next step begins.
+        self._metrics = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115  until close()
+        self._events = open(run_dir / EVENTS, "a", buffering=1)  # noqa: SIM115  until close()
+        self._tensorboard: Any = None
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; not all want it
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self.event("resumed" if step else "started", step=step)
+
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Append the record of one step.
+
+        Returns: the record, with ``mfu`` when the devices' peak is known.
+        """
+        if self.peak_flops and record.get("tokens_per_s"):
+            per_token = flops_per_token(
+                self.config.model, record["ffn_width"], self.config.training.seq_length
+            )
+            record = {**record, "mfu": record["tokens_per_s"] * per_token / self.peak_flops}
+        if self.is_writer:
+            self._metrics.write(json.dumps(record) + "\n")
+            if self._tensorboard is not None:
+                for name, value in _scalars(record):
+                    self._tensorboard.add_scalar(name, value, record["step"])
+        return record
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append something that happened, with the time of day in seconds since 1970."""
+        if self.is_writer:
+            self._events.write(json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n")
+
+    def close(self) -> None:
+        """Close the files; the log takes no records afterwards."""
+        if self.is_writer:
+            self._metrics.close()
+            self._events.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the records of a run, oldest first; a line that a kill cut short is left out."""
+    return [record for record, _ in _lines(run_dir / METRICS)]
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the events that belong to the run as it stands, oldest first.
+
+    What a killed process did after the step from which the next one resumed is left out; the file
+    itself keeps everything.
+    """
+    events: list[dict[str, Any]] = []
+    for event, _ in _lines(run_dir / EVENTS):
+        if event["kind"] in ("started", "resumed"):
+            events = [earlier for earlier in events if earlier.get("step", 0) <= event["step"]]
+        events.append(event)
+    return events
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each record of a JSONL file, with the byte offset of its end."""
+    if not path.is_file():
+        return
+    end = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # the writer was killed in the middle of this line
+            end += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON; remove that line") from error
+            yield record, end
+
+
+def _truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Cut a JSONL file before its first record that is not kept, and before a half-written line.
+
+    One ``truncate`` of the file: a kill leaves it either as it was or as it should be.
+    """
+    kept = 0
+    for record, end in _lines(path):
+        if not keep(record):
+            break
+        kept = end
+    if path.is_file() and path.stat().st_size > kept:
+        os.truncate(path, kept)
+
+
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if name == "step" or isinstance(value, str) or value is None:
+            continue
+        yield name, sum(value) / len(value) if isinstance(value, list) else value
+
+
+class Progress:
+    """The run at a glance: phase, loss, learning rate, keep ratio, tokens/s, time left.
+
+    One live line at the foot of a terminal. Where standard error is not a terminal: a plain line
+    at each phase change and about every ten seconds.
+    """
+
+    PLAIN_INTERVAL_S = 10.0
+    # Of the FLOP/s average, per step: about the last twenty steps count.
+    SMOOTHING = 0.95
+
+    def __init__(
+        self,
+        config: Config,
+        enabled: bool,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``enabled``: this rank is the one that speaks. ``logging.progress`` is heeded too."""
+        self.config = config
+        self.enabled = enabled and config.logging.progress
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._printed_at = float("-inf")
+        self._phase = ""
+        self._flops = self._seconds = 0.0
+        self._bar: RichProgress | None = None
+        if self.enabled and self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.fields[phase]:<8}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[text]}"),
+                console=self._console,
+                refresh_per_second=4,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=config.schedule.total_tokens, phase="", text="starting"
+            )
+            self._bar.start()
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Show the record of the step that has just ended."""
+        if not self.enabled:
+            return
+        self._measure(record)
+        if self._bar is not None:
+            text = self._text(record)
+            self._bar.update(
+                self._task, completed=record["tokens"], phase=record["phase"], text=text
+            )
+        elif (
+            record["phase"] != self._phase
+            or self._clock() - self._printed_at >= self.PLAIN_INTERVAL_S
+        ):
+            self._printed_at = self._clock()
+            share = record["tokens"] / self.config.schedule.total_tokens
+            self._print(f"{record['phase']:<8} {share:4.0%}  {self._text(record)}")
+        self._phase = record["phase"]
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the live one."""
+        if self.enabled:
+            self._print(text)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _print(self, text: str) -> None:
+        # soft_wrap: a log line stays one line, however narrow rich believes the pipe to be.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _measure(self, record: dict[str, Any]) -> None:
+        tokens = record["tokens_per_s"] * record["step_s"]
+        per_token = flops_per_token(
+            self.config.model, record["ffn_width"], self.config.training.seq_length
+        )
+        self._flops = self.SMOOTHING * self._flops + tokens * per_token
+        self._seconds = self.SMOOTHING * self._seconds + record["step_s"]
+
+    def _text(self, record: dict[str, Any]) -> str:
+        left = remaining_flops(self.config, record["tokens"])
+        eta_s = left * self._seconds / self._flops if self._flops else float("inf")
+        return (
+            f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  keep {record['keep_ratio']:.2f}  "
+            f"{human_count(record['tokens_per_s'])} tok/s  ETA {human_duration(eta_s)}"
+        )
+
+
+def human_duration(seconds: float) -> str:
+    """Write a duration with its two largest units: 42s, 3m10s, 7h05m, 12d03h."""
+    if seconds == float("inf"):
+        return "unknown"
+    units: Sequence[tuple[str, int]] = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    whole = round(seconds)
+    for (large, size), (small, small_size) in itertools.pairwise(units):
+        if whole >= size:
+            return f"{whole // size}{large}{whole % size // small_size:02d}{small}"
+    return f"{whole}s"

@@ -1,0 +1,264 @@
+"""The loop: build, train, step. Reads top to bottom; all curves come from ``schedule``."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_idea import checkpoint
+from megatron_idea import config as configuration
+from megatron_idea.checkpoint import TrainState
+from megatron_idea.config import Config, ConfigError, validate
+from megatron_idea.data.batches import Batches
+from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.distributed import (
+    ProcessGroups,
+    memory_bytes,
+    start_distributed,
+    stop_distributed,
+    together,
+    world_size_from_environment,
+)
+from megatron_idea.estimate import num_steps
+from megatron_idea.evaluate import cache_dir, held_out_loss, validation_batches
+from megatron_idea.metrics import Progress, RunLog, peak_flops
+from megatron_idea.optim import Trainable, assemble, update
+from megatron_idea.prune.pruner import Pruner
+from megatron_idea.schedule import crossed, keep_ratio, learning_rate, phase, phase_ended
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank."""
+
+    config: Config
+    groups: ProcessGroups
+    trainable: Trainable
+    pruner: Pruner
+    data: Batches
+    held_out: Batches | None
+    log: RunLog
+    progress: Progress
+    stop: StopSignal
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGINT and SIGUSR1; the loop finishes its step, saves and leaves."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:  # the second one means now
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+
+def train(config: Config) -> TrainState:
+    """Train from the latest checkpoint of ``config.run_dir``, or from the seed, to the last token.
+
+    Returns: the state at the end; its tokens are fewer than the total when a signal ended the run.
+    Raises: ConfigError, DataError, CheckpointError, on every rank, for what the user can mend.
+    """
+    validate(config, world_size_from_environment())
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
+    groups = start_distributed(config.parallel, config.training.seed)
+    try:
+        run, state = build(config, groups)
+        if state.step == 0:
+            evaluate(run, state, "start")
+        while state.consumed_tokens < config.schedule.total_tokens:
+            before = state.consumed_tokens
+            record, stopping = step(run, state)
+            run.progress.update(run.log.write(record))
+            tokens = state.consumed_tokens
+            ended = phase_ended(config.schedule, before, tokens)
+            if ended:
+                evaluate(run, state, "phase_end")
+            elif crossed(config.evaluation.every_tokens, before, tokens):
+                evaluate(run, state, "every")
+            if ended or stopping or crossed(config.checkpoint.every_tokens, before, tokens):
+                save(run, state)
+            if stopping:
+                run.log.event("signal", step=state.step, name=run.stop.received)
+                break
+        else:
+            run.log.event("finished", step=state.step, tokens=state.consumed_tokens)
+        run.progress.close()
+        run.log.close()
+        return state
+    finally:
+        stop_distributed()
+
+
+def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
+    """Assemble a run at its latest checkpoint, or at its start."""
+    run_dir = Path(config.run_dir)
+    path = checkpoint.latest(run_dir)
+    if path is not None:
+        checkpoint.check_same_run(path, config)
+    state = TrainState.fresh(config) if path is None else checkpoint.read_state(path)
+    data = Batches(
+        config.data.train,
+        load_tokenizer(config.data.tokenizer),
+        split="train",
+        model_vocab_size=config.model.vocab_size,
+        seq_length=config.training.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
+        num_samples=num_steps(config) * config.training.global_batch_size,
+        seed=config.training.seed,
+        cache_dir=cache_dir(config),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        device=groups.device,
+    )
+    held_out = validation_batches(config, groups)
+    trainable = assemble(config, groups, state.widths, initialize=path is None)
+    pruner = Pruner(trainable)
+    if path is not None:
+        checkpoint.load(trainable, pruner, path)
+
+    def open_log() -> RunLog:
+        if groups.is_writer:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        total = peak * groups.world.size() if peak else None
+        return RunLog(run_dir, config, groups.is_writer, step=state.step, peak_flops=total)
+
+    log = together(open_log, groups)
+    progress = Progress(config, groups.is_writer)
+    if path is not None:
+        done = state.consumed_tokens >= config.schedule.total_tokens
+        progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
+    run = Run(config, groups, trainable, pruner, data, held_out, log, progress, StopSignal())
+    return run, state
+
+
+def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
+    """One optimizer step: forward, backward, observe, update, plan, apply.
+
+    Returns: the step's record, and whether any rank was asked to stop.
+    """
+    config, trainable, pruner = run.config, run.trainable, run.pruner
+    begin = time.perf_counter()
+    tokens = state.consumed_tokens + config.batch_tokens
+    lr = learning_rate(config.schedule, tokens)
+    losses = forward_backward(run, state)  # gradients are reduced over DP, not yet clipped
+    observed = pruner.observe(trainable, tokens)  # weights before the update, unclipped gradients
+    grad_norm = update(trainable.optimizer, config, lr)
+    loss, stopping = share_loss(run, losses)
+    step_s = time.perf_counter() - begin
+    plan = None
+    if math.isfinite(grad_norm):
+        pruner.record(observed)
+        plan = pruner.plan(trainable, tokens)
+    else:
+        state.skipped += 1
+    state.step += 1
+    state.consumed_tokens = tokens
+    if plan is not None:
+        report = pruner.apply(trainable, plan)
+        if report is not None:
+            run.log.event("compacted", step=state.step, tokens=tokens, **vars(report))
+    state.widths = trainable.widths
+    return {
+        "step": state.step,
+        "tokens": tokens,
+        "phase": phase(config.schedule, tokens),
+        "loss": loss,
+        "lr": lr,
+        "keep_ratio": keep_ratio(config.schedule, tokens, config.final_keep_ratio),
+        "ffn_live": pruner.live,
+        "ffn_width": list(trainable.widths),
+        "grad_norm": grad_norm,
+        "tokens_per_s": config.batch_tokens / step_s,
+        "step_s": step_s,
+        "memory_bytes": memory_bytes(),
+        "skipped": state.skipped,
+    }, stopping
+
+
+def forward_backward(run: Run, state: TrainState) -> list[Tensor]:
+    """Run all micro-batches of a step; gradients are then in ``main_grad``, reduced over DP.
+
+    Returns: the mean loss of each micro-batch, on the last pipeline stage; elsewhere nothing.
+    """
+    chunks = run.trainable.chunks
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    run.trainable.optimizer.zero_grad()
+    consumed_samples = state.consumed_tokens // run.config.training.seq_length
+    iterators = [run.data.step(consumed_samples) for _ in chunks]
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=run.data.num_microbatches,
+        seq_length=run.config.training.seq_length,
+        micro_batch_size=run.config.training.micro_batch_size,
+        forward_only=False,
+    )
+    return [result["loss"] for result in results]
+
+
+def forward_step(
+    batches: Iterator[dict[str, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    """The next micro-batch through this chunk, and what makes a loss of the last one's output."""
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batch["loss_mask"]
+        loss = (losses.float() * mask).sum() / mask.sum()
+        # megatron-core divides the loss in place by the number of micro-batches: log a copy.
+        return loss, {"loss": loss.detach().clone()}
+
+    return output, mean_loss
+
+
+def share_loss(run: Run, losses: list[Tensor]) -> tuple[float, bool]:
+    """The loss of the whole batch and whether to stop, known to all ranks after one message."""
+    groups = run.groups
+    word = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    if losses and groups.tp.rank() == 0:
+        word[0] = torch.stack(losses).double().mean() / groups.dp.size()
+    word[1] = float(run.stop.received is not None)
+    dist.all_reduce(word)
+    loss, stops = word.tolist()
+    return loss, stops > 0
+
+
+def evaluate(run: Run, state: TrainState, why: str) -> None:
+    """Measure the held-out loss and log it; nothing without held-out data."""
+    if run.held_out is None:
+        return
+    loss, _tokens = held_out_loss(run.trainable.chunks, run.held_out, run.groups)
+    run.log.event(
+        "evaluated", step=state.step, tokens=state.consumed_tokens, val_loss=loss, why=why
+    )
+    run.progress.note(f"held-out loss {loss:.4f} after {state.consumed_tokens:,} tokens")
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Write a checkpoint and log it."""
+    begin = time.perf_counter()
+    path = checkpoint.save(run.trainable, run.pruner, state)
+    run.log.event("saved", step=state.step, path=str(path), seconds=time.perf_counter() - begin)

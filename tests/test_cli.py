@@ -1,0 +1,316 @@
+"""The commands, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_idea import cli, config, metrics
+from megatron_idea.config import Config, ConfigError
+
+runner = CliRunner()
+CONFIG = """
+run_dir: {run_dir}
+model: {{ffn_hidden_size: 1024}}
+parallel: {{tensor_model_parallel_size: 2}}
+prune: {{target_ffn_hidden_size: 384}}
+"""
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(run_dir=tmp_path / "run"))
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Replaces training by one that finishes a step; the configs it was called with."""
+    calls: list[Config] = []
+
+    def train(given: Config) -> None:
+        calls.append(given)
+        run_dir = Path(given.run_dir)
+        log = metrics.RunLog(run_dir, config.replace(given, logging={"tensorboard": False}), True)
+        (run_dir / "config.yaml").write_text(config.to_yaml(given))
+        widths = [given.model.ffn_hidden_size] * given.model.num_layers
+        log.write(
+            {"step": 1, "tokens": given.batch_tokens, "phase": "enlarged", "loss": 7.0, "lr": 1e-3}
+            | {"keep_ratio": 1.0, "ffn_live": widths, "ffn_width": widths, "tokens_per_s": 1e3}
+        )
+        log.close()
+
+    module = types.ModuleType("megatron_idea.train")
+    module.train = train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron_idea.train", module)
+    return calls
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Replaces ``os.execv``, which would replace this process; the commands it was given."""
+    commands: list[list[str]] = []
+
+    def execv(path: str, command: list[str]) -> None:
+        commands.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    return commands
+
+
+def run(*arguments: Any) -> Any:
+    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def assert_user_error(result: Any, *parts: str) -> None:
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in line
+
+
+def test_help_is_instant_and_imports_no_torch() -> None:
+    code = (
+        "import sys, megatron_idea.cli as c\n"
+        "try: c.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'megatron.core', 'matplotlib'} & set(sys.modules)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # 0.16 s on an idle core; the limit leaves room for a machine that is busy.
+    assert time.perf_counter() - begin < 3
+    for command in ("corpus", "tokenize", "train", "plan", "evaluate", "report", "doctor"):
+        assert command in done.stdout
+
+
+def test_plan_prints_the_run_without_running_it(config_path: Path, tmp_path: Path) -> None:
+    result = run("plan", config_path, "schedule.total_tokens=1e6")
+    assert result.exit_code == 0
+    for shown in ("1M tokens", "Phases", "Compactions", "2 processes: TP 2 x PP 1 x DP 1"):
+        assert shown in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_as_json_is_json(config_path: Path) -> None:
+    result = run("plan", config_path, "training.micro_batch_size=4", "--json", "--nproc", 4)
+    plan = json.loads(result.stdout)
+    assert (plan["world_size"], plan["data_parallel"]) == (4, 2)
+    assert plan["width_changes"][-1]["width"] == 384
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["model.hiden_size=1"], ["did you mean 'model.hidden_size'?"]),
+        (["prune.target_ffn_hidden_size=390"], ["nearest legal widths: 384, 400"]),
+        (["schedule.prune_fraction=0.3"], ["must be 1; they are"]),
+        (["--nproc", "3"], ["3 processes cannot be split", "a multiple of 2"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_process_starts(
+    config_path: Path,
+    launched: list[list[str]],
+    command: str,
+    arguments: list[str],
+    parts: list[str],
+) -> None:
+    assert_user_error(run(command, config_path, *arguments), *parts)
+    assert launched == []
+
+
+def test_a_missing_configuration_is_one_line(tmp_path: Path) -> None:
+    assert_user_error(run("train", tmp_path / "nowhere.yaml"), "no configuration file at")
+
+
+def test_a_message_of_the_yaml_parser_is_one_line_too(config_path: Path) -> None:
+    assert_user_error(run("plan", config_path, "prune.ema=[red]x"), "cannot read configuration")
+
+
+def test_square_brackets_in_a_message_are_printed_as_they_are(tmp_path: Path) -> None:
+    assert_user_error(run("report", tmp_path / "[red]x"), "[red]x is not a run folder")
+
+
+def test_train_starts_as_many_processes_as_the_model_needs(
+    config_path: Path, launched: list[list[str]]
+) -> None:
+    run("train", config_path, "prune.ema=0.3")
+    (command,) = launched
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--nproc-per-node=2" in command
+    assert "--standalone" in command
+    tail = ["-m", "megatron_idea", "train", str(config_path), "prune.ema=0.3"]
+    assert command[-5:] == tail
+    assert os.environ["PYTHONSAFEPATH"] == "1"
+    assert os.environ["OMP_NUM_THREADS"] == "3"  # the user's own setting stays
+
+
+def test_one_process_trains_in_place_and_reports(
+    config_path: Path, tmp_path: Path, trained: list[Config], launched: list[list[str]]
+) -> None:
+    result = run("train", config_path, "parallel.tensor_model_parallel_size=1")
+    assert result.exit_code == 0, result.output
+    assert launched == []
+    assert [given.run_dir for given in trained] == [str(tmp_path / "run")]
+    assert "consumed tokens" in result.stdout
+    assert (tmp_path / "run" / "report" / "run.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rank", "size"), [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")]
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_worker_of_a_launcher_trains_and_rank_0_reports(
+    config_path: Path,
+    trained: list[Config],
+    launched: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: str,
+    size: str,
+    number: int,
+) -> None:
+    monkeypatch.setenv(rank, str(number))
+    monkeypatch.setenv(size, "2")
+    result = run("train", config_path)
+    assert result.exit_code == 0, result.output
+    assert (len(trained), launched) == (1, [])
+    assert ("consumed tokens" in result.stdout) == (number == 0)
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_of_workers_only_rank_0_says_what_the_user_got_wrong(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, lines: int
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("train", config_path, "prune.ema=7")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == lines
+
+
+def test_a_worker_refuses_to_start_processes_of_its_own(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("train", config_path, "--nproc", 2)
+    assert result.exit_code == 2
+    assert "launcher" in result.stderr
+
+
+@pytest.mark.parametrize("error", [ValueError("of torch"), RuntimeError("of ours"), KeyError("x")])
+def test_what_the_user_did_not_cause_keeps_its_traceback(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def train(given: Config) -> None:
+        raise error
+
+    module = types.ModuleType("megatron_idea.train")
+    module.train = train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron_idea.train", module)
+    result = run("train", config_path, "parallel.tensor_model_parallel_size=1")
+    assert result.exit_code == 1
+    assert result.exception is error
+
+
+def test_a_value_error_of_our_own_code_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope: dict[str, Any] = {"__name__": "megatron_idea.data.documents"}
+    exec("def fail(): raise ValueError('line 3 of x.jsonl has no text')", scope)
+    for module, expected in (("megatron_idea.data.documents", True), ("torch.nn", False)):
+        scope["__name__"] = module
+        with pytest.raises(ValueError) as caught:
+            scope["fail"]()
+        assert cli._is_users(caught.value) == expected
+
+
+def test_report_refuses_another_folder(tmp_path: Path) -> None:
+    assert_user_error(run("report", tmp_path), "is not a run folder")
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0
+    for shown in ("torch", "megatron-core", "Transformer Engine", "attention", "optimizer"):
+        assert shown in result.stdout
+
+
+def test_doctor_fails_when_something_required_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_idea import doctor
+
+    missing = doctor.Row("torch", "missing", "not installed", "pip install torch", required=True)
+    monkeypatch.setattr(doctor, "collect", lambda: [missing])
+    assert run("doctor").exit_code == 1
+
+
+def test_evaluate_prints_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    def evaluate_checkpoint(path: Path, overrides: list[str]) -> dict[str, float]:
+        calls.append((path, overrides))
+        return {"loss": 2.5, "perplexity": 12.1825, "tokens": 16384}
+
+    module = types.ModuleType("megatron_idea.evaluate")
+    module.evaluate_checkpoint = evaluate_checkpoint  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron_idea.evaluate", module)
+    result = run("evaluate", tmp_path, "evaluation.num_samples=8")
+    assert calls == [(tmp_path, ["evaluation.num_samples=8"])]
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["loss", "2.5000"],
+        ["perplexity", "12.1825"],
+        ["tokens", "16,384"],
+    ]
+
+
+def test_text_becomes_token_files_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    sentences = (f"the quick brown fox number {n} jumps over the lazy dog" for n in range(200))
+    text.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences))
+    tokenizer = tmp_path / "tokenizer.json"
+    arguments = ["tokenize", text, "--out", tmp_path / "t", "--tokenizer", tokenizer]
+    arguments += ["--train-tokenizer", 300, "--held-out", 0.2]
+    first = run(*arguments)
+    assert first.exit_code == 0, first.output
+    assert "200 documents" in first.stdout
+    for name in ("t_train.bin", "t_train.idx", "t_heldout.bin", "t_heldout.idx"):
+        assert (tmp_path / name).is_file()
+    written = tokenizer.read_bytes()
+    second = run(*arguments)
+    assert second.exit_code == 0
+    assert "which exists" in second.stdout.replace("\n", "")
+    assert tokenizer.read_bytes() == written
+
+
+def test_the_byte_tokenizer_cannot_be_trained(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    result = run(
+        "tokenize", text, "--out", tmp_path / "t", "--tokenizer", "byte", "--train-tokenizer", 300
+    )
+    assert_user_error(result, "--tokenizer data/tokenizer.json")
+
+
+def test_config_errors_are_value_errors() -> None:
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,241 @@
+"""Counts against shapes written out by hand, planned widths against the pruner's own rule."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from megatron_idea import config as configs
+from megatron_idea.config import Config, ConfigError, ModelConfig
+from megatron_idea.estimate import (
+    WidthChange,
+    flops_between,
+    flops_per_token,
+    human_count,
+    live_at_step,
+    make_plan,
+    num_steps,
+    parameter_count,
+    remaining_flops,
+    render_plan,
+    width_at,
+    width_plan,
+)
+from megatron_idea.prune.legal import due_widths
+from megatron_idea.schedule import removal_window
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
+
+
+@pytest.fixture(scope="module")
+def paper() -> Config:
+    return configs.load(EXAMPLES / "2p8b_to_1p3b.yaml")
+
+
+def small(**sections: dict) -> Config:
+    """64 steps of 16 tokens: prune phase in steps 33 to 41, FFN width 64 to 16, blocks of 8."""
+    base = configs.from_dict(
+        {
+            "model": {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 64, "vocab_size": 32},
+            "training": {"seq_length": 8, "global_batch_size": 2, "micro_batch_size": 2},
+            "schedule": {"total_tokens": 1024, "prune_warmup_fraction": 0.0},
+            "prune": {"target_ffn_hidden_size": 16, "compaction_block": 8},
+        }
+    )
+    return configs.replace(base, **sections)
+
+
+def test_the_paper_sizes_have_the_parameters_of_their_names(paper: Config) -> None:
+    enlarged = parameter_count(paper.model, [16384] * 24)
+    target = parameter_count(paper.model, [6144] * 24)
+    assert round(enlarged.total / 1e9, 3) == 2.819
+    assert round(target.total / 1e9, 3) == 1.309
+    # embedding, attention (query, key, value, output), FFN, norms (2 a layer, final, QK)
+    assert enlarged.embedding == 49152 * 2048
+    assert enlarged.attention == 24 * (2048 + 2 * 1024 + 2048) * 2048
+    assert enlarged.ffn == 24 * 3 * 2048 * 16384
+    assert enlarged.norm == (2 * 24 + 1) * 2048 + 24 * 2 * 128
+
+
+def test_the_300m_config_ships_302m_without_embeddings() -> None:
+    model = configs.load(EXAMPLES / "300m.yaml").model
+    count = parameter_count(model, [3072] * 24)
+    assert round((count.total - count.embedding) / 1e6) == 302
+
+
+def test_untied_embeddings_count_twice_and_qk_norm_only_when_on() -> None:
+    tied = parameter_count(ModelConfig(), [384] * 4)
+    untied = parameter_count(ModelConfig(share_embeddings_and_output_weights=False), [384] * 4)
+    normed = parameter_count(ModelConfig(qk_layernorm=True), [384] * 4)
+    assert untied.total - tied.total == 4096 * 128
+    assert normed.total - tied.total == 4 * 2 * 32
+
+
+def test_layers_may_differ_in_width() -> None:
+    uneven = parameter_count(ModelConfig(), [128, 256, 512, 640])
+    assert uneven.ffn == 3 * 128 * (128 + 256 + 512 + 640)
+
+
+def test_flops_are_six_a_weight_plus_causal_attention() -> None:
+    model = ModelConfig(num_layers=1)  # hidden 128, 4 query and 2 key/value heads of 32
+    weights = (128 + 2 * 64 + 128) * 128 + 3 * 128 * 1024 + 4096 * 128
+    # Two products of 2 x 128 FLOPs for each of 256 / 2 visible tokens, three times over.
+    attention = 3 * 2 * 2 * 128 * 256 // 2
+    assert flops_per_token(model, [1024], 256) == 6 * weights + attention
+
+
+def test_an_untied_output_layer_costs_what_a_tied_one_costs() -> None:
+    untied = ModelConfig(share_embeddings_and_output_weights=False)
+    assert flops_per_token(untied, [8] * 4, 64) == flops_per_token(ModelConfig(), [8] * 4, 64)
+
+
+def simulated_widths(config: Config) -> list[WidthChange]:
+    """What the pruner's own rule gives, step by step."""
+    changes, widths = [], (config.model.ffn_hidden_size,)
+    for step in range(1, num_steps(config) + 1):
+        tokens = step * config.batch_tokens
+        new = due_widths(
+            widths,
+            [live_at_step(config, step)],
+            config.ffn_multiple,
+            config.compaction_block,
+            final=tokens >= removal_window(config.schedule)[1],
+        )
+        if new != widths:
+            widths = new
+            changes.append(WidthChange(tokens, widths[0]))
+    return changes
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    full=st.integers(2, 64),
+    target=st.integers(1, 63),
+    alignment=st.sampled_from((1, 2, 8)),
+    block=st.integers(0, 16),
+    interval=st.sampled_from((1, 3, 7)),
+    removal=st.sampled_from(("cubic", "one_shot")),
+    steps=st.integers(1, 120),
+)
+def test_planned_widths_are_those_of_the_pruner_step_by_step(
+    full: int, target: int, alignment: int, block: int, interval: int, removal: str, steps: int
+) -> None:
+    config = small(
+        model={"ffn_hidden_size": full * alignment},
+        schedule={"total_tokens": steps * 16, "removal": removal},
+        prune={
+            "target_ffn_hidden_size": min(target, full - 1) * alignment,
+            "alignment": alignment,
+            "compaction_block": block * alignment,
+            "mask_interval_steps": interval,
+        },
+    )
+    changes = width_plan(config)
+    assert changes == simulated_widths(config)
+    assert changes[-1].width == config.target_ffn_hidden_size
+    for step in range(steps + 1):
+        assert width_at(config, step * 16) >= live_at_step(config, step)
+
+
+def test_widths_change_at_the_steps_worked_out_by_hand() -> None:
+    # Removal from token 512 to 666 (0.65 x 1024). After steps 33, 34, ... the cubic keeps
+    # 16 + 48 (1 - 16 (s - 32) / 154)^3 neurons, rounded: 51, 40, 32, 26, 21, 19, 17, 16.
+    plan = [(change.tokens // 16, change.width) for change in width_plan(small())]
+    assert plan == [(33, 56), (34, 40), (35, 32), (37, 24), (40, 16)]
+
+
+def test_masks_only_never_change_the_width() -> None:
+    config = small(prune={"compact": False})
+    assert width_plan(config) == []
+    assert width_at(config, 1024) == 64
+
+
+def test_the_paper_run_is_planned_in_no_time_with_ten_compactions(paper: Config) -> None:
+    begin = time.perf_counter()
+    changes = width_plan(paper)
+    assert time.perf_counter() - begin < 0.5
+    assert len(changes) == 10
+    assert changes[-1].width == 6144
+
+
+def test_flops_are_the_sum_over_steps_at_the_width_of_each() -> None:
+    config = small()
+    total = 0
+    for step in range(64):
+        width = width_at(config, step * 16)
+        total += 16 * flops_per_token(config.model, [width] * 2, 8)
+    assert remaining_flops(config, 0) == total
+    assert remaining_flops(config, 1024) == 0
+    assert flops_between(config, 0, 600) + remaining_flops(config, 600) == total
+
+
+def test_the_plan_of_the_paper_run_shows_its_headline_numbers(paper: Config) -> None:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(render_plan(make_plan(paper, 16)))
+    text = capture.get()
+    for shown in ("2.8B", "1.3B", "2T tokens", "16 processes: TP 2 x PP 1 x DP 8", "16384", "6144"):
+        assert shown in text
+
+
+def test_the_plans_phases_add_up(paper: Config) -> None:
+    plan = make_plan(paper, 2)
+    assert [part.name for part in plan.phases] == ["enlarged", "prune", "recover"]
+    assert [part.tokens for part in plan.phases] == [10**12, 3 * 10**11, 7 * 10**11]
+    assert sum(part.steps for part in plan.phases) == plan.steps == 476838
+    assert sum(part.flops for part in plan.phases) == plan.cost.this_run
+    assert plan.cost.target_from_scratch < plan.cost.this_run < plan.cost.masks_only
+    # 2.8B over half of the tokens and mostly 1.3B over the rest: about (2.8 + 1.3) / (2 x 1.3).
+    assert plan.cost.this_run / plan.cost.target_from_scratch == pytest.approx(1.55, abs=0.01)
+
+
+def test_the_plan_of_plain_training_compares_nothing() -> None:
+    config = small(prune={"strategy": "none"})
+    plan = make_plan(config)
+    assert plan.enlarged == plan.target
+    assert plan.width_changes == []
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(render_plan(plan))
+    assert "from scratch" not in capture.get()
+
+
+def test_a_plan_for_a_wrong_number_of_processes_is_refused(paper: Config) -> None:
+    with pytest.raises(ConfigError, match="start a multiple of 2"):
+        make_plan(paper, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (977, "977"),
+        (2048, "2.05K"),
+        (33_554_432, "33.6M"),
+        (680e6, "680M"),
+        (100e9, "100B"),
+        (2e12, "2T"),
+    ],
+)
+def test_counts_are_written_as_people_say_them(number: float, text: str) -> None:
+    assert human_count(number) == text
+
+
+def test_two_figures_are_enough_for_a_models_name() -> None:
+    assert human_count(2.819e9, digits=2) == "2.8B"
+    assert human_count(302e6, digits=2) == "302M"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "300m", "2p8b_to_1p3b"])
+def test_every_example_can_be_planned(name: str) -> None:
+    config = configs.load(EXAMPLES / f"{name}.yaml")
+    parallel = config.parallel
+    size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    plan = make_plan(config, size)
+    assert plan.target.total < plan.enlarged.total
+    assert plan.points[-1].ffn_live == plan.points[-1].ffn_width == config.target_ffn_hidden_size

@@ -1,0 +1,260 @@
+"""Records survive kills and resumes; the progress line says what is going on."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megatron_idea import config as configs
+from megatron_idea import metrics
+from megatron_idea.config import Config, ConfigError
+from megatron_idea.estimate import flops_per_token, remaining_flops
+from megatron_idea.metrics import (
+    Progress,
+    RunLog,
+    human_duration,
+    peak_flops,
+    read_events,
+    read_metrics,
+)
+
+QUIET = configs.from_dict({"logging": {"tensorboard": False}})
+
+
+def record(step: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "tokens": step * 2048,
+        "phase": "enlarged",
+        "loss": 7.0 - step / 1000,
+        "lr": 1e-3,
+        "keep_ratio": 1.0,
+        "ffn_live": [1024] * 4,
+        "ffn_width": [1024] * 4,
+        "grad_norm": 0.5,
+        "tokens_per_s": 4096.0,
+        "step_s": 0.5,
+        "memory_bytes": 10**9,
+        "skipped": False,
+        **fields,
+    }
+
+
+def write_steps(run_dir: Path, first: int, last: int, *, close: bool = True) -> None:
+    log = RunLog(run_dir, QUIET, is_writer=True, step=first - 1)
+    for step in range(first, last + 1):
+        log.write(record(step))
+    if close:
+        log.close()
+
+
+def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3)
+    assert read_metrics(tmp_path) == [record(1), record(2), record(3)]
+
+
+def test_a_record_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2, close=False)
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_a_resumed_run_leaves_the_metrics_of_an_undisturbed_one(tmp_path: Path) -> None:
+    write_steps(tmp_path / "undisturbed", 1, 9)
+    write_steps(tmp_path / "killed", 1, 7)  # the last checkpoint is of step 4
+    write_steps(tmp_path / "killed", 5, 9)
+    undisturbed, killed = (
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "killed")
+    )
+    assert killed == undisturbed
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_clean(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3)
+    write_steps(tmp_path, 1, 2)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3', '{"step": 3, "loss": 1.0}'])
+def test_a_half_written_last_line_does_no_harm(tmp_path: Path, tail: str) -> None:
+    write_steps(tmp_path, 1, 2)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with open(tmp_path / name, "a") as file:
+            file.write(tail)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    write_steps(tmp_path, 3, 4)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [e["kind"] for e in read_events(tmp_path)] == ["started", "resumed"]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 1)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + "rubbish\n" + json.dumps(record(2)) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_events_keep_everything_and_are_read_without_what_was_superseded(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, QUIET, is_writer=True)
+    log.event("evaluated", step=0, val_loss=7.6)
+    log.event("saved", step=4)
+    log.event("compacted", step=6, digest="of the killed process")
+    log.close()
+    log = RunLog(tmp_path, QUIET, is_writer=True, step=4)
+    log.event("compacted", step=6, digest="of the resumed one")
+    log.close()
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 6
+    events = read_events(tmp_path)
+    assert [e["kind"] for e in events] == ["started", "evaluated", "saved", "resumed", "compacted"]
+    assert events[-1]["digest"] == "of the resumed one"
+    assert all(e["time"] > 1.6e9 for e in events)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, QUIET, is_writer=False)
+    log.write(record(1))
+    log.event("saved", step=1)
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_records_reads_as_empty(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    assert read_events(tmp_path) == []
+
+
+def test_scalars_are_mirrored_to_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = RunLog(tmp_path, Config(), is_writer=True)
+    log.write(record(1, ffn_width=[512, 256, 512, 256]))
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("loss")[0].value == pytest.approx(6.999)
+    assert events.Scalars("ffn_width")[0].value == 384  # of a list: the mean over layers
+    assert "phase" not in events.Tags()["scalars"]
+
+
+def test_without_tensorboard_no_folder_appears(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 1)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_asking_for_a_missing_tensorboard_fails_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    for is_writer in (True, False):
+        with pytest.raises(ConfigError, match=r"set logging\.tensorboard=false"):
+            RunLog(tmp_path, Config(), is_writer)
+
+
+def test_mfu_is_recorded_when_the_peak_is_known(tmp_path: Path) -> None:
+    per_token = flops_per_token(QUIET.model, [1024] * 4, 256)
+    log = RunLog(tmp_path, QUIET, is_writer=True, peak_flops=4096.0 * per_token * 2)
+    assert log.write(record(1))["mfu"] == pytest.approx(0.5)
+    log.close()
+    assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("Tesla T4", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_known_by_the_devices_name(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain_progress(config: Config = QUIET) -> tuple[Progress, io.StringIO, Clock]:
+    out, clock = io.StringIO(), Clock()
+    return Progress(config, True, console=Console(file=out, width=60), clock=clock), out, clock
+
+
+def test_where_nobody_watches_a_line_comes_every_ten_seconds() -> None:
+    progress, out, clock = plain_progress()
+    for step in range(1, 31):
+        clock.now = float(step)
+        progress.update(record(step))
+    progress.close()
+    assert len(out.getvalue().splitlines()) == 3
+
+
+def test_a_new_phase_gets_its_line_at_once() -> None:
+    progress, out, _ = plain_progress()
+    for step, phase in enumerate(("enlarged", "enlarged", "prune", "prune", "recover"), start=1):
+        progress.update(record(step, phase=phase))
+    assert [line.split()[0] for line in out.getvalue().splitlines()] == [
+        "enlarged",
+        "prune",
+        "recover",
+    ]
+
+
+def test_the_time_left_knows_that_the_model_will_shrink() -> None:
+    progress, out, _ = plain_progress()
+    progress.update(record(1))
+    rate = 4096.0 * flops_per_token(QUIET.model, [1024] * 4, 256)
+    expected = human_duration(remaining_flops(QUIET, 2048) / rate)
+    assert f"ETA {expected}" in out.getvalue()
+    # At the speed of the full width, had it stayed: (4e6 - 2048) / 4096 s = 16m16s.
+    assert expected < "16m16s"
+
+
+def test_a_terminal_gets_one_live_line_with_everything_on_it() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    progress = Progress(QUIET, True, console=console)
+    progress.update(record(1))
+    progress.note("compacted [0] 1024 -> 960")
+    progress.close()
+    for shown in ("enlarged", "loss 6.999", "lr 1.0e-03", "keep 1.00", "4.1K tok/s", "ETA"):
+        assert shown in out.getvalue()
+    assert "compacted [0] 1024 -> 960" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("config", "enabled"),
+    [(QUIET, False), (configs.replace(QUIET, logging={"progress": False}), True)],
+)
+def test_progress_that_is_off_says_nothing(config: Config, enabled: bool) -> None:
+    out = io.StringIO()
+    progress = Progress(config, enabled, console=Console(file=out))
+    progress.update(record(1))
+    progress.note("x")
+    progress.close()
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0s"),
+        (42, "42s"),
+        (190, "3m10s"),
+        (25_500, "7h05m"),
+        (1_047_600, "12d03h"),
+        (float("inf"), "unknown"),
+    ],
+)
+def test_durations_show_their_two_largest_units(seconds: float, text: str) -> None:
+    assert human_duration(seconds) == text

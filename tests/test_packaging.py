@@ -1,0 +1,90 @@
+"""What is installed: one top-level name, and a wheel that works away from the repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+SHIPPED = ("pyproject.toml", "setup.py", "LICENSE", "README.md", "megatron_idea", "kernels", "csrc")
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | env, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build/ folder in the repository could lend it files of yesterday."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    run(*pip, "--wheel-dir", out, copy, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_no_top_level_kernels_of_ours():
+    spec = importlib.util.find_spec("kernels")
+    where = [*(spec.submodule_search_locations or []), spec.origin or ""] if spec else []
+    assert not any(Path(p).is_relative_to(ROOT / "kernels") for p in where if p), (
+        "the repository's root is on sys.path: set PYTHONSAFEPATH=1 and unset PYTHONPATH"
+    )
+
+
+def test_the_wheel_has_one_top_level_name_and_every_module(wheel):
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in shipped} == {"megatron_idea"}
+    package = {p.relative_to(ROOT) for p in (ROOT / "megatron_idea").rglob("*.py")}
+    kernels = {"megatron_idea" / p.relative_to(ROOT) for p in (ROOT / "kernels").rglob("*.py")}
+    assert {name for name in shipped if name.endswith(".py")} == {
+        path.as_posix() for path in package | kernels
+    }
+
+
+def test_the_wheel_imports_outside_of_the_repository(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = """
+import sys; sys.path.insert(0, "site")
+import importlib.util, megatron_idea.config, megatron_idea.kernels
+print(megatron_idea.config.__file__, megatron_idea.kernels.__file__, sep="\\n")
+"""
+    origins = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONSAFEPATH="1").split()
+    assert len(origins) == 2
+    assert all((tmp_path / origin).is_relative_to(tmp_path / "site") for origin in origins)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[Path(sys.executable).with_name("megatron-idea")], [sys.executable, "-m", "megatron_idea"]],
+    ids=["console script", "python -m"],
+)
+def test_the_command_line_answers(command, tmp_path):
+    assert "train" in run(*command, "--help", cwd=tmp_path)
+
+
+def test_every_dependency_has_a_bound_and_a_reason():
+    project = tomllib.loads(PYPROJECT)["project"]
+    extras = project.get("optional-dependencies", {}).values()
+    for requirement in [*project["dependencies"], *(r for extra in extras for r in extra)]:
+        assert re.search(r"[<>=]", requirement), f"{requirement}: no version range"
+        lines = re.findall(rf'^ *"{re.escape(requirement)}",  # \w.*$', PYPROJECT, re.MULTILINE)
+        assert lines, f"{requirement}: no comment that says what it is for"

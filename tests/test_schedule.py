@@ -1,0 +1,180 @@
+"""The curves, against values worked out by hand, and their properties for all configurations."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_idea.config import ScheduleConfig
+from megatron_idea.schedule import (
+    PHASES,
+    crossed,
+    gathers_scores,
+    keep_count,
+    keep_ratio,
+    learning_rate,
+    phase,
+    phase_ended,
+    phase_ends,
+    removal_window,
+)
+
+TOTAL = 2_000_000
+PAPER = ScheduleConfig(total_tokens=TOTAL, lr=0.01, min_lr=5e-5, lr_warmup_fraction=0.0)
+R = 0.375
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> ScheduleConfig:
+    enlarged = draw(st.integers(0, 100))
+    prune = draw(st.integers(0, 100 - enlarged))
+    lr = draw(st.floats(1e-6, 1.0))
+    return ScheduleConfig(
+        total_tokens=draw(st.integers(1, 10**13)),
+        lr=lr,
+        min_lr=lr * draw(st.floats(0, 1)),
+        lr_warmup_fraction=draw(st.floats(0, 0.5)),
+        enlarged_fraction=enlarged / 100,
+        prune_fraction=prune / 100,
+        recover_fraction=(100 - enlarged - prune) / 100,
+        prune_warmup_fraction=draw(st.floats(0, 0.9)),
+        removal=draw(st.sampled_from(("cubic", "one_shot"))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.0, 1e-2), (0.25, 8.54e-3), (0.5, 5.025e-3), (0.75, 1.51e-3), (0.9, 2.93e-4), (1.0, 5e-5)],
+)
+def test_one_cosine_passes_through_the_papers_points(share: float, expected: float) -> None:
+    assert learning_rate(PAPER, int(share * TOTAL)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_warm_up_is_linear_from_zero_to_the_peak() -> None:
+    schedule = ScheduleConfig(total_tokens=1000, lr=0.01, min_lr=0.0, lr_warmup_fraction=0.1)
+    assert learning_rate(schedule, 1) == pytest.approx(1e-4)
+    assert learning_rate(schedule, 50) == pytest.approx(5e-3)
+    assert learning_rate(schedule, 100) == pytest.approx(1e-2)
+    # The cosine spans what is left: half of it is over at (100 + 1000) / 2.
+    assert learning_rate(schedule, 550) == pytest.approx(5e-3)
+    assert learning_rate(schedule, 1000) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("boundary", ["enlarged", "prune"])
+def test_the_learning_rate_crosses_each_boundary_by_one_steps_decay(boundary: str) -> None:
+    step = TOTAL // 1000
+    end = phase_ends(PAPER)[boundary]
+    before, at, after = (learning_rate(PAPER, end + d * step) for d in (-1, 0, 1))
+    # Steepest fall of the cosine: (pi / 2) (lr - min_lr) per whole run.
+    steepest = 1.5708 * (PAPER.lr - PAPER.min_lr) / 1000
+    assert 0 < before - at <= steepest
+    assert at - after == pytest.approx(before - at, rel=0.02)
+
+
+def test_restarted_anneals_warms_up_again_and_anneals_again() -> None:
+    schedule = ScheduleConfig(
+        kind="restarted", total_tokens=1000, lr=0.01, min_lr=5e-5, lr_warmup_fraction=0.1
+    )
+    assert learning_rate(schedule, 100) == pytest.approx(0.01)
+    assert learning_rate(schedule, 500) == pytest.approx(5e-5)
+    assert learning_rate(schedule, 550) == pytest.approx(0.005)
+    assert learning_rate(schedule, 600) == pytest.approx(0.01)
+    assert learning_rate(schedule, 800) == pytest.approx(5.025e-3)
+    assert learning_rate(schedule, 1000) == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize(
+    ("share_of_window", "share_removed"), [(0.1, 0.271), (0.25, 0.578), (0.5, 0.875), (0.75, 0.984)]
+)
+def test_cubic_removal_is_front_loaded(share_of_window: float, share_removed: float) -> None:
+    start, end = removal_window(PAPER)
+    ratio = keep_ratio(PAPER, round(start + share_of_window * (end - start)), R)
+    assert (1 - ratio) / (1 - R) == pytest.approx(share_removed, abs=1e-3)
+
+
+def test_nothing_is_removed_while_scores_settle() -> None:
+    start, end = removal_window(PAPER)
+    assert (start, end) == (1_000_000 + 0.05 * 300_000, 1_300_000)
+    assert keep_ratio(PAPER, int(start), R) == 1.0
+    assert keep_ratio(PAPER, int(start) + 1, R) < 1.0
+    assert keep_ratio(PAPER, end, R) == R
+
+
+def test_one_shot_removes_everything_when_the_prune_warm_up_ends() -> None:
+    schedule = ScheduleConfig(total_tokens=TOTAL, removal="one_shot")
+    start, _ = removal_window(schedule)
+    assert keep_ratio(schedule, int(start) - 1, R) == 1.0
+    assert keep_ratio(schedule, int(start), R) == R
+
+
+def test_the_last_keep_count_is_the_target_width() -> None:
+    for full, target in ((16384, 6144), (1024, 384), (8192, 3072), (1000, 333)):
+        assert keep_count(keep_ratio(PAPER, TOTAL, target / full), full) == target
+
+
+@given(schedules(), st.floats(0.01, 1.0), st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_keep_counts_never_grow(
+    schedule: ScheduleConfig, final: float, shares: list[float]
+) -> None:
+    tokens = sorted(int(share * schedule.total_tokens) for share in shares)
+    counts = [keep_count(keep_ratio(schedule, t, final), 16384) for t in tokens]
+    assert counts == sorted(counts, reverse=True)
+    assert all(round(final * 16384) <= count <= 16384 for count in counts)
+
+
+@given(schedules(), st.floats(0, 1))
+def test_the_learning_rate_stays_between_zero_and_the_peak(
+    schedule: ScheduleConfig, share: float
+) -> None:
+    rate = learning_rate(schedule, int(share * schedule.total_tokens))
+    assert 0 <= rate <= schedule.lr * (1 + 1e-12)
+
+
+@given(schedules())
+def test_the_learning_rate_ends_at_its_minimum(schedule: ScheduleConfig) -> None:
+    # With fewer tokens than a warm-up needs there is no cosine to end.
+    if schedule.lr_warmup_fraction * schedule.total_tokens + 1 <= schedule.total_tokens:
+        end = learning_rate(schedule, schedule.total_tokens)
+        assert end == pytest.approx(schedule.min_lr, rel=1e-6, abs=1e-12)
+
+
+@given(schedules(), st.integers(1, 100))
+def test_phases_partition_the_tokens(schedule: ScheduleConfig, parts: int) -> None:
+    ends = list(phase_ends(schedule).values())
+    assert ends == sorted(ends)
+    assert ends[-1] == schedule.total_tokens
+    tokens = [max(1, schedule.total_tokens * part // parts) for part in range(parts + 1)]
+    order = [PHASES.index(phase(schedule, t)) for t in tokens]
+    assert order == sorted(order)
+
+
+def test_a_phase_owns_its_last_token() -> None:
+    ends = phase_ends(PAPER)
+    assert phase(PAPER, ends["enlarged"]) == "enlarged"
+    assert phase(PAPER, ends["enlarged"] + 1) == "prune"
+    assert phase(PAPER, ends["prune"]) == "prune"
+    assert phase(PAPER, ends["prune"] + 1) == "recover"
+
+
+def test_scores_are_gathered_in_the_prune_phase_only() -> None:
+    ends = phase_ends(PAPER)
+    moments = (1, ends["enlarged"], ends["enlarged"] + 1, ends["prune"], ends["prune"] + 1)
+    assert [gathers_scores(PAPER, t) for t in moments] == [False, False, True, True, False]
+
+
+@given(schedules(), st.integers(1, 60))
+def test_every_phase_ends_once_whatever_the_batch(schedule: ScheduleConfig, steps: int) -> None:
+    batch = -(-schedule.total_tokens // steps)
+    ended = [phase_ended(schedule, s * batch, (s + 1) * batch) for s in range(steps)]
+    seen = [name for name in ended if name is not None]
+    assert len(seen) == len(set(seen))
+    assert seen == sorted(seen, key=PHASES.index)
+    assert seen[-1] == "recover" or phase_ends(schedule)["prune"] == schedule.total_tokens
+
+
+def test_crossed_sees_a_multiple_inside_a_step_and_none_when_off() -> None:
+    assert crossed(100, 99, 100)
+    assert crossed(100, 50, 350)
+    assert not crossed(100, 100, 199)
+    assert not crossed(0, 0, 10**9)
