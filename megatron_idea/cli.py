@@ -168,7 +168,7 @@ def train(config: ConfigPath, overrides: Overrides = None, nproc: Processes = No
         raise typer.BadParameter(
             "the launcher has set the number of processes", param_hint="--nproc"
         )
-    _quiet()
+    quiet()
     from megatron_idea.train import train as run
 
     run(loaded)
@@ -203,7 +203,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure the held-out loss of a checkpoint."""
-    _quiet()
+    quiet()
     from megatron_idea.evaluate import evaluate_checkpoint
 
     for name, value in evaluate_checkpoint(path, overrides or []).items():
@@ -277,7 +277,7 @@ def _launch(nproc: int, arguments: list[str]) -> None:
     raise typer.Exit
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep megatron-core's and torch's notes to developers out of a run's log."""
     import warnings
 

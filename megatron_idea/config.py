@@ -174,7 +174,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     lr_scaling: str = "none"
-    """``none``, or ``mup_simple``: matrices of attention and FFN step with lr x min(768/hidden, 1)."""
+    """``none``, or ``mup_simple``: matrices of attention and FFN step with lr x min(768/h, 1)."""
 
     def __post_init__(self) -> None:
         for name in ("adam_beta1", "adam_beta2"):

@@ -150,7 +150,7 @@ class Slot:
     start: int
     end: int
     main: Tensor
-    """Main weight [end - start] or in the parameter's shape, fp32: what the inner optimizer steps."""
+    """Main weight that the inner optimizer steps: fp32, flat or in the parameter's shape."""
     state: dict[str, Any]
     """``exp_avg``, ``exp_avg_sq`` shaped like ``main``, torch's ``step``; empty before step 1."""
 

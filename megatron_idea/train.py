@@ -68,8 +68,10 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
 
-def train(config: Config) -> TrainState:
+def train(config: Config, rendezvous: str | None = None) -> TrainState:
     """Train from the latest checkpoint of ``config.run_dir``, or from the seed, to the last token.
+
+    ``rendezvous`` as in ``start_distributed``; torchrun needs none.
 
     Returns: the state at the end; its tokens are fewer than the total when a signal ended the run.
     Raises: ConfigError, DataError, CheckpointError, on every rank, for what the user can mend.
@@ -77,7 +79,7 @@ def train(config: Config) -> TrainState:
     validate(config, world_size_from_environment())
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
-    groups = start_distributed(config.parallel, config.training.seed)
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     try:
         run, state = build(config, groups)
         if state.step == 0:

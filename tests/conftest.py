@@ -1,4 +1,14 @@
+"""What several test files share: worker processes, a small indexed dataset, a small config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+from megatron_idea import config as configuration
+from megatron_idea.config import Config
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -7,3 +17,54 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """Processes that run functions in parallel: ``workers.run(function, world_size, ...)``."""
+    from megatron_idea.testing import Workers
+
+    pool = Workers(tmp_path_factory.mktemp("rendezvous"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a byte-level dataset of Python sources: ``<prefix>_train``, ``<prefix>_heldout``."""
+    from megatron_idea.data.indexed import tokenize
+    from megatron_idea.data.tokenizer import load_tokenizer
+
+    prefix = tmp_path_factory.mktemp("dataset") / "text"
+    sources = sorted(Path(configuration.__file__).parent.glob("*.py"))
+    tokenize(sources, prefix, load_tokenizer("byte"), held_out=0.25)
+    return prefix
+
+
+@pytest.fixture()
+def tiny(dataset: Path, tmp_path: Path) -> Config:
+    """A whole run of 24 steps: 2 layers, FFN 64 -> 24, pruned in steps 7 to 16."""
+    return configuration.from_dict(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {
+                "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64,
+                "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8,
+                "vocab_size": 264, "qk_layernorm": True,
+            },
+            "data": {
+                "train": [{"prefix": f"{dataset}_train"}],
+                "validation": [{"prefix": f"{dataset}_heldout"}],
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4},
+            "schedule": {
+                "total_tokens": 24 * 128, "lr": 3e-3, "min_lr": 3e-5,
+                "enlarged_fraction": 0.25, "prune_fraction": 5 / 12, "recover_fraction": 1 / 3,
+                "prune_warmup_fraction": 0.2,
+            },
+            "prune": {"target_ffn_hidden_size": 24, "alignment": 4, "compaction_block": 8},
+            "evaluation": {"num_samples": 4},
+            "logging": {"tensorboard": False, "progress": False},
+        }
+    )  # fmt: skip
