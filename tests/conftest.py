@@ -31,7 +31,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of a byte-level dataset of Python sources: ``<prefix>_train``, ``<prefix>_heldout``."""
+    """Prefix of a byte-level dataset of Python sources: ``_train`` and ``_heldout`` follow it."""
     from megatron_idea.data.indexed import tokenize
     from megatron_idea.data.tokenizer import load_tokenizer
 
