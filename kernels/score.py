@@ -55,7 +55,8 @@ def matrix_scores(
         reduction: ``sum``, ``sum_of_squares`` (of e), ``max``.
     Returns: fp32 [R] or [C]; rows or columns that the shard does not touch are 0. Partial results
         of the shards of one matrix add up (``max``: take the maximum) to that of the whole.
-    Raises: ValueError for a shard outside the matrix, unequal lengths, unknown names.
+    Raises: ValueError for a shard outside the matrix, unequal lengths, unknown names, and the
+        maximum of signed values.
     """
     rows, columns = shape
     n = w_N.numel()
@@ -72,6 +73,9 @@ def matrix_scores(
     ):
         if value not in legal:
             raise ValueError(f"{name} is {value!r}; legal values: {', '.join(legal)}")
+    if (element, reduction) == ("signed", "max"):
+        # 0, which a shard leaves where it has nothing, is not below every signed value.
+        raise ValueError("element 'signed' has no 'max'; take element 'abs' or another reduction")
     out = torch.zeros(rows if per == "row" else columns, device=w_N.device)
     e_N = _elements(w_N, g_N, element, reduction)
     # The shard is the end of one row, then whole rows, then the start of one row.

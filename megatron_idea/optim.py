@@ -251,14 +251,25 @@ class ShardExchange:
     distributed optimizer every rank has every parameter whole already and nothing travels.
     """
 
-    def __init__(self, trainable: Trainable) -> None:
+    def __init__(self, trainable: Trainable, owners: Sequence[int] | None = None) -> None:
+        """``owners``: those of an exchange over the same model at other widths, to keep them."""
         self._optimizer = trainable.optimizer
         self._groups = trainable.groups
         self._sharded = (
             isinstance(trainable.optimizer, DistributedOptimizer) and trainable.groups.dp.size() > 1
         )
-        self._owners = self._deal(trainable.bundles, trainable.groups.dp.size())
-        self._ranges = self._all_ranges(trainable.parameters)
+        self._parameters = trainable.parameters
+        self._owners = (
+            self._deal(trainable.bundles, trainable.groups.dp.size())
+            if owners is None
+            else dict(zip(map(id, self._parameters), owners, strict=True))
+        )
+        self._ranges = self._all_ranges(self._parameters)
+
+    @property
+    def owners(self) -> list[int]:
+        """The data-parallel rank that each parameter comes together on, in the model's order."""
+        return [self._owners[id(parameter)] for parameter in self._parameters]
 
     @staticmethod
     def _deal(bundles: Sequence[tuple[torch.nn.Parameter, ...]], dp: int) -> dict[int, int]:

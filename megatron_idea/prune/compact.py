@@ -188,7 +188,7 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     for chunk in trainable.chunks:
         chunk.offload_grad_buffers()
     trainable.optimizer.zero_grad()
-    staged = _stage(trainable, relocations)
+    staged, owners = _stage(trainable, relocations)
     peak = max(peak, memory_bytes())
     _free(trainable)
 
@@ -196,7 +196,7 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     for name, parameter in named_parameters(fresh.chunks):
         assert _plain(parameter) == attributes[name], f"{name} lost an attribute in the rebuild"
     peak = max(peak, memory_bytes())
-    _restore(fresh, staged, step)
+    _restore(fresh, staged, owners, step)
     for layer, mlp in fresh.mlps:
         mlp.neuron_ids.copy_(new_ids[layer])
         mlp.set_mask(plan.alive[layer, mlp.neuron_ids])
@@ -222,10 +222,14 @@ def _plain(parameter: torch.nn.Parameter) -> dict[str, object]:
 
 
 @torch.no_grad()
-def _stage(trainable: Trainable, relocations: dict[int, Relocation]) -> dict[str, Tensor]:
+def _stage(
+    trainable: Trainable, relocations: dict[int, Relocation]
+) -> tuple[dict[str, Tensor], list[int]]:
     """The whole [3, numel] of the parameters that this rank owns, survivors only.
 
     One layer's FFN or one other parameter is in transit at a time; its old shards are freed then.
+
+    Returns: the state by parameter name, and the data-parallel rank that owns each parameter.
     """
     shards = ShardExchange(trainable)
     names = {id(p): name for name, p in named_parameters(trainable.chunks)}
@@ -243,7 +247,7 @@ def _stage(trainable: Trainable, relocations: dict[int, Relocation]) -> dict[str
             relocation = relocations[layers[id(bundle[0])]]
             wholes = _cut(wholes, bundle, relocation, trainable.groups.tp)
         staged |= {names[id(p)]: whole for p, whole in zip(bundle, wholes, strict=True)}
-    return staged
+    return staged, shards.owners
 
 
 def _drop(trainable: Trainable, parameter: torch.nn.Parameter) -> None:
@@ -268,9 +272,10 @@ def _cut(
 
 
 @torch.no_grad()
-def _restore(fresh: Trainable, staged: dict[str, Tensor], step: int) -> None:
+def _restore(fresh: Trainable, staged: dict[str, Tensor], owners: list[int], step: int) -> None:
     """Hand the staged state to the rebuilt optimizer and refresh the model's weights from it."""
-    shards = ShardExchange(fresh)
+    # At the new widths ownership would be dealt out otherwise.
+    shards = ShardExchange(fresh, owners)
     for name, parameter in named_parameters(fresh.chunks):
         part = shards.scatter(parameter, staged.pop(name, None))
         if part is not None:

@@ -1,0 +1,165 @@
+"""What the engine, scores and masks, and a compaction cost per training step.
+
+    python -W ignore benchmarks/training.py [--rounds 40] [--config CONFIG]
+
+Three ratios, each from functions that ran in alternation in this one process, one thread:
+the step of this path to that of a plain PyTorch module of the same shape; the step with scores,
+plans and masks to the step without; the step after a live compaction to that of a model that was
+built at the final width.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from measure import alternate, ratio, write
+from plain_gpt import PlainGPT
+
+from megatron_idea import config as configuration
+from megatron_idea.checkpoint import TrainState
+from megatron_idea.cli import quiet
+from megatron_idea.config import Config
+from megatron_idea.distributed import ProcessGroups, start_distributed, stop_distributed
+from megatron_idea.optim import Trainable, assemble
+from megatron_idea.prune.pruner import Pruner
+from megatron_idea.schedule import phase_ends
+
+GOALS = {"engine_to_plain": 1.10, "pruning_to_none": 1.02, "compacted_to_built": 1.01}
+
+
+class FixedBatch:
+    """The same micro-batch for ever: the data loader is not what is measured."""
+
+    num_microbatches = 1
+
+    def __init__(self, config: Config) -> None:
+        training = config.training
+        generator = torch.Generator().manual_seed(0)
+        shape = (training.micro_batch_size, training.seq_length + 1)
+        text = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+        self.batch = {
+            "tokens": text[:, :-1].contiguous(),
+            "labels": text[:, 1:].contiguous(),
+            "position_ids": torch.arange(training.seq_length).expand(shape[0], -1),
+            "loss_mask": torch.ones(shape[0], training.seq_length),
+        }
+
+    def step(self, _consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
+        yield self.batch
+
+
+class Silent:
+    """Stands for the run's log and its signals."""
+
+    received = None
+
+    def event(self, kind: str, **fields: object) -> None:
+        pass
+
+
+def stepper(
+    trainable: Trainable, data: FixedBatch, at_tokens: int, advance: bool
+) -> Callable[[], None]:
+    """One optimizer step of the real loop; ``advance`` lets the tokens, and so the plans, go on."""
+    from megatron_idea.train import Run, step
+
+    config, groups = trainable.config, trainable.groups
+    run = Run(config, groups, trainable, Pruner(trainable), data, None, Silent(), None, Silent())
+    state = TrainState.fresh(config)
+    state.consumed_tokens = at_tokens
+
+    def call() -> None:
+        step(run, state)
+        if not advance:
+            state.consumed_tokens = at_tokens
+
+    return call
+
+
+def plain_stepper(config: Config, data: FixedBatch) -> Callable[[], None]:
+    """The same step in plain PyTorch: zero, forward, backward, clip, fused AdamW."""
+    settings = config.optimizer
+    torch.manual_seed(config.training.seed)
+    model = PlainGPT(config.model, config.model.ffn_hidden_size, config.training.seq_length)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.schedule.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+    def call() -> None:
+        optimizer.zero_grad()
+        loss = model(data.batch["tokens"], data.batch["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+        optimizer.step()
+        loss.item()
+
+    return call
+
+
+def full_widths(config: Config) -> list[int]:
+    return [config.model.ffn_hidden_size] * config.model.num_layers
+
+
+def measure(config: Config, groups: ProcessGroups, rounds: int) -> dict[str, dict[str, float]]:
+    data = FixedBatch(config)
+    ends = phase_ends(config.schedule)
+    results = {}
+
+    engine = assemble(config, groups, full_widths(config), initialize=True)
+    calls = {"engine": stepper(engine, data, 0, False), "plain": plain_stepper(config, data)}
+    seconds = alternate(calls, rounds)
+    results["engine_to_plain"] = ratio(seconds["engine"], seconds["plain"])
+
+    # Masks only, in the middle of a prune phase of very many steps: every step observes, folds,
+    # plans and masks, and the widths stay what they are.
+    masked = configuration.replace(config, prune={"compact": False})
+    pruning = assemble(masked, groups, full_widths(config), initialize=True)
+    middle = (ends["enlarged"] + ends["prune"]) // 2
+    calls = {
+        "pruning": stepper(pruning, data, middle, True),
+        "none": stepper(engine, data, 0, False),
+    }
+    seconds = alternate(calls, rounds)
+    results["pruning_to_none"] = ratio(seconds["pruning"], seconds["none"])
+
+    compacted = assemble(config, groups, full_widths(config), initialize=True)
+    shrink = stepper(compacted, data, ends["prune"] - config.batch_tokens, True)
+    shrink()
+    target = [config.target_ffn_hidden_size] * config.model.num_layers
+    assert list(compacted.widths) == target, compacted.widths
+    built = assemble(config, groups, target, initialize=True)
+    calls = {
+        "compacted": stepper(compacted, data, ends["recover"] - config.batch_tokens, False),
+        "built": stepper(built, data, 0, False),
+    }
+    seconds = alternate(calls, rounds)
+    results["compacted_to_built"] = ratio(seconds["compacted"], seconds["built"])
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--config", default="examples/configs/quickstart.yaml")
+    arguments = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    config = configuration.load(
+        arguments.config,
+        ["parallel.tensor_model_parallel_size=1", "schedule.total_tokens=1e9"],
+    )
+    groups = start_distributed(config.parallel, config.training.seed)
+    try:
+        write("training", measure(config, groups, arguments.rounds), GOALS)
+    finally:
+        stop_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""From measured sums to the neurons that live on: importance, budgets, selection."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_idea.config import PruneConfig
+from megatron_idea.prune.idea import IdeaPrune
+from megatron_idea.prune.strategy import DOWN, GATE, UP, Stats, live_counts, ranked, select
+from megatron_idea.testing import assert_close, assert_equal
+
+ROW_LENGTH = 4
+
+
+def strategy(unit: int = 1, **settings: str) -> IdeaPrune:
+    return IdeaPrune(PruneConfig(**settings), unit)  # type: ignore[arg-type]
+
+
+def importance(sums: list[float], **settings: str) -> float:
+    """Of one neuron with these averaged sums for gate, up and down."""
+    stats = Stats(torch.tensor(sums).view(1, 3, 1), ROW_LENGTH)
+    return float(strategy(**settings).importance(stats))
+
+
+def table(values: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """[L, F] importance, all alive."""
+    return torch.tensor(values), torch.ones(len(values), len(values[0]), dtype=torch.bool)
+
+
+def test_the_default_is_the_largest_row_mean_of_the_three_matrices() -> None:
+    assert importance([8.0, 4.0, 2.0]) == 2.0
+    assert importance([4.0, 8.0, 2.0]) == 2.0
+    assert importance([4.0, 2.0, 8.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("row_reduce", "matrix_reduce", "expected"),
+    [
+        ("mean", "max", 4.0), ("mean", "mean", 7 / 3), ("mean", "sum", 7.0),
+        ("sum", "max", 16.0), ("sum", "mean", 28 / 3), ("sum", "sum", 28.0),
+        ("l2", "max", 4.0), ("l2", "mean", (2 + 2 * math.sqrt(2) + 4) / 3),
+        ("max", "max", 16.0), ("max", "sum", 28.0),
+    ],
+)  # fmt: skip
+def test_each_switch_is_its_formula(row_reduce: str, matrix_reduce: str, expected: float) -> None:
+    value = importance([4.0, 8.0, 16.0], row_reduce=row_reduce, matrix_reduce=matrix_reduce)
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row_reduce", "reduction"),
+    [("mean", "sum"), ("sum", "sum"), ("l2", "sum_of_squares"), ("max", "max")],
+)
+def test_each_row_reduction_asks_the_kernel_for_what_it_needs(
+    row_reduce: str, reduction: str
+) -> None:
+    assert strategy(row_reduce=row_reduce).reduction == reduction
+
+
+def test_signed_sums_count_by_their_size() -> None:
+    assert importance([-8.0, 4.0, 2.0], element="signed") == 2.0
+
+
+def test_matrices_are_gate_up_down_in_this_order() -> None:
+    assert (GATE, UP, DOWN) == (0, 1, 2)
+
+
+def test_the_most_important_live_on() -> None:
+    scores, alive = table([[0.1, 0.5, 0.3, 0.4], [4.0, 3.0, 2.0, 1.0]])
+    kept = select(scores, alive, [2, 1])
+    assert kept.tolist() == [[False, True, False, True], [True, False, False, False]]
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    scores, alive = table([[1.0, 2.0, 1.0, 1.0, 2.0, 1.0]])
+    assert select(scores, alive, [4]).tolist() == [[True, True, True, False, True, False]]
+    # So two runs whose scores are all alike prune alike.
+    assert select(torch.zeros(1, 1000), torch.ones(1, 1000, dtype=torch.bool), [7])[0, :7].all()
+
+
+def test_a_removed_neuron_never_returns_whatever_its_score() -> None:
+    scores, alive = table([[9.0, 1.0, 2.0, 3.0]])
+    alive[0, 0] = False
+    assert select(scores, alive, [2]).tolist() == [[False, False, True, True]]
+    assert ranked(scores, alive).tolist() == [[3, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_live_neuron_without_a_finite_score_is_an_error(broken: float) -> None:
+    scores, alive = table([[1.0, 2.0], [3.0, broken]])
+    with pytest.raises(ValueError, match="not finite"):
+        select(scores, alive, [1, 1])
+    alive[1, 1] = False  # the score of a removed neuron says nothing
+    select(scores, alive, [1, 1])
+
+
+@st.composite
+def populations(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Importance with many ties, and who is alive."""
+    layers, width = draw(st.integers(1, 4)), draw(st.integers(1, 24))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    scores = torch.randint(0, 6, (layers, width), generator=generator).float()
+    alive = torch.rand(layers, width, generator=generator) < draw(st.sampled_from((0.3, 0.9, 2.0)))
+    return scores, alive
+
+
+@settings(deadline=None)
+@given(populations(), st.integers(0, 24))
+def test_the_same_count_in_every_layer_and_a_subset_of_the_living(
+    population: tuple[Tensor, Tensor], keep: int
+) -> None:
+    scores, alive = population
+    budget = strategy().allocate(scores, alive, keep)
+    assert budget == [min(keep, live) for live in live_counts(alive)]
+    kept = select(scores, alive, budget)
+    assert live_counts(kept) == budget
+    assert not (kept & ~alive).any()
+    for layer in range(len(scores)):
+        out = alive[layer] & ~kept[layer]
+        if kept[layer].any() and out.any():
+            assert scores[layer][kept[layer]].min() >= scores[layer][out].max()
+
+
+@settings(deadline=None)
+@given(populations(), st.lists(st.integers(0, 24), min_size=2, max_size=4))
+def test_removing_in_steps_with_fixed_scores_is_removing_at_once(
+    population: tuple[Tensor, Tensor], counts: list[int]
+) -> None:
+    scores, start = population
+    alive = start
+    for keep in sorted(counts, reverse=True):
+        alive = select(scores, alive, strategy().allocate(scores, alive, keep))
+    at_once = select(scores, start, strategy().allocate(scores, start, min(counts)))
+    assert_equal(alive, at_once)
+
+
+@st.composite
+def global_prunings(draw: st.DrawFn) -> tuple[int, int, list[Tensor], list[int]]:
+    """(unit, full width, importance at each step, keep counts down to a legal target)."""
+    unit, layers, units = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(2, 8))
+    full, target = unit * units, unit * draw(st.integers(1, units - 1))
+    steps = draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    scores = [torch.rand(layers, full, generator=generator) for _ in range(steps)]
+    falls = draw(st.lists(st.integers(target, full), min_size=steps - 1, max_size=steps - 1))
+    return unit, full, scores, [*sorted(falls, reverse=True), target]
+
+
+@settings(deadline=None)
+@given(global_prunings())
+def test_one_ranking_keeps_legal_widths_floors_and_lands_exactly_on_the_target(
+    pruning: tuple[int, int, list[Tensor], list[int]],
+) -> None:
+    unit, full, scores, keeps = pruning
+    method = strategy(unit, scope="global")
+    layers = len(scores[0])
+    alive = torch.ones(layers, full, dtype=torch.bool)
+    for score, keep in zip(scores, keeps, strict=True):
+        budget = method.allocate(score, alive, keep)
+        assert all(n % unit == 0 and n >= unit for n in budget)
+        assert all(n <= live for n, live in zip(budget, live_counts(alive), strict=True))
+        assert 0 <= sum(budget) - keep * layers < unit or budget == live_counts(alive)
+        kept = select(score, alive, budget)
+        assert not (kept & ~alive).any()
+        alive = kept
+    assert sum(live_counts(alive)) == keeps[-1] * layers
+
+
+def test_one_ranking_drops_the_least_important_blocks_first() -> None:
+    scores, alive = table(
+        [
+            [8.0, 8.0, 8.0, 7.0, 7.0, 7.0],  # blocks of two, best first: 8, 7.5, 7
+            [9.0, 9.0, 3.0, 3.0, 1.0, 1.0],  # 9, 3, 1
+            [6.0, 6.0, 6.0, 6.0, 2.0, 2.0],  # 6, 6, 2
+        ]
+    )
+    method = strategy(2, scope="global")
+    # Away go 1, 2, 3, 6 in this order; the layer of 9 keeps its last block.
+    assert method.allocate(scores, alive, 6) == [6, 6, 6]
+    assert method.allocate(scores, alive, 5) == [6, 4, 6]
+    assert method.allocate(scores, alive, 4) == [6, 2, 4]
+    assert method.allocate(scores, alive, 3) == [6, 2, 2]
+    # 18 - 8 = 10 live of 3 x 3 = 9: one more block would be one neuron too many.
+    assert method.allocate(scores, alive, 2) == [2, 2, 2]
+
+
+def test_one_ranking_leaves_no_layer_without_neurons() -> None:
+    scores, alive = table([[1.0] * 8, [1000.0] * 8])
+    assert strategy(2, scope="global").allocate(scores, alive, 5) == [2, 8]
+    assert strategy(2, scope="global").allocate(scores, alive, 3) == [2, 4]
+
+
+def test_blocks_are_ranked_by_their_mean() -> None:
+    scores, alive = table([[9.0, 9.0, 9.0, 0.0], [9.0, 9.0, 4.0, 4.0]])
+    # The last blocks have means 4.5 and 4, smallest members 0 and 4.
+    assert strategy(2, scope="global").allocate(scores, alive, 3) == [4, 2]
+
+
+def test_importance_needs_no_scale() -> None:
+    sums = torch.rand(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    method = strategy()
+    small, large = (method.importance(Stats(sums * s, ROW_LENGTH)) for s in (1.0, 1024.0))
+    assert_close(large, small * 1024.0)
+    assert_equal(ranked(large, large >= 0), ranked(small, small >= 0))

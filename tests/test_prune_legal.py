@@ -1,0 +1,94 @@
+"""When layers shrink, and to which widths."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_idea.prune.legal import due_widths, round_up
+
+
+@st.composite
+def prunings(draw: st.DrawFn) -> tuple[int, int, int, list[list[int]]]:
+    """(multiple, block, full width, live neurons per layer at each step, never growing)."""
+    multiple = draw(st.integers(1, 16))
+    block = multiple * draw(st.integers(1, 8))
+    full = multiple * draw(st.integers(1, 40))
+    layers = draw(st.integers(1, 4))
+    steps = draw(st.integers(1, 25))
+    falls = draw(
+        st.lists(
+            st.lists(st.integers(0, full), min_size=steps, max_size=steps),
+            min_size=layers,
+            max_size=layers,
+        )
+    )
+    live = [sorted(fall, reverse=True) for fall in falls]
+    return multiple, block, full, [list(at_step) for at_step in zip(*live, strict=True)]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 512))
+def test_rounding_up_gives_the_smallest_multiple_above_zero(width: int, multiple: int) -> None:
+    rounded = round_up(width, multiple)
+    assert rounded % multiple == 0
+    assert rounded >= max(width, 1)
+    assert rounded - multiple < max(width, 1)
+
+
+@given(prunings())
+def test_widths_hold_the_live_neurons_are_legal_and_never_grow(
+    pruning: tuple[int, int, int, list[list[int]]],
+) -> None:
+    multiple, block, full, steps = pruning
+    widths = (full,) * len(steps[0])
+    for live in steps:
+        shrunk = due_widths(widths, live, multiple, block, final=False)
+        assert all(n <= s <= w for n, s, w in zip(live, shrunk, widths, strict=True))
+        assert all(s % multiple == 0 and s > 0 for s in shrunk)
+        widths = shrunk
+
+
+@given(prunings())
+def test_at_most_one_block_is_computed_in_vain_between_compactions(
+    pruning: tuple[int, int, int, list[list[int]]],
+) -> None:
+    multiple, block, full, steps = pruning
+    widths = (full,) * len(steps[0])
+    for live in steps:
+        widths = due_widths(widths, live, multiple, block, final=False)
+        assert all(w - n <= block for w, n in zip(widths, live, strict=True))
+
+
+@given(prunings())
+def test_a_compaction_is_worth_a_block_in_some_layer(
+    pruning: tuple[int, int, int, list[list[int]]],
+) -> None:
+    multiple, block, full, steps = pruning
+    widths = (full,) * len(steps[0])
+    for live in steps:
+        shrunk = due_widths(widths, live, multiple, block, final=False)
+        assert shrunk == widths or max(w - s for w, s in zip(widths, shrunk, strict=True)) >= block
+        widths = shrunk
+
+
+@given(prunings())
+def test_the_end_of_pruning_lands_on_what_the_live_neurons_need(
+    pruning: tuple[int, int, int, list[list[int]]],
+) -> None:
+    multiple, block, full, steps = pruning
+    widths = (full,) * len(steps[0])
+    for live in steps[:-1]:
+        widths = due_widths(widths, live, multiple, block, final=False)
+    last = due_widths(widths, steps[-1], multiple, block, final=True)
+    assert last == tuple(round_up(n, multiple) for n in steps[-1])
+    # Nothing is left to do: a later step does not compact again.
+    assert due_widths(last, steps[-1], multiple, block, final=True) == last
+
+
+def test_by_hand() -> None:
+    # Blocks of 16, multiples of 8: nothing is due at 49 (needs 56), one is at 48.
+    assert due_widths((64,), [49], 8, 16, final=False) == (64,)
+    assert due_widths((64,), [48], 8, 16, final=False) == (48,)
+    # One layer is due, so all shrink.
+    assert due_widths((64, 64), [48, 50], 8, 16, final=False) == (48, 56)
+    assert due_widths((64, 64), [57, 50], 8, 16, final=True) == (64, 56)
