@@ -23,14 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import megatron.core
+import megatron.core.dist_checkpointing.strategies.state_dict_saver  # cpu.install must see it
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_idea import config as configuration
 from megatron_idea import cpu
@@ -184,12 +189,14 @@ def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
         together(begin, groups)
         _save_tensors(_tensors(trainable, scores, state.adam_step), partial, groups)
         together(finish, groups)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         if groups.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
         kept = latest(config.run_dir)
         stands = f"the last complete one is {kept}" if kept else "there is no earlier one"
-        raise CheckpointError(f"cannot write checkpoint {path}: {error}; {stands}") from error
+        raise CheckpointError(
+            f"cannot write checkpoint {path}: {_reason(error)}; {stands}"
+        ) from error
     if groups.is_writer and config.checkpoint.keep_last:
         for old in complete(config.run_dir)[: -config.checkpoint.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
@@ -234,8 +241,8 @@ def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> 
     try:
         cpu.install()
         loaded = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
-    except Exception as caught:  # carried to agree_or_raise, which raises it everywhere
-        error = CheckpointError(f"cannot read checkpoint {path}: {_first_line(caught)}")
+    except (Exception, CheckpointException) as caught:  # agree_or_raise raises it everywhere
+        error = CheckpointError(f"cannot read checkpoint {path}: {_reason(caught)}")
         error.__cause__ = caught
     agree_or_raise(error, groups)
     return loaded
@@ -350,11 +357,40 @@ def _save_tensors(tree: dict[str, Any], path: Path, groups: ProcessGroups) -> No
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     cpu.install()
-    dist_checkpointing.save(
-        tree,
-        str(path),
-        sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-    )
+    # dist_checkpointing.save in its parts: what rank 0 writes alone must fail on every rank.
+    sharded, common = save_preprocess(tree)
+    together(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, path), groups)
+    strategy = _SaveTensors("torch_dist", 1, thread_count=1)
+    strategy.save(sharded, path)
+
+    def close() -> None:
+        if strategy.error is not None:
+            raise strategy.error
+        if groups.is_writer:
+            save_config(CheckpointingConfig(strategy.backend, strategy.version), str(path))
+
+    together(close, groups)
+
+
+class _SaveTensors(TorchDistSaveShardedStrategy):
+    """megatron-core's own, but for an error when rank 0 writes the index of all tensors.
+
+    Raised at once it would leave the other ranks waiting for rank 0's next message.
+    """
+
+    error: Exception | None = None
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> Any:
+        finish = writer.finish
+
+        def finish_or_keep_error(*arguments: Any) -> None:
+            try:
+                finish(*arguments)
+            except Exception as error:  # raised in ``_save_tensors``, on every rank
+                self.error = error
+
+        writer.finish = finish_or_keep_error
+        return super()._get_save_and_finalize_callbacks(writer, planned)
 
 
 def _get_rng() -> dict[str, Tensor]:
@@ -396,5 +432,9 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """In one line; torch's own account of failed ranks is their tracebacks."""
+    if isinstance(error, CheckpointException):
+        causes = [f"rank {rank}: {_reason(f[0])}" for rank, f in sorted(error.failures.items())]
+        return "; ".join(causes) or "another rank failed, rank 0 says why"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

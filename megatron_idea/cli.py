@@ -283,8 +283,6 @@ def quiet() -> None:
 
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
-    # It knows its own MLP classes by name; ours is handed its groups in the spec.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
 def _say(text: str) -> None:

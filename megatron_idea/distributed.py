@@ -17,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_idea import cpu
@@ -110,9 +111,18 @@ def start_distributed(
 
 def stop_distributed() -> None:
     """Leave the job; the process may start another."""
+    forget_rotary_cache()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def forget_rotary_cache() -> None:
+    """Let go of rotary modules: megatron-core's ``lru_cache`` on their class pins each for ever.
+
+    Through hooks and process groups a pinned module keeps a whole model and gloo's threads alive.
+    """
+    RotaryEmbedding.forward.cache_clear()
 
 
 def any_rank(flag: bool, groups: ProcessGroups) -> bool:
@@ -125,12 +135,20 @@ def any_rank(flag: bool, groups: ProcessGroups) -> bool:
 
 
 def agree_or_raise(error: Exception | None, groups: ProcessGroups) -> None:
-    """Raise on all ranks when one has an error, so that none waits for a rank that is gone."""
-    failed = any_rank(error is not None, groups)
+    """Raise on all ranks when one has an error, so that none waits for a rank that is gone.
+
+    The others raise what the first failed rank says: rank 0 is the one that people hear.
+    """
+    if not any_rank(error is not None, groups):
+        return
+    said: list[tuple[type[Exception], str] | None] = [None] * groups.world.size()
+    dist.all_gather_object(said, None if error is None else (type(error), str(error)))
     if error is not None:
         raise error
-    if failed:
-        raise RuntimeError("another rank failed; its message says why")
+    rank, (kind, text) = next((r, word) for r, word in enumerate(said) if word is not None)
+    if kind.__module__.startswith("megatron_idea."):
+        raise kind(f"rank {rank}: {text}")
+    raise RuntimeError(f"rank {rank} failed: {text}")
 
 
 def together(action: Callable[[], Any], groups: ProcessGroups) -> Any:

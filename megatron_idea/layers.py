@@ -112,7 +112,6 @@ class PrunableMLP(MLP):
         submodules: MLPSubmodules,
         ffn_hidden_size: int,
         tp_group: torch.distributed.ProcessGroup,
-        **_: Any,
     ) -> None:
         # fc2 takes its input width from the config, fc1 from the argument: give both the same.
         config = copy.copy(config)

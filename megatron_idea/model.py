@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,12 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def _mlp_spec(width: int, groups: ProcessGroups) -> ModuleSpec:
+def _mlp_of_width(width: int, groups: ProcessGroups) -> type[PrunableMLP]:
+    """A PrunableMLP class that needs a config only.
+
+    megatron-core 0.16 builds a layer's MLP from a ModuleSpec or a class, 0.19 calls whatever stands
+    there and ignores a spec's parameters: a class is what both take.
+    """
     if uses_transformer_engine():
         from megatron.core.extensions.transformer_engine import (
             TELayerNormColumnParallelLinear,
@@ -114,8 +120,12 @@ def _mlp_spec(width: int, groups: ProcessGroups) -> ModuleSpec:
         )
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    params = {"ffn_hidden_size": width, "tp_group": groups.tp}
-    return ModuleSpec(module=PrunableMLP, params=params, submodules=linears)
+
+    class SizedMLP(PrunableMLP):
+        def __init__(self, config: TransformerConfig, **_: Any) -> None:
+            super().__init__(config, linears, width, groups.tp)
+
+    return SizedMLP
 
 
 def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec:
@@ -126,7 +136,7 @@ def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec
         )
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.model.qk_layernorm)
-        spec.submodules.mlp = _mlp_spec(width, groups)
+        spec.submodules.mlp = _mlp_of_width(width, groups)
         return spec
     qk_norm = RMSNorm if config.model.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -147,8 +157,13 @@ def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mlp_spec(width, groups),
+            mlp=_mlp_of_width(width, groups),
             mlp_bda=get_bias_dropout_add,
+            # Transformer Engine has these norms inside the linear layers: one name in checkpoints.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
         ),
     )
 

@@ -5,6 +5,7 @@ Here rather than in ``tests/`` so that spawned workers can import it.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import sys
@@ -125,3 +126,5 @@ def _serve(pipe: Connection, path: list[str]) -> None:
             pipe.send((True, function(rendezvous, *arguments)))
         except BaseException:  # the parent raises it
             pipe.send((False, traceback.format_exc()))
+        # A model is a web of cycles; its process groups keep gloo's threads awake until it is gone.
+        gc.collect()

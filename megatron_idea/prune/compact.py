@@ -16,10 +16,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from megatron_idea.distributed import ProcessGroups, assert_same_on_all_ranks, memory_bytes
+from megatron_idea.distributed import (
+    ProcessGroups,
+    assert_same_on_all_ranks,
+    forget_rotary_cache,
+    memory_bytes,
+)
 from megatron_idea.model import named_parameters
 from megatron_idea.optim import (
     MOMENTS,
@@ -152,8 +156,7 @@ def _free(trainable: Trainable) -> None:
     forget_data_parallel(trainable.core)
     trainable.chunks = []
     del trainable.optimizer
-    # The cache is on the class: it pins every rotary module, and through its hooks the old model.
-    RotaryEmbedding.forward.cache_clear()
+    forget_rotary_cache()
     gc.collect()  # hooks, buffers and parameters refer to each other in cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
