@@ -52,7 +52,7 @@ def masked_swiglu(x_T2F: Tensor, mask_F: Tensor | None = None) -> Tensor:
 
     Args:
         x_T2F: [..., 2F], gate half first.
-        mask_F: [F] factors in x's dtype, 0 for a removed neuron; None keeps all. Not differentiated.
+        mask_F: [F] factors in x's dtype, 0 for a removed neuron; None keeps all. No gradient.
     Returns: [..., F]. Where the factor is 0 the output and the gradient of both halves are 0.
     Raises: ValueError for an odd last dimension or a mask of another length or dtype.
     """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import queue
 import shutil
@@ -99,16 +100,30 @@ def latest(run_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read_state(path: Path) -> TrainState:
-    """Read ``state.json``. Raises: CheckpointError when it is missing or of another format."""
+def read_state(path: Path, tp: int = 1) -> TrainState:
+    """Read ``state.json``, for a model that will be split over ``tp`` ranks.
+
+    Raises: CheckpointError when it is missing, damaged, of another format, or its widths do not
+        split.
+    """
     try:
         content = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        form = content.pop("format", None)
+        if form == FORMAT:
+            content.pop("megatron_core")
+            state = TrainState(**{**content, "widths": tuple(content["widths"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
-    if content.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path} has another checkpoint format than {FORMAT}")
-    content.pop("megatron_core")
-    return TrainState(**{**content, "widths": tuple(content["widths"])})
+    if form != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {form}; this version reads {FORMAT}")
+    uneven = [width for width in state.widths if width % tp]
+    if uneven:
+        raise CheckpointError(
+            f"{path} has layers of {uneven[0]} FFN neurons, which cannot be split over "
+            f"parallel.tensor_model_parallel_size={tp}; resume with a size that divides "
+            f"{math.gcd(*state.widths)}"
+        )
+    return state
 
 
 # What a resumed run may change: where and how it runs, not what it computes.
@@ -162,6 +177,10 @@ def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
     groups, config = trainable.groups, trainable.config
     path = folder(config.run_dir) / f"step_{state.step:08d}"
     partial = path.with_name(path.name + ".partial")
+    for chunk in trainable.chunks:
+        # Until the next forward asks for them, only their owners have the weights of this step.
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     scores = pruner.state(trainable)
     state = dataclasses.replace(
         state,
@@ -194,8 +213,9 @@ def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         kept = latest(config.run_dir)
         stands = f"the last complete one is {kept}" if kept else "there is no earlier one"
+        free = f"{shutil.disk_usage(config.run_dir).free / 1e9:.2f} GB free there"
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {_reason(error)}; {stands}"
+            f"cannot write checkpoint {path}: {_reason(error)} ({free}); {stands}"
         ) from error
     if groups.is_writer and config.checkpoint.keep_last:
         for old in complete(config.run_dir)[: -config.checkpoint.keep_last]:

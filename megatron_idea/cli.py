@@ -207,7 +207,7 @@ def evaluate(
     from megatron_idea.evaluate import evaluate_checkpoint
 
     for name, value in evaluate_checkpoint(path, overrides or []).items():
-        _say(f"{name:<12}{value:,}" if isinstance(value, int) else f"{name:<12}{value:.4f}")
+        _say(f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value:.4f}")
 
 
 @app.command()
@@ -251,6 +251,7 @@ def _rank() -> int:
 
 def _launch(nproc: int, arguments: list[str]) -> None:
     """Run this command in ``nproc`` processes, as torchrun does, and end with their status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -264,17 +265,21 @@ def _launch(nproc: int, arguments: list[str]) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
+        max_restarts=0,  # its default is 3: a mistake of the user would be made four times
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
         monitor_interval=0.1,
     )
+    status = 0
     try:
         elastic_launch(launch, sys.executable)("-m", "megatron_idea", *arguments)
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        raise typer.Exit(status if status > 0 else 128 - status) from None
-    raise typer.Exit
+        code = error.get_first_failure()[1].exitcode
+        status = code if code > 0 else 128 - code
+    except SignalException as stopped:  # passed on to the workers, who have saved by now
+        status = 128 + stopped.sigval
+    raise typer.Exit(status)
 
 
 def quiet() -> None:

@@ -124,7 +124,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     validate(config, world_size)
     if not config.data.validation:
         raise ConfigError("data.validation is empty: there is nothing to measure on")
-    state = checkpoint.read_state(found)
+    state = checkpoint.read_state(found, config.parallel.tensor_model_parallel_size)
     groups = start_distributed(config.parallel, config.training.seed)
     try:
         batches = validation_batches(config, groups)

@@ -116,6 +116,9 @@ def _serve(pipe: Connection, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     quiet()
+    import megatron_idea.train  # noqa: F401  what nearly every job needs
+
+    gc.freeze()  # what is imported stays: collections look at a job's own objects only
     while True:
         try:
             function, rank, world_size, rendezvous, arguments = pipe.recv()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import time
@@ -54,7 +55,11 @@ class Run:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR1; the loop finishes its step, saves and leaves."""
+    """Notes SIGTERM, SIGINT and SIGUSR1; the loop finishes its step, saves and leaves.
+
+    The same one again means now. Another one does not: at Ctrl-C a worker gets SIGINT from the
+    terminal and SIGTERM from its launcher.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -62,10 +67,11 @@ class StopSignal:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:  # the second one means now
+        name = signal.Signals(number).name
+        if name == self.received:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = signal.Signals(number).name
+        self.received = self.received or name
 
 
 def train(config: Config, rendezvous: str | None = None) -> TrainState:
@@ -76,6 +82,7 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
     Returns: the state at the end; its tokens are fewer than the total when a signal ended the run.
     Raises: ConfigError, DataError, CheckpointError, on every rank, for what the user can mend.
     """
+    gc.freeze()  # modules stay: takes 0.2 s off the collection that every compaction needs
     validate(config, world_size_from_environment())
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
@@ -114,7 +121,8 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     path = checkpoint.latest(run_dir)
     if path is not None:
         checkpoint.check_same_run(path, config)
-    state = TrainState.fresh(config) if path is None else checkpoint.read_state(path)
+    tp = config.parallel.tensor_model_parallel_size
+    state = TrainState.fresh(config) if path is None else checkpoint.read_state(path, tp)
     data = Batches(
         config.data.train,
         load_tokenizer(config.data.tokenizer),

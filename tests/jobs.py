@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config
@@ -80,22 +81,66 @@ def random_tokens(config: Config, seed: int) -> torch.Tensor:
     return torch.randint(config.model.vocab_size, shape, generator=generator)
 
 
+class RandomBatches:
+    """Stands for ``Batches``: a step's tokens are a function of its first sample and a seed."""
+
+    def __init__(self, config: Config, groups: Any, seed: int = 0) -> None:
+        self._config, self._groups, self._seed = config, groups, seed
+        per_rank = config.training.global_batch_size // groups.dp.size()
+        self.num_microbatches = per_rank // config.training.micro_batch_size
+
+    def step(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
+        dp, training = self._groups.dp, self._config.training
+        tokens = random_tokens(self._config, self._seed + consumed_samples)
+        positions = torch.arange(training.seq_length, device=self._groups.device)
+        mine = tokens.to(self._groups.device).chunk(dp.size())[dp.rank()]
+        for part in mine.split(training.micro_batch_size):
+            yield {
+                "tokens": part[:, :-1],
+                "labels": part[:, 1:],
+                "loss_mask": torch.ones_like(part[:, 1:], dtype=torch.float32),
+                "position_ids": positions.expand(len(part), -1),
+            }
+
+
 def backward(trainable: Any, seed: int = 0) -> None:
     """Gradients of one global batch of random tokens, reduced over data-parallel ranks."""
     from megatron_idea.train import forward_backward
 
-    config, dp = trainable.config, trainable.groups.dp
-    tokens = random_tokens(config, seed).to(trainable.groups.device)
-    position_ids = torch.arange(config.training.seq_length, device=tokens.device)
-    batches = [
-        {
-            "tokens": part[:, :-1],
-            "labels": part[:, 1:],
-            "loss_mask": torch.ones_like(part[:, 1:], dtype=torch.float32),
-            "position_ids": position_ids.expand(len(part), -1),
-        }
-        for part in tokens.chunk(dp.size())[dp.rank()].split(config.training.micro_batch_size)
-    ]
-    data = SimpleNamespace(step=lambda _: iter(batches), num_microbatches=len(batches))
-    run = SimpleNamespace(config=config, trainable=trainable, data=data)
+    data = RandomBatches(trainable.config, trainable.groups, seed)
+    run = SimpleNamespace(config=trainable.config, trainable=trainable, data=data)
     forward_backward(run, SimpleNamespace(consumed_tokens=0))  # type: ignore[arg-type]
+
+
+def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
+    """A run and its state for ``train.step``, on random tokens, without logs and checkpoints."""
+    from megatron_idea.checkpoint import TrainState
+    from megatron_idea.optim import assemble
+    from megatron_idea.prune.pruner import Pruner
+
+    state = TrainState.fresh(config)
+    trainable = assemble(config, groups, state.widths, initialize=True)
+    run = SimpleNamespace(
+        config=config,
+        groups=groups,
+        trainable=trainable,
+        pruner=Pruner(trainable),
+        data=RandomBatches(config, groups),
+        log=SimpleNamespace(event=lambda *_, **__: None),
+        stop=SimpleNamespace(received=None),
+    )
+    return run, state
+
+
+def whole(trainable: Any, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+    """The unsharded ``main``, ``grad`` or moment of a parameter, flat, on every rank."""
+    from megatron_idea.optim import slot
+
+    part = slot(trainable.optimizer, parameter)
+    result = torch.zeros(parameter.numel(), device=parameter.device)
+    if part is not None:
+        value = part.state[what] if what.startswith("exp_avg") else getattr(part, what)
+        result[part.start : part.end] = value.detach().view(-1)
+    if trainable.config.parallel.use_distributed_optimizer:
+        dist.all_reduce(result, group=trainable.groups.dp)
+    return result

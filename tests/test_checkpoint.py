@@ -21,8 +21,11 @@ import pytest
 import torch
 
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import read_events, read_metrics
-from megatron_idea.testing import Workers, assert_close, assert_equal
+from megatron_idea.metrics import read_metrics
+from megatron_idea.testing import Workers, assert_equal
+
+# ``tensors`` reads in one process, and means to.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -352,3 +355,293 @@ def test_the_optimizer_state_comes_back_with_a_step_of_its_own_for_each_paramete
             assert (start, end, adam_step) == (held[name][0], held[name][1], step)
             assert_equal(torch.from_numpy(values), torch.from_numpy(held[name][2]), name)
         assert len({identity for *_, identity in mine.values()}) == len(mine)
+
+
+def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list[Any]:
+    """Save at step 1, fail to at step 2 on one rank, save at step 3."""
+    import os
+
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_idea import checkpoint
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, save, step
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner, name = {
+        "common": (TorchCommonSaveStrategy, "save_common"),
+        "metadata": (FileSystemWriterAsync, "finish"),
+        "settings": (checkpoint, "save_config"),
+        "state": (checkpoint, "_write"),
+        "tensors": (None, ""),
+    }[where]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    results: list[Any] = []
+    try:
+        run, state = build(config, groups)
+        folder = checkpoint.folder(config.run_dir)
+        for failing in (False, True, False):
+            step(run, state)
+            patch = pytest.MonkeyPatch()
+            if failing and groups.world.rank() == rank:
+                if owner is None:  # a file may grow to 20 kB: the disk is full in its middle
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+                else:
+                    patch.setattr(owner, name, full)
+            try:
+                save(run, state)
+                results.append(None)
+            except Exception as error:
+                results.append((type(error).__name__, str(error)))
+            finally:
+                patch.undo()
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            groups.world.barrier().wait()
+            results.append(sorted(path.name for path in folder.iterdir()))
+        run.log.close()
+        return results
+    finally:
+        stop_distributed()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "rank", "where"),
+    [
+        (1, 0, "tensors"),
+        (2, 0, "tensors"),
+        (2, 1, "tensors"),
+        (2, 0, "common"),
+        (2, 0, "metadata"),
+        (2, 0, "settings"),
+        (2, 0, "state"),
+    ],
+)
+def test_a_checkpoint_is_complete_or_absent(
+    small_run: Config, workers: Workers, world_size: int, rank: int, where: str
+) -> None:
+    config = replace(
+        small_run,
+        training={"micro_batch_size": 2},
+    )
+    results = workers.run(fail_to_save, world_size, config, rank, where)
+    for saved, after, failed, folders, again, later in results:
+        assert (saved, again) == (None, None)
+        assert after == folders == ["step_00000001"]
+        assert later == ["step_00000001", "step_00000003"]
+        kind, message = failed
+        assert kind == "CheckpointError"
+        assert "cannot write checkpoint" in message and "step_00000002" in message
+        assert f"the last complete one is {checkpoint_at(config.run_dir, 1)}" in message
+        assert "Traceback" not in message and "\n" not in message
+    reason = results[0][2][1]
+    assert "Worker failure" in reason if where == "tensors" else "No space left" in reason
+    assert "GB free there" in reason
+
+
+def build_or_say(rendezvous: str, config: Config) -> str:
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        build(config, groups)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        stop_distributed()
+    return "no error"
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def damage_tensors(checkpoint: Path) -> None:
+    cut(max(checkpoint.glob("__1_*.distcp"), key=lambda path: path.stat().st_size))
+
+
+def remove_tensors(checkpoint: Path) -> None:
+    next(checkpoint.glob("__1_*.distcp")).unlink()
+
+
+def damage_index(checkpoint: Path) -> None:
+    cut(checkpoint / ".metadata")
+
+
+def damage_state(checkpoint: Path) -> None:
+    cut(checkpoint / "state.json")
+
+
+def another_format(checkpoint: Path) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {"format": 99}))
+
+
+def incomplete_state(checkpoint: Path) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["widths"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def remove_config(checkpoint: Path) -> None:
+    (checkpoint / "config.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_tensors,
+        remove_tensors,
+        damage_index,
+        damage_state,
+        another_format,
+        incomplete_state,
+        remove_config,
+    ],
+)
+def test_a_damaged_checkpoint_is_named_on_every_rank(
+    source: Callable[[str], Source],
+    workers: Workers,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+) -> None:
+    config = source("tp2").killed_after(STOPS["recovery"], tmp_path / "run")
+    path = checkpoint_at(config.run_dir, STOPS["recovery"])
+    damage(path)
+    for said in workers.run(build_or_say, 2, config):
+        assert said.startswith("CheckpointError: ") and str(path) in said
+        assert "Traceback" not in said and "\n" not in said
+
+
+def test_an_incomplete_checkpoint_is_passed_over(
+    source: Callable[[str], Source], tmp_path: Path
+) -> None:
+    from megatron_idea.checkpoint import latest
+
+    config = source("tp1").killed_after(STOPS["recovery"], tmp_path / "run")
+    earlier = checkpoint_at(config.run_dir, STOPS["between_compactions"])
+    (checkpoint_at(config.run_dir, STOPS["recovery"]) / "state.json").unlink()
+    partial = earlier.with_name("step_00000099.partial")
+    shutil.copytree(earlier, partial)
+    assert latest(config.run_dir) == earlier
+    assert latest(tmp_path / "nowhere") is None
+
+
+def keep_two(rendezvous: str, config: Config) -> list[list[str]]:
+    """The checkpoint folders after each of four saves; a leftover lies in the way of the second."""
+    from megatron_idea import checkpoint
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, save, step
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        run, state = build(config, groups)
+        folder = checkpoint.folder(config.run_dir)
+        leftover = folder / "step_00000002.partial"
+        leftover.mkdir(parents=True)
+        (leftover / "junk").write_text("of a killed process")
+        seen = []
+        for _ in range(4):
+            step(run, state)
+            save(run, state)
+            seen.append(sorted(path.name for path in folder.iterdir()))
+        assert not (folder / "step_00000002" / "junk").exists()
+        save(run, state)  # the same step again replaces it
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        run.log.close()
+        return seen
+    finally:
+        stop_distributed()
+
+
+def test_the_last_two_are_kept_and_leftovers_are_replaced(
+    small_run: Config, workers: Workers
+) -> None:
+    (seen,) = workers.run(keep_two, 1, small_run)
+    names = [f"step_0000000{n}" for n in (1, 2, 3, 4)]
+    assert seen[0] == [names[0], names[1] + ".partial"]
+    assert seen[1:] == [names[0:2], names[1:3], names[2:4], names[2:4]]
+
+
+def changes(config: Config, path: Path, **sections: Any) -> str:
+    from megatron_idea.checkpoint import CheckpointError, check_same_run
+
+    try:
+        check_same_run(path, replace(config, **sections))
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_another_model_schedule_or_data_is_refused_with_both_values(
+    source: Callable[[str], Source],
+) -> None:
+    config = source("tp1").config
+    path = checkpoint_at(config.run_dir, STOPS["masked"])
+
+    said = changes(config, path, model={"hidden_size": 64, "qk_layernorm": False})
+    assert "is a checkpoint of another model" in said and str(path) in said
+    assert "model.hidden_size: 32 in the checkpoint, 64 now" in said
+    assert "model.qk_layernorm: True in the checkpoint, False now" in said
+    assert "another run_dir" in said
+
+    said = changes(config, path, schedule={"total_tokens": 4096}, optimizer={"adam_beta2": 0.9})
+    assert "was written by another run" in said
+    assert "schedule.total_tokens: 2048 in the checkpoint, 4096 now" in said
+    assert "optimizer.adam_beta2: 0.95 in the checkpoint, 0.9 now" in said
+
+    for sections, key in (
+        ({"data": {"tokenizer": "other.json"}}, "data.tokenizer"),
+        ({"data": {"train": []}}, "data.train"),
+        ({"training": {"global_batch_size": 8}}, "training.global_batch_size"),
+        ({"training": {"seed": 1}}, "training.seed"),
+        ({"training": {"precision": "bf16"}}, "training.precision"),
+        ({"prune": {"target_ffn_hidden_size": 32}}, "prune.target_ffn_hidden_size"),
+    ):
+        assert key in changes(config, path, **sections)
+
+
+def test_layout_checkpoints_evaluation_and_logs_may_change(
+    source: Callable[[str], Source],
+) -> None:
+    config = source("tp1").config
+    path = checkpoint_at(config.run_dir, STOPS["masked"])
+    sections = {
+        "run_dir": "elsewhere",
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": False},
+        "checkpoint": {"every_tokens": 1, "keep_last": 5},
+        "evaluation": {"every_tokens": 7, "num_samples": 3},
+        "logging": {"progress": True},
+        "training": {"micro_batch_size": 1},
+        "data": {"cache_dir": "elsewhere"},
+    }
+    assert changes(config, path, **sections) == ""
+
+
+def test_widths_that_more_ranks_cannot_round_up_stay_until_they_shrink(
+    small_run: Config, workers: Workers, tmp_path: Path
+) -> None:
+    config = replace(small_run, prune={"compaction_block": 0})  # a sixteenth: 4, 8 on two ranks
+    workers.run(drive, 1, config, (9,))
+    state = json.loads((checkpoint_at(config.run_dir, 9) / "state.json").read_text())
+    assert state["widths"] == [28, 28]  # 25 live neurons at the next step: 32 on two ranks
+    config = replace(config, parallel=TP2, checkpoint={"keep_last": 0})
+    before = curves(config.run_dir, 0)
+    workers.run(train_on, 2, config)
+    after = curves(config.run_dir, 0)
+    assert [r["ffn_width"][0] for r in after[8:12]] == [28, 28, 28, 24]
+    assert [r["ffn_live"] for r in after] == [r["ffn_live"] for r in before]
+
+
+def test_widths_that_do_not_split_over_the_ranks_are_refused(
+    small_run: Config, workers: Workers
+) -> None:
+    config = replace(small_run, prune={"compaction_block": 1, "alignment": 1})
+    workers.run(drive, 1, config, (6,))
+    for said in workers.run(build_or_say, 2, replace(config, parallel=TP2)):
+        assert said.startswith("CheckpointError: ") and "49" in said
+        assert "tensor_model_parallel_size" in said

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.config import Config
+from megatron_idea.distributed import assert_same_on_all_ranks
 from megatron_idea.optim import Trainable
 from megatron_idea.prune.compact import CompactReport, compact
 from megatron_idea.prune.idea import IdeaPrune
@@ -106,7 +107,11 @@ class Pruner:
         return tokens >= removal_window(self.config.schedule)[1] or step % interval == 0
 
     def apply(self, trainable: Trainable, plan: Plan) -> CompactReport | None:
-        """Mask what the plan removes; compact when it asks for smaller widths."""
+        """Mask what the plan removes; compact when it asks for smaller widths.
+
+        Raises: RuntimeError when the plan differs between ranks; nothing was changed then.
+        """
+        assert_same_on_all_ranks(plan.digest.encode(), "the pruning plan", trainable.groups)
         self.alive = plan.alive
         if plan.widths == trainable.widths:
             apply_mask(trainable.mlps, plan)
