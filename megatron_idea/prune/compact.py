@@ -23,6 +23,7 @@ from megatron_idea.distributed import (
     assert_same_on_all_ranks,
     forget_rotary_cache,
     memory_bytes,
+    together,
 )
 from megatron_idea.model import named_parameters
 from megatron_idea.optim import (
@@ -176,16 +177,17 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     peak = memory_bytes()
     assert_same_on_all_ranks(plan.digest.encode(), "the pruning plan", groups)
     _quiesce(trainable)
-    relocations: dict[int, Relocation] = {}
-    new_ids: dict[int, Tensor] = {}
-    for layer, mlp in trainable.mlps:
-        ids = _tp_ids(mlp.neuron_ids, groups)
-        stored = _stored(plan.alive[layer], ids, plan.widths[layer])
-        relocations[layer] = relocate(ids, stored, placement)
-        source = relocations[layer].sources[groups.tp.rank()]
-        new_ids[layer] = torch.stack(ids)[source[:, 0], source[:, 1]]
+    ids = {layer: _tp_ids(mlp.neuron_ids, groups) for layer, mlp in trainable.mlps}
     step = adam_step(trainable.optimizer, groups)
-    assert step > 0, "there is no optimizer state to carry over before the first step"
+
+    def decide() -> dict[int, Relocation]:
+        assert step > 0, "there is no optimizer state to carry over before the first step"
+        return {
+            layer: relocate(of, _stored(plan.alive[layer], of, plan.widths[layer]), placement)
+            for layer, of in ids.items()
+        }
+
+    relocations: dict[int, Relocation] = together(decide, groups)
     attributes = {name: _plain(p) for name, p in named_parameters(trainable.chunks)}
 
     for chunk in trainable.chunks:
@@ -201,7 +203,8 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     peak = max(peak, memory_bytes())
     _restore(fresh, staged, owners, step)
     for layer, mlp in fresh.mlps:
-        mlp.neuron_ids.copy_(new_ids[layer])
+        source = relocations[layer].sources[groups.tp.rank()]
+        mlp.neuron_ids.copy_(torch.stack(ids[layer])[source[:, 0], source[:, 1]])
         mlp.set_mask(plan.alive[layer, mlp.neuron_ids])
     trainable.core, trainable.chunks = fresh.core, fresh.chunks
     trainable.optimizer, trainable.widths = fresh.optimizer, fresh.widths
