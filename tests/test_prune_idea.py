@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_idea.config import PruneConfig
+from megatron_idea.config import ConfigError, PruneConfig
 from megatron_idea.prune.idea import IdeaPrune
 from megatron_idea.prune.strategy import DOWN, GATE, UP, Stats, live_counts, ranked, select
 from megatron_idea.testing import assert_close, assert_equal
@@ -65,6 +65,11 @@ def test_each_row_reduction_asks_the_kernel_for_what_it_needs(
 
 def test_signed_sums_count_by_their_size() -> None:
     assert importance([-8.0, 4.0, 2.0], element="signed") == 2.0
+
+
+def test_the_maximum_of_signed_values_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="to abs or squared"):
+        strategy(element="signed", row_reduce="max")
 
 
 def test_matrices_are_gate_up_down_in_this_order() -> None:
@@ -194,6 +199,20 @@ def test_one_ranking_leaves_no_layer_without_neurons() -> None:
     scores, alive = table([[1.0] * 8, [1000.0] * 8])
     assert strategy(2, scope="global").allocate(scores, alive, 5) == [2, 8]
     assert strategy(2, scope="global").allocate(scores, alive, 3) == [2, 4]
+
+
+def test_one_ranking_goes_on_after_a_resume_with_a_larger_unit() -> None:
+    method = strategy(8, scope="global")
+    scores = torch.arange(48.0).view(2, 24)
+    alive = torch.zeros(2, 24, dtype=torch.bool)
+    alive[:, :12] = True  # legal in units of 4
+    assert method.allocate(scores, alive, 12) == [12, 12]
+    assert method.allocate(scores, alive, 11) == [12, 12]
+    # The ends that are no whole unit go first; the lower scores are in the first layer.
+    assert method.allocate(scores, alive, 10) == [8, 12]
+    assert method.allocate(scores, alive, 8) == [8, 8]
+    alive[0, 12:16] = True  # 16 and 12 live: four go before any eight
+    assert method.allocate(scores, alive, 12) == [16, 8]
 
 
 def test_blocks_are_ranked_by_their_mean() -> None:

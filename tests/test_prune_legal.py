@@ -92,3 +92,27 @@ def test_by_hand() -> None:
     # One layer is due, so all shrink.
     assert due_widths((64, 64), [48, 50], 8, 16, final=False) == (48, 56)
     assert due_widths((64, 64), [57, 50], 8, 16, final=True) == (64, 56)
+    # 24 is no multiple of 16, as TP = 2 wants it after TP = 1: it waits for 16.
+    assert due_widths((24,), [22], 16, 16, final=False) == (24,)
+    assert due_widths((24,), [16], 16, 16, final=True) == (16,)
+
+
+@given(prunings(), st.integers(2, 4))
+def test_a_resume_with_larger_multiples_goes_on_and_lands_on_them(
+    pruning: tuple[int, int, int, list[list[int]]], factor: int
+) -> None:
+    multiple, block, full, steps = pruning
+    larger, full = factor * multiple, factor * full
+    widths = (full,) * len(steps[0])
+    for index, live in enumerate(steps):
+        now = multiple if index < len(steps) // 2 else larger
+        shrunk = due_widths(widths, live, now, factor * block, final=False)
+        assert all(n <= s <= w for n, s, w in zip(live, shrunk, widths, strict=True))
+        # Either the width of before the resume, or legal after it.
+        assert all(s == w or s % now == 0 for s, w in zip(shrunk, widths, strict=True))
+        widths = shrunk
+    # The target is legal after the resume.
+    target = tuple(
+        min(n // larger * larger or larger, w) for n, w in zip(steps[-1], widths, strict=True)
+    )
+    assert due_widths(widths, target, larger, factor * block, final=True) == target

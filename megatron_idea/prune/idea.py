@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_idea.config import PruneConfig
+from megatron_idea.config import ConfigError, PruneConfig
 from megatron_idea.prune.strategy import Stats, live_counts, ranked
 
 
@@ -17,7 +17,14 @@ class IdeaPrune:
     """S_i = max over {gate, up, down} of mean_j EMA |w_ij g_ij|, the same budget in every layer."""
 
     def __init__(self, config: PruneConfig, unit: int) -> None:
-        """``unit``: with one ranking over all layers neurons go in blocks of this many."""
+        """``unit``: with one ranking over all layers neurons go in blocks of this many.
+
+        Raises: ConfigError for the maximum of signed values.
+        """
+        if (config.element, config.row_reduce) == ("signed", "max"):
+            raise ConfigError(
+                "prune.row_reduce=max needs values of one sign: set prune.element to abs or squared"
+            )
         self.element = config.element
         self.reduction = {"l2": "sum_of_squares", "max": "max"}.get(config.row_reduce, "sum")
         self._row_reduce = config.row_reduce
@@ -50,13 +57,23 @@ class IdeaPrune:
         """Rank every layer's tail blocks of ``unit`` neurons against each other by their mean.
 
         Widths stay multiples of the unit at every moment and no layer falls below one unit, so
-        the last plan lands on legal widths whose mean is the target.
+        the last plan lands on legal widths whose mean is the target. After a resume with a larger
+        unit, what a layer has beyond a multiple of it goes first.
         """
+        unit = self._unit
         order = ranked(importance, alive)
         budget = live_counts(alive)
-        tails = importance.gather(1, order).unfold(1, self._unit, self._unit).mean(dim=2).tolist()
-        while sum(budget) - self._unit >= total:
-            removable = [layer for layer, n in enumerate(budget) if n >= 2 * self._unit]
-            layer = min(removable, key=lambda i: (tails[i][budget[i] // self._unit - 1], i))
-            budget[layer] -= self._unit
-        return budget
+        tails = importance.gather(1, order).unfold(1, unit, unit).mean(dim=2).tolist()
+
+        def rank(layer: int) -> tuple[bool, float, int]:
+            live = budget[layer]
+            return live % unit == 0, tails[layer][(live - 1) // unit], layer
+
+        while True:
+            cuts = [n % unit or unit for n in budget]
+            spare = sum(budget) - total
+            layers = [i for i, n in enumerate(budget) if cuts[i] <= min(spare, n - unit)]
+            if not layers:
+                return budget
+            layer = min(layers, key=rank)
+            budget[layer] -= cuts[layer]
