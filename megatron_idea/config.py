@@ -274,6 +274,10 @@ class PruneConfig:
         _one_of("prune.element", self.element, ("abs", "squared", "signed"))
         _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
         _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))
+        _require(
+            (self.element, self.row_reduce) != ("signed", "max"),
+            "prune.row_reduce=max needs values of one sign: set prune.element to abs or squared",
+        )
         _one_of("prune.ema_on", self.ema_on, ("history", "new"))
         _one_of("prune.scope", self.scope, ("layer", "global"))
         _one_of("prune.placement", self.placement, ("min", "ordered"))

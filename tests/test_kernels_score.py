@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_idea.kernels import matrix_scores
-from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
 from torch import Tensor
 
+from megatron_idea.kernels import matrix_scores
+from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
 from megatron_idea.testing import assert_close, assert_equal
 
 PER = ("row", "column")

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from megatron_idea.kernels import masked_swiglu
 from torch import Tensor
 
+from megatron_idea.kernels import masked_swiglu
 from megatron_idea.testing import assert_close, assert_equal
 
 # One token, one neuron, widths that are no multiple of a vector, batches of sequences, no token.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_idea.config import ConfigError, PruneConfig
+from megatron_idea.config import PruneConfig
 from megatron_idea.prune.strategy import Stats, live_counts, ranked
 
 
@@ -17,14 +17,7 @@ class IdeaPrune:
     """S_i = max over {gate, up, down} of mean_j EMA |w_ij g_ij|, the same budget in every layer."""
 
     def __init__(self, config: PruneConfig, unit: int) -> None:
-        """``unit``: with one ranking over all layers neurons go in blocks of this many.
-
-        Raises: ConfigError for the maximum of signed values.
-        """
-        if (config.element, config.row_reduce) == ("signed", "max"):
-            raise ConfigError(
-                "prune.row_reduce=max needs values of one sign: set prune.element to abs or squared"
-            )
+        """``unit``: with one ranking over all layers neurons go in blocks of this many."""
         self.element = config.element
         self.reduction = {"l2": "sum_of_squares", "max": "max"}.get(config.row_reduce, "sum")
         self._row_reduce = config.row_reduce
