@@ -11,11 +11,11 @@ built at the final width.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
-from measure import alternate, ratio, write
-from plain_gpt import PlainGPT
 
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import TrainState
@@ -25,6 +25,11 @@ from megatron_idea.distributed import ProcessGroups, start_distributed, stop_dis
 from megatron_idea.optim import Trainable, assemble
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.schedule import phase_ends
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
+
+from measure import alternate, ratio, write
+from plain_gpt import PlainGPT
 
 GOALS = {"engine_to_plain": 1.10, "pruning_to_none": 1.02, "compacted_to_built": 1.01}
 
