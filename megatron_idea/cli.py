@@ -28,6 +28,7 @@ class _Commands(typer.core.TyperGroup):
     """Turns the user's mistakes into one line."""
 
     def invoke(self, ctx: Any) -> Any:
+        quiet()
         try:
             return super().invoke(ctx)
         except ValueError as error:
@@ -168,7 +169,6 @@ def train(config: ConfigPath, overrides: Overrides = None, nproc: Processes = No
         raise typer.BadParameter(
             "the launcher has set the number of processes", param_hint="--nproc"
         )
-    quiet()
     from megatron_idea.train import train as run
 
     run(loaded)
@@ -203,7 +203,6 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure the held-out loss of a checkpoint."""
-    quiet()
     from megatron_idea.evaluate import evaluate_checkpoint
 
     for name, value in evaluate_checkpoint(path, overrides or []).items():
