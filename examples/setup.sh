@@ -83,7 +83,9 @@ fingerprint() {
 torch_version >/dev/null || install_torch
 
 stamp="$venv/megatron_idea$extra.stamp"
-if [[ ! -f $stamp || $(<"$stamp") != "$(fingerprint)" ]]; then
+fresh() { [[ -f $1 && $(<"$1") == "$(fingerprint)" ]]; }
+# What [dev] installed is enough without it.
+if ! fresh "$stamp" && ! fresh "$venv/megatron_idea[dev].stamp"; then
     echo "torch==$(torch_version)" >"$venv/constraints.txt"
     step "megatron-idea$extra" install -c "$venv/constraints.txt" -e ".$extra"
     fingerprint >"$stamp"
