@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from megatron_idea.kernels.dispatch import jit, launch, tl, uses_triton
+from torch import Tensor
 
 ELEMENTS = ("abs", "squared", "signed")
 REDUCTIONS = ("sum", "sum_of_squares", "max")
@@ -182,20 +181,12 @@ def _larger(a, b):
 
 @jit
 def _join(a, b, REDUCTION: tl.constexpr):
-    if REDUCTION == "max":
-        c = _larger(a, b)
-    else:
-        c = a + b
-    return c
+    return _larger(a, b) if REDUCTION == "max" else a + b
 
 
 @jit
 def _fold(e, AXIS: tl.constexpr, REDUCTION: tl.constexpr):
-    if REDUCTION == "max":
-        c = tl.reduce(e, AXIS, _larger)
-    else:
-        c = tl.sum(e, axis=AXIS)
-    return c
+    return tl.reduce(e, AXIS, _larger) if REDUCTION == "max" else tl.sum(e, axis=AXIS)
 
 
 @jit

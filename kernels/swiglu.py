@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from megatron_idea.kernels.dispatch import architecture, jit, launch, tl, uses_triton
+from torch import Tensor
 
 
 class Gradients(NamedTuple):
@@ -75,8 +74,10 @@ def _reference_backward(
     if with_dm:
         wide = torch.float64 if x_T2F.dtype == torch.float64 else torch.float32
         dm_TF = dy_TF.to(wide) * silu_TF.to(wide) * up_TF.to(wide)
-        dm_F = dm_TF.reshape(-1, dm_TF.shape[-1]).sum(0) if dm_TF.numel() else dm_TF.new_zeros(
-            dm_TF.shape[-1]
+        dm_F = (
+            dm_TF.reshape(-1, dm_TF.shape[-1]).sum(0)
+            if dm_TF.numel()
+            else dm_TF.new_zeros(dm_TF.shape[-1])
         )
     if mask_F is not None:
         dy_TF = (dy_TF * mask_F).to(x_T2F.dtype)
@@ -404,13 +405,10 @@ def _check(
         mask_F.shape != (width,) or mask_F.dtype not in (dtype, torch.float32)
     ):
         names = " or ".join(dict.fromkeys((str(dtype), "torch.float32")))
-        raise ValueError(
-            f"mask is {mask_F.dtype} {tuple(mask_F.shape)}; legal: {names} ({width},)"
-        )
+        raise ValueError(f"mask is {mask_F.dtype} {tuple(mask_F.shape)}; legal: {names} ({width},)")
     if dy_TF is not None and (dy_TF.dtype != dtype or dy_TF.shape != (*x_T2F.shape[:-1], width)):
         raise ValueError(
-            f"dy is {dy_TF.dtype} {tuple(dy_TF.shape)}; "
-            f"legal: {dtype} {(*x_T2F.shape[:-1], width)}"
+            f"dy is {dy_TF.dtype} {tuple(dy_TF.shape)}; legal: {dtype} {(*x_T2F.shape[:-1], width)}"
         )
     for name, tensor in (("x", x_T2F), ("mask", mask_F), ("dy", dy_TF)):
         if tensor is None:
