@@ -221,7 +221,7 @@ def test_scores_are_three_launches_with_full_vectors(
 
 def test_an_unaligned_shard_compiles_too(compiled: Compile) -> None:
     for kernel in compiled(lambda: ffn_scores([shard(torch.bfloat16, skipped=3)], **TRITON)):
-        gate(kernel, 0, 0, registers=80, narrow=(32, 3))
+        gate(kernel, 0, 0, registers=80, narrow=(64, 3))
 
 
 @pytest.mark.parametrize("compiled", [90], indirect=True)
