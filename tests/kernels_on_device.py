@@ -10,10 +10,13 @@ import itertools
 
 import pytest
 import torch
+from jobs import backward, on_ranks
 from megatron_idea.kernels import FfnShard, ffn_scores, masked_swiglu, masked_swiglu_backward
 from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
 from torch import Tensor
 
+from megatron_idea.config import Config, replace
+from megatron_idea.distributed import ProcessGroups
 from megatron_idea.testing import assert_close, assert_equal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -344,3 +347,31 @@ def test_signed_scores_of_up_and_down_are_dm() -> None:
     assert_close(up / scale, mask.grad / scale, "up", 5e-6)
     assert_close(down / scale, mask.grad / scale, "down", 5e-6)
     assert float(((gate - up) / scale).abs().max()) > 1e-2
+
+
+@on_ranks(1)
+def test_a_model_trains_and_scores_as_with_the_reference(
+    groups: ProcessGroups, config: Config
+) -> None:
+    from megatron_idea.optim import assemble, update
+    from megatron_idea.prune.pruner import build_strategy
+    from megatron_idea.prune.score import ScoreTracker
+
+    curves: dict[str, list[float]] = {}
+    scores: dict[str, list[Tensor]] = {}
+    for implementation in ("triton", "reference"):
+        chosen = replace(config, training={"kernel_implementation": implementation})
+        trainable = assemble(chosen, groups, [24, 16], initialize=True)
+        for _, mlp in trainable.mlps:
+            mlp.set_mask(torch.arange(mlp.width, device=groups.device) % 3 > 0)
+        tracker = ScoreTracker(trainable.mlps, build_strategy(chosen), 0.9)
+        curve = curves[implementation] = []
+        for step in range(6):
+            backward(trainable, seed=step)
+            scores[implementation] = tracker.observe(trainable)
+            curve.append(update(trainable.optimizer, chosen, 1e-2))
+    assert len(set(curves["triton"])) == 6
+    assert_close(curves["triton"], curves["reference"], "gradient norms", tolerance=1e-5)
+    for ours, theirs in zip(scores["triton"], scores["reference"], strict=True):
+        assert_close(ours / theirs.max(), theirs / theirs.max(), "scores", tolerance=1e-4)
+        assert not ours[:, ::3].any() and bool(ours[:, 1::3].all())
