@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,9 +91,9 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
     if programs == 0:
         return
     # Named, because Triton 3.10 turns the default off.
-    run: Callable[..., Any] = functools.partial(kernel[(programs,)], enable_fp_fusion=True)
+    meta["enable_fp_fusion"] = True
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            run(*arguments, **meta)
+            kernel[(programs,)](*arguments, **meta)
     else:
-        run(*arguments, **meta)
+        kernel[(programs,)](*arguments, **meta)

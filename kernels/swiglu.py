@@ -41,6 +41,11 @@ def reference(x_T2F: Tensor, mask_F: Tensor | None = None) -> Tensor:
     return y_TF if mask_F is None else (y_TF * mask_F).to(x_T2F.dtype)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """[..., N] as [T, N] with unit stride in N; copies only where rows are not evenly spaced."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 class _Reference(torch.autograd.Function):
     """Saves x alone and recomputes silu(gate); writes both halves of dx in place of a cat."""
 
@@ -73,12 +78,7 @@ def _reference_backward(
         h_TF = silu_TF * up_TF if mask_F is None else (silu_TF * up_TF).mul_(mask_F)
     if with_dm:
         wide = torch.float64 if x_T2F.dtype == torch.float64 else torch.float32
-        dm_TF = dy_TF.to(wide) * silu_TF.to(wide) * up_TF.to(wide)
-        dm_F = (
-            dm_TF.reshape(-1, dm_TF.shape[-1]).sum(0)
-            if dm_TF.numel()
-            else dm_TF.new_zeros(dm_TF.shape[-1])
-        )
+        dm_F = _rows(dy_TF.to(wide) * silu_TF.to(wide) * up_TF.to(wide)).sum(0)
     if mask_F is not None:
         dy_TF = (dy_TF * mask_F).to(x_T2F.dtype)
     dx_T2F = torch.empty_like(x_T2F)
@@ -240,11 +240,6 @@ def _launch_tiles(kernel: Any, tile: Tile, x: Tensor, *arguments: Any, **meta: A
     )  # fmt: skip
 
 
-def _rows(t: Tensor) -> Tensor:
-    """[..., N] as [T, N] with unit stride in N; copies only where rows are not evenly spaced."""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
 def _triton_forward(x_T2F: Tensor, mask_F: Tensor | None, skip_blocks: bool) -> Tensor:
     x, width = _rows(x_T2F), x_T2F.shape[-1] // 2
     y_TF = x_T2F.new_empty(*x_T2F.shape[:-1], width)
@@ -323,12 +318,13 @@ def masked_swiglu(
         x_T2F: [..., 2F], gate half first, unit stride in the last dimension.
         mask_F: [F] factors in x's dtype or fp32, 0 for a removed neuron; None keeps all. Gets the
             gradient dm when it requires one.
-        skip_blocks: do not read runs of removed neurons (256, in Triton); pays when those lie
-            together.
+        skip_blocks: in Triton, do not read x where 256 neighbours (fp32: 128) are all removed.
+            Pays when removed neurons lie together; not together with a mask that wants dm.
         inplace_backward: the backward overwrites x with its gradient. Only where nobody else needs
             x; a second backward raises.
         implementation: ``auto`` (Triton on CUDA, PyTorch elsewhere), ``triton``, ``reference``.
-    Returns: [..., F]. Where the factor is 0 the output and the gradient of both halves are 0.
+    Returns: [..., F]. Where the factor is 0 and x is finite, the output and the gradient of both
+        halves are 0.
     Raises: ValueError for tensors that do not fit each other, and for settings that exclude each
         other.
     """
