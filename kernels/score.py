@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -317,14 +317,47 @@ _CHUNK = _COLUMNS_TILE["ROWS"] * _COLUMNS_TILE["STEPS"]
 
 
 def _touched(lo: int, n: int, row_length: int) -> tuple[int, int]:
-    """Rows [first, end) that elements [lo, lo + n) lie in."""
-    return lo // row_length, math.ceil((lo + n) / row_length) if n else lo // row_length
+    """Rows [first, end) that elements [lo, lo + n) lie in; n > 0."""
+    return lo // row_length, (lo + n - 1) // row_length + 1
 
 
 @functools.lru_cache(maxsize=16)
 def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """The table, copied once: addresses stay what they are until the model is rebuilt."""
     return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+@dataclass
+class _Tables:
+    """What the kernels read, each row in the order that its kernel documents; no empty shards."""
+
+    fc1: list[tuple[int, ...]] = field(default_factory=list)
+    fc2: list[tuple[int, ...]] = field(default_factory=list)
+    final: list[tuple[int, ...]] = field(default_factory=list)
+    out_size: int = 0
+    partials_size: int = 0
+
+    def add(self, layer: FfnShard, average: Tensor | None) -> None:
+        first = end = chunks = 0
+        partials = self.partials_size
+        if layer.w1 is not None and layer.g1 is not None and len(layer.w1):
+            w, g, n = layer.w1.data_ptr(), layer.g1.data_ptr(), len(layer.w1)
+            first, end = _touched(layer.lo1, n, layer.hidden)
+            self.fc1.append((w, g, layer.lo1, n, first, end, self.out_size))
+        if layer.w2 is not None and layer.g2 is not None and len(layer.w2):
+            w, g, n = layer.w2.data_ptr(), layer.g2.data_ptr(), len(layer.w2)
+            rows = _touched(layer.lo2, n, layer.f)
+            self.fc2.append((w, g, layer.lo2, n, *rows, partials, layer.f))
+            chunks = math.ceil((rows[1] - rows[0]) / _CHUNK)
+        address = 0 if average is None else average.data_ptr()
+        self.final.append((layer.f, self.out_size, first, end, partials, chunks, address))
+        self.out_size += 3 * layer.f
+        self.partials_size += chunks * layer.f
+
+
+def _aligned(row: tuple[int, ...], row_length: int) -> bool:
+    """Bytes of the addresses and elements of lo, n and the row length in sixteens."""
+    return all(x % 16 == 0 for x in (*row[:4], row_length))
 
 
 def _ffn_triton(
@@ -335,60 +368,46 @@ def _ffn_triton(
     averages: Sequence[Tensor] | None,
     history: float,
 ) -> list[Tensor]:
-    fc1, fc2, final = [], [], []
-    out_at = partials_at = 0
+    tables = _Tables()
     for index, layer in enumerate(layers):
-        first = end = chunks = 0
-        if layer.w1 is not None and layer.g1 is not None and len(layer.w1):
-            first, end = _touched(layer.lo1, len(layer.w1), layer.hidden)
-            addresses = layer.w1.data_ptr(), layer.g1.data_ptr()
-            fc1.append((*addresses, layer.lo1, len(layer.w1), first, end, out_at))
-        average = averages[index].data_ptr() if averages is not None else 0
-        here = partials_at
-        if layer.w2 is not None and layer.g2 is not None and len(layer.w2):
-            rows = _touched(layer.lo2, len(layer.w2), layer.f)
-            addresses = layer.w2.data_ptr(), layer.g2.data_ptr()
-            fc2.append((*addresses, layer.lo2, len(layer.w2), *rows, partials_at, layer.f))
-            chunks = math.ceil((rows[1] - rows[0]) / _CHUNK)
-            partials_at += chunks * layer.f
-        final.append((layer.f, out_at, first, end, here, chunks, average))
-        out_at += 3 * layer.f
+        tables.add(layer, None if averages is None else averages[index])
     # The finalising launch writes all of it, also what no shard touches.
-    out = torch.empty(out_at, dtype=torch.float32, device=device)
-    partials = torch.empty(partials_at, dtype=torch.float32, device=device)
-    names = {"ELEMENT": element, "REDUCTION": reduction}
+    out = torch.empty(tables.out_size, dtype=torch.float32, device=device)
+    partials = torch.empty(tables.partials_size, dtype=torch.float32, device=device)
     weights = [w for layer in layers for w in (layer.w1, layer.w2) if w is not None]
-    # Bytes of the addresses, elements of lo, n and the row length.
-    hidden = layers[0].hidden
-    if fc1:
-        aligned = all(x % 16 == 0 for row in fc1 for x in (*row[:4], hidden))
-        blocks = max(math.ceil((row[5] - row[4]) / _ROWS_TILE["ROWS"]) for row in fc1)
+    names: dict[str, Any] = {"ELEMENT": element, "REDUCTION": reduction}
+    if weights:
+        names["DTYPE"] = tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32
+    if tables.fc1:
+        hidden = layers[0].hidden
+        blocks = max(
+            math.ceil((end - first) / _ROWS_TILE["ROWS"]) for *_, first, end, _out in tables.fc1
+        )
         launch(
-            _rows_kernel, len(fc1) * blocks, device,
-            _on_device(tuple(fc1), device), out, blocks,
-            HIDDEN=hidden, DTYPE=_triton_dtype(weights[0]), ALIGNED=aligned, **names, **_ROWS_TILE,
+            _rows_kernel, len(tables.fc1) * blocks, device,
+            _on_device(tuple(tables.fc1), device), out, blocks,
+            HIDDEN=hidden, ALIGNED=all(_aligned(row, hidden) for row in tables.fc1),
+            **names, **_ROWS_TILE,
         )  # fmt: skip
-    if fc2:
-        aligned = all(x % 16 == 0 for row in fc2 for x in (*row[:4], row[7]))
-        chunks = max(math.ceil((row[5] - row[4]) / _CHUNK) for row in fc2)
-        blocks = max(math.ceil(row[7] / _COLUMNS_TILE["COLUMNS"]) for row in fc2)
+    if tables.fc2:
+        chunks = max(
+            math.ceil((end - first) / _CHUNK) for *_, first, end, _partials, _f in tables.fc2
+        )
+        blocks = max(math.ceil(f / _COLUMNS_TILE["COLUMNS"]) for *_, f in tables.fc2)
         launch(
-            _columns_kernel, len(fc2) * chunks * blocks, device,
-            _on_device(tuple(fc2), device), partials, chunks, blocks,
-            DTYPE=_triton_dtype(weights[0]), ALIGNED=aligned, **names, **_COLUMNS_TILE,
+            _columns_kernel, len(tables.fc2) * chunks * blocks, device,
+            _on_device(tuple(tables.fc2), device), partials, chunks, blocks,
+            ALIGNED=all(_aligned(row, row[-1]) for row in tables.fc2),
+            **names, **_COLUMNS_TILE,
         )  # fmt: skip
     blocks = max(math.ceil(layer.f / _FINALISE_TILE["COLUMNS"]) for layer in layers)
     launch(
         _finalise_kernel, len(layers) * blocks, device,
-        _on_device(tuple(final), device), out, partials, history, blocks,
+        _on_device(tuple(tables.final), device), out, partials, history, blocks,
         REDUCTION=reduction, AVERAGE=averages is not None, **_FINALISE_TILE,
     )  # fmt: skip
     parts = out.split([3 * layer.f for layer in layers])
     return [part.view(3, layer.f) for part, layer in zip(parts, layers, strict=True)]
-
-
-def _triton_dtype(weight: Tensor) -> Any:
-    return tl.bfloat16 if weight.dtype == torch.bfloat16 else tl.float32
 
 
 @torch.no_grad()

@@ -371,7 +371,7 @@ def masked_swiglu_backward(
     return _reference_backward(dy_TF, x_T2F, mask_F, with_h, with_dm, inplace)
 
 
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRITON_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def _unit_stride(t: Tensor) -> bool:
@@ -395,7 +395,7 @@ def _check(
     width, dtype = x_T2F.shape[-1] // 2, x_T2F.dtype
     in_triton = uses_triton("masked_swiglu", implementation, x_T2F.device)
     if not dtype.is_floating_point or (in_triton and dtype not in _TRITON_DTYPES):
-        legal = "bfloat16, float16, float32" + ("" if in_triton else ", float64")
+        legal = "bfloat16, float32" + ("" if in_triton else ", float16, float64")
         raise ValueError(f"x is {dtype}; legal: {legal}")
     if mask_F is not None and (
         mask_F.shape != (width,) or mask_F.dtype not in (dtype, torch.float32)

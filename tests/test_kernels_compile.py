@@ -188,7 +188,7 @@ def test_skipping_keeps_the_vectors(compiled: Compile) -> None:
 
 
 @pytest.mark.parametrize("compiled", [90], indirect=True)
-@pytest.mark.parametrize("width", [24, 136, 264, 1400, 14848])
+@pytest.mark.parametrize("width", [24, 264, 14848])
 def test_any_multiple_of_eight_is_a_width_of_full_vectors(compiled: Compile, width: int) -> None:
     x, dy = (torch.zeros(TOKENS, n * width, dtype=torch.bfloat16) for n in (2, 1))
     (forward,) = compiled(lambda: masked_swiglu(x, None, **TRITON))

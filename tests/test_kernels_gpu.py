@@ -25,7 +25,7 @@ def test_bf16_is_rounded_once_and_to_nearest() -> None:
     # Half a unit in the last of 8 bits, and what fp32 arithmetic adds to it.
     assert bool(((y.double() - exact).abs() <= exact.abs() * 2**-8 * (1 + 1e-3) + 1e-38).all())
     nearest = (y == exact.to(torch.bfloat16)).float().mean()
-    assert float(nearest) > 0.999, "ties of fp32 rounding only"
+    assert float(nearest) > 0.995, "only what fp32 arithmetic pushes over a tie may differ"
 
 
 def test_more_than_two_to_the_31st_elements() -> None:
