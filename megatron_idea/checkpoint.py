@@ -129,7 +129,7 @@ def read_state(path: Path, tp: int = 1) -> TrainState:
 # What a resumed run may change: where and how it runs, not what it computes.
 _FREE = {
     "run_dir", "parallel", "checkpoint", "evaluation", "logging", "data.cache_dir",
-    "training.micro_batch_size",
+    "training.micro_batch_size", "training.kernel_implementation",
 }  # fmt: skip
 
 

@@ -112,6 +112,9 @@ class TrainingConfig:
     """Sequences in one optimizer step, over all ranks."""
     precision: str = "fp32"
     """``fp32``, or ``bf16`` with fp32 main weights, gradients and moments."""
+    kernel_implementation: str = "auto"
+    """Activation and scores of the FFN: ``auto`` (Triton on a GPU, PyTorch elsewhere), ``triton``,
+    ``reference`` (PyTorch)."""
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -119,6 +122,11 @@ class TrainingConfig:
             value = getattr(self, name)
             _require(value > 0, f"training.{name} is {value}; it must be positive")
         _one_of("training.precision", self.precision, ("fp32", "bf16"))
+        _one_of(
+            "training.kernel_implementation",
+            self.kernel_implementation,
+            ("auto", "triton", "reference"),
+        )
 
 
 @dataclass(frozen=True)

@@ -187,10 +187,20 @@ def _in_use() -> list[Row]:
             if fused
             else "torch scaled_dot_product_attention",
         ),
+        Row("-> activation, scores", "ok", _kernels()),
         Row("-> RMSNorm", "ok", "Transformer Engine" if fused else "torch rms_norm"),
         Row("-> optimizer", "ok", f"{adam.__module__.split('.')[0]} {adam.__name__}"),
         Row("-> collectives", "ok", "NCCL" if _has_cuda() else "gloo"),
     ]
+
+
+def _kernels() -> str:
+    import torch
+
+    from megatron_idea.kernels.dispatch import uses_triton
+
+    device = torch.device("cuda" if _has_cuda() else "cpu")
+    return "Triton" if uses_triton("masked_swiglu", "auto", device) else "PyTorch"
 
 
 def _has_cuda() -> bool:

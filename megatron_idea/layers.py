@@ -112,6 +112,7 @@ class PrunableMLP(MLP):
         submodules: MLPSubmodules,
         ffn_hidden_size: int,
         tp_group: torch.distributed.ProcessGroup,
+        kernel_implementation: str = "auto",
     ) -> None:
         # fc2 takes its input width from the config, fc1 from the argument: give both the same.
         config = copy.copy(config)
@@ -126,6 +127,7 @@ class PrunableMLP(MLP):
         self.register_buffer("mask", torch.ones(width, dtype=torch.bool, device=device))
         self.register_buffer("neuron_ids", torch.arange(first, first + width, device=device))
         self._factor: Tensor | None = None
+        self._implementation = kernel_implementation
 
     @property
     def width(self) -> int:
@@ -148,7 +150,8 @@ class PrunableMLP(MLP):
         """[s, b, h] to [s, b, h]; the second value is fc2's bias, which this model has not."""
         assert per_token_scale is None, "only a mixture of experts scales tokens"
         gate_up, _bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(masked_swiglu(gate_up, self._factor))
+        activation = masked_swiglu(gate_up, self._factor, implementation=self._implementation)
+        return self.linear_fc2(activation)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

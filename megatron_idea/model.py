@@ -37,8 +37,9 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from megatron_idea.config import Config
+from megatron_idea.config import Config, ConfigError
 from megatron_idea.distributed import ProcessGroups
+from megatron_idea.kernels.dispatch import uses_triton
 from megatron_idea.layers import PrunableMLP, RMSNorm, ScaledDotProductAttention
 
 
@@ -103,7 +104,9 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def _mlp_of_width(width: int, groups: ProcessGroups) -> type[PrunableMLP]:
+def _mlp_of_width(
+    width: int, groups: ProcessGroups, kernel_implementation: str
+) -> type[PrunableMLP]:
     """A PrunableMLP class that needs a config only.
 
     megatron-core 0.16 builds a layer's MLP from a ModuleSpec or a class, 0.19 calls whatever stands
@@ -123,20 +126,21 @@ def _mlp_of_width(width: int, groups: ProcessGroups) -> type[PrunableMLP]:
 
     class SizedMLP(PrunableMLP):
         def __init__(self, config: TransformerConfig, **_: Any) -> None:
-            super().__init__(config, linears, width, groups.tp)
+            super().__init__(config, linears, width, groups.tp, kernel_implementation)
 
     return SizedMLP
 
 
 def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec:
     """One decoder layer with an FFN of ``width`` neurons over the TP group."""
+    mlp = _mlp_of_width(width, groups, config.training.kernel_implementation)
     if uses_transformer_engine():
         from megatron.core.models.gpt.gpt_layer_specs import (
             get_gpt_layer_with_transformer_engine_spec,
         )
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.model.qk_layernorm)
-        spec.submodules.mlp = _mlp_of_width(width, groups)
+        spec.submodules.mlp = mlp
         return spec
     qk_norm = RMSNorm if config.model.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -157,7 +161,7 @@ def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=_mlp_of_width(width, groups),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine has these norms inside the linear layers: one name in checkpoints.
             sharded_state_dict_keys_map={
@@ -185,9 +189,14 @@ def build_model(
     """Build this rank's model chunks (one, or virtual-PP many) with ``widths[layer]`` neurons.
 
     Weights are unset until ``initialize_weights`` or a checkpoint sets them; no random number is
-    drawn. Raises: AssertionError if a layer comes out with another width.
+    drawn. Raises: ConfigError when the kernels asked for cannot run here; AssertionError if a layer
+    comes out with another width.
     """
     assert len(widths) == config.model.num_layers
+    try:
+        uses_triton("masked_swiglu", config.training.kernel_implementation, groups.device)
+    except ValueError as error:
+        raise ConfigError(f"training.kernel_implementation: {error}") from error
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []

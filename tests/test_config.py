@@ -108,6 +108,7 @@ def test_a_wrong_type_is_refused_by_its_key(override: str, message: str) -> None
         ("data.train=[{prefix: a, weight: 0}]", "must be positive"),
         ("training.seq_length=0", r"training\.seq_length is 0"),
         ("training.precision=fp16", "legal values: fp32, bf16"),
+        ("training.kernel_implementation=cuda", "legal values: auto, triton, reference"),
         ("parallel.tensor_model_parallel_size=0", "must be at least 1"),
         ("parallel.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size"),
         ("parallel.overlap_param_gather=true", "needs use_distributed_optimizer and"),

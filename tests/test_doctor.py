@@ -25,8 +25,8 @@ def test_what_a_run_needs_is_here(rows: dict[str, Row]) -> None:
 
 
 def test_the_implementations_in_use_are_named(rows: dict[str, Row]) -> None:
-    for name in ("-> attention", "-> RMSNorm", "-> optimizer", "-> collectives"):
-        assert rows[name].detail
+    for name in ("attention", "activation, scores", "RMSNorm", "optimizer", "collectives"):
+        assert rows[f"-> {name}"].detail
 
 
 def test_what_is_absent_says_how_to_get_it(rows: dict[str, Row]) -> None:

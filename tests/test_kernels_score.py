@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_idea.kernels import matrix_scores
+from megatron_idea.kernels import FfnShard, ffn_scores, matrix_scores
 from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
 from megatron_idea.testing import assert_close, assert_equal
 
@@ -151,3 +152,52 @@ def test_an_unknown_name_is_an_error_that_lists_the_legal_ones(
 def test_the_maximum_of_signed_values_is_refused(per: str) -> None:
     with pytest.raises(ValueError, match="'signed' has no 'max'"):
         matrix_scores(-torch.ones(4), torch.ones(4), 0, (2, 2), per, "signed", "max")
+
+
+def ffn(f: int, hidden: int) -> FfnShard:
+    """All of an FFN."""
+    (w1, g1), (w2, g2) = matrix(2 * f, hidden), matrix(hidden, f)
+    return FfnShard(
+        f, hidden, w1.flatten(), g1.flatten(), w2=w2.flatten(), g2=g2.flatten()
+    )  # fmt: skip
+
+
+def test_an_ffn_is_gate_up_and_down() -> None:
+    layer = ffn(5, 7)
+    assert layer.w1 is not None and layer.g1 is not None
+    assert layer.w2 is not None and layer.g2 is not None
+    scores, elsewhere = ffn_scores([layer, FfnShard(3, 7)])
+    assert_equal(scores[:2].flatten(), matrix_scores(layer.w1, layer.g1, 0, (10, 7), "row"))
+    assert_equal(scores[2], matrix_scores(layer.w2, layer.g2, 0, (7, 5), "column"))
+    assert_equal(elsewhere, torch.zeros(3, 3))
+    assert ffn_scores([], device=torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("history", [0.0, 0.9, 1.0])
+def test_the_moving_average_moves(history: float) -> None:
+    before = torch.rand(3, 5)
+    average = before.clone()
+    (scores,) = ffn_scores([ffn(5, 7)], averages=[average], history=history)
+    assert_close(average, history * before + (1 - history) * scores)
+
+
+def test_ffns_that_do_not_fit_are_an_error() -> None:
+    whole = ffn(5, 7)
+    for layer, message in (
+        (dataclasses.replace(whole, lo1=1), r"shard \[1, 71\) is outside the 10 x 7 matrix"),
+        (dataclasses.replace(whole, lo2=-1), r"shard \[-1, 34\) is outside the 7 x 5 matrix"),
+        (dataclasses.replace(whole, g2=None), "fc2 of layer 0 has only one of weight and gradient"),
+        (dataclasses.replace(whole, g1=torch.ones(70, device="meta")), "w is on cpu and g on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ffn_scores([layer])
+    with pytest.raises(ValueError, match="say on which device"):
+        ffn_scores([FfnShard(3, 7)])
+    with pytest.raises(ValueError, match="legal: all on meta"):
+        ffn_scores([whole], device=torch.device("meta"))
+    with pytest.raises(ValueError, match=r"average is .* \(3, 4\); legal: torch.float32 \(3, 5\)"):
+        ffn_scores([whole], averages=[torch.zeros(3, 4)])
+    with pytest.raises(ValueError, match="implementation is 'triton'"):
+        ffn_scores([whole], implementation="triton")
+    with pytest.raises(ValueError, match="element is 'l1'"):
+        ffn_scores([whole], "l1")

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.distributed import ProcessGroups
-from megatron_idea.kernels import matrix_scores
+from megatron_idea.kernels import FfnShard, ffn_scores
 from megatron_idea.layers import PrunableMLP
 from megatron_idea.optim import Trainable, slot
-from megatron_idea.prune.strategy import DOWN, GATE, UP, Strategy
+from megatron_idea.prune.strategy import Strategy
 
 
 class ScoreTracker:
@@ -46,35 +46,39 @@ class ScoreTracker:
         Call between the reduction of gradients and the optimizer's step: weights before their
         update, gradients before clipping.
         """
-        sums = [self._layer_sums(mlp, trainable) for _, mlp in trainable.mlps]
+        mlps = trainable.mlps
+        sums = ffn_scores(
+            [self._shard(mlp, trainable) for _, mlp in mlps],
+            self.strategy.element,
+            self.strategy.reduction,
+            device=trainable.groups.device,
+            implementation=trainable.config.training.kernel_implementation,
+        )
         if self.strategy.reduction == "max":  # not linear: the shards of a row must meet at once
             _all_reduce(sums, dist.ReduceOp.MAX, trainable.groups)
             if trainable.groups.dp.rank() > 0:
                 sums = [torch.zeros_like(s) for s in sums]
         return sums
 
-    def _layer_sums(self, mlp: PrunableMLP, trainable: Trainable) -> Tensor:
-        sums = torch.zeros(3, mlp.width, device=mlp.mask.device)
+    def _shard(self, mlp: PrunableMLP, trainable: Trainable) -> FfnShard:
+        """What this rank's optimizer holds of one FFN."""
+        hidden = mlp.linear_fc2.weight.shape[0]
         sharded = trainable.config.parallel.use_distributed_optimizer
-        for linear, per in ((mlp.linear_fc1, "row"), (mlp.linear_fc2, "column")):
-            part = slot(trainable.optimizer, linear.weight)
-            # Without shards every rank holds the whole: one of them counts.
-            if part is None or (not sharded and trainable.groups.dp.rank() > 0):
-                continue
-            scores = matrix_scores(
-                part.main.detach().view(-1),
-                part.grad,
-                part.start,
-                tuple(linear.weight.shape),
-                per,
-                self.strategy.element,
-                self.strategy.reduction,
-            )
-            if per == "row":
-                sums[GATE], sums[UP] = scores.view(2, mlp.width)
-            else:
-                sums[DOWN] = scores
-        return sums
+        # Without shards every rank holds the whole: one of them counts.
+        if not sharded and trainable.groups.dp.rank() > 0:
+            return FfnShard(mlp.width, hidden)
+        fc1 = slot(trainable.optimizer, mlp.linear_fc1.weight)
+        fc2 = slot(trainable.optimizer, mlp.linear_fc2.weight)
+        return FfnShard(
+            mlp.width,
+            hidden,
+            w1=fc1.main.detach().view(-1) if fc1 else None,
+            g1=fc1.grad if fc1 else None,
+            lo1=fc1.start if fc1 else 0,
+            w2=fc2.main.detach().view(-1) if fc2 else None,
+            g2=fc2.grad if fc2 else None,
+            lo2=fc2.start if fc2 else 0,
+        )
 
     def record(self, sums: Sequence[Tensor]) -> None:
         """Add a step's sums to the window."""
