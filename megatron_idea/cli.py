@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_idea.config import Config
 
 USER_ERROR = 2
+LET_RANK_0_SPEAK_S = 3.0
 
 
 class _Commands(typer.core.TyperGroup):
@@ -38,6 +40,9 @@ class _Commands(typer.core.TyperGroup):
                 line = " ".join(str(error).split())  # YAML's own messages have several
                 message = Text.assemble(("error: ", "bold"), line, style="red")
                 Console(stderr=True).print(message, soft_wrap=True)
+            else:
+                # A launcher ends all workers when the first has failed: rank 0 must have spoken.
+                time.sleep(LET_RANK_0_SPEAK_S)
             ctx.exit(USER_ERROR)
 
 
