@@ -21,7 +21,7 @@ def run_cases(environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="the dev extra brings triton")
+@pytest.mark.skipif(find_spec("triton") is None, reason="the triton extra brings it")
 def test_kernels_are_right_in_the_interpreter() -> None:
     run_cases({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
