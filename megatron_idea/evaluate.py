@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,25 +26,32 @@ from megatron_idea.distributed import (
 from megatron_idea.model import build_model, transformer_config
 
 
-def validation_batches(config: Config, groups: ProcessGroups) -> Batches | None:
-    """The fixed held-out samples of a run; None when ``data.validation`` is empty."""
-    if not config.data.validation:
-        return None
+def open_batches(
+    config: Config, groups: ProcessGroups, split: Literal["train", "validation"], num_samples: int
+) -> Batches:
+    """This rank's micro-batches of one side of a run's data."""
     return Batches(
-        config.data.validation,
+        config.data.train if split == "train" else config.data.validation,
         load_tokenizer(config.data.tokenizer),
-        split="validation",
+        split=split,
         model_vocab_size=config.model.vocab_size,
         seq_length=config.training.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
-        num_samples=config.evaluation.num_samples,
+        num_samples=num_samples,
         seed=config.training.seed,
         cache_dir=cache_dir(config),
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
         device=groups.device,
     )
+
+
+def validation_batches(config: Config, groups: ProcessGroups) -> Batches | None:
+    """The fixed held-out samples of a run; None when ``data.validation`` is empty."""
+    if not config.data.validation:
+        return None
+    return open_batches(config, groups, "validation", config.evaluation.num_samples)
 
 
 def cache_dir(config: Config) -> Path:

@@ -22,7 +22,6 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint import TrainState
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.batches import Batches
-from megatron_idea.data.tokenizer import load_tokenizer
 from megatron_idea.distributed import (
     ProcessGroups,
     memory_bytes,
@@ -32,7 +31,7 @@ from megatron_idea.distributed import (
     world_size_from_environment,
 )
 from megatron_idea.estimate import num_steps
-from megatron_idea.evaluate import cache_dir, held_out_loss, validation_batches
+from megatron_idea.evaluate import held_out_loss, open_batches, validation_batches
 from megatron_idea.metrics import Progress, RunLog, peak_flops
 from megatron_idea.optim import Trainable, assemble, update
 from megatron_idea.prune.pruner import Pruner
@@ -123,21 +122,8 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
         checkpoint.check_same_run(path, config)
     tp = config.parallel.tensor_model_parallel_size
     state = TrainState.fresh(config) if path is None else checkpoint.read_state(path, tp)
-    data = Batches(
-        config.data.train,
-        load_tokenizer(config.data.tokenizer),
-        split="train",
-        model_vocab_size=config.model.vocab_size,
-        seq_length=config.training.seq_length,
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.training.global_batch_size,
-        num_samples=num_steps(config) * config.training.global_batch_size,
-        seed=config.training.seed,
-        cache_dir=cache_dir(config),
-        dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(),
-        device=groups.device,
-    )
+    num_samples = num_steps(config) * config.training.global_batch_size
+    data = open_batches(config, groups, "train", num_samples)
     held_out = validation_batches(config, groups)
     trainable = assemble(config, groups, state.widths, initialize=path is None)
     pruner = Pruner(trainable)
