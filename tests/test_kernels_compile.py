@@ -27,7 +27,7 @@ from megatron_idea.kernels import (
     swiglu,
 )
 
-triton = pytest.importorskip("triton", reason="the triton extra brings it")
+triton = pytest.importorskip("triton", reason="[dev] brings it on Linux")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
