@@ -39,17 +39,18 @@ class FixedBatch:
 
     num_microbatches = 1
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         training = config.training
         generator = torch.Generator().manual_seed(0)
         shape = (training.micro_batch_size, training.seq_length + 1)
         text = torch.randint(0, config.model.vocab_size, shape, generator=generator)
-        self.batch = {
+        batch = {
             "tokens": text[:, :-1].contiguous(),
             "labels": text[:, 1:].contiguous(),
             "position_ids": torch.arange(training.seq_length).expand(shape[0], -1),
             "loss_mask": torch.ones(shape[0], training.seq_length),
         }
+        self.batch = {name: t.to(device) for name, t in batch.items()}
 
     def step(self, _consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         yield self.batch
@@ -112,7 +113,7 @@ def full_widths(config: Config) -> list[int]:
 
 
 def measure(config: Config, groups: ProcessGroups, rounds: int) -> dict[str, dict[str, float]]:
-    data = FixedBatch(config)
+    data = FixedBatch(config, groups.device)
     ends = phase_ends(config.schedule)
     results = {}
 

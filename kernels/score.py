@@ -54,6 +54,9 @@ def _check_shard(w_N: Tensor, g_N: Tensor, lo: int, shape: tuple[int, int]) -> N
         raise ValueError(
             f"w and g must be flat and equally long, not {[*w_N.shape]}, {[*g_N.shape]}"
         )
+    for name, t in (("w", w_N), ("g", g_N)):
+        if not t.is_floating_point():
+            raise ValueError(f"{name} is {t.dtype}; legal: a floating-point dtype")
     if w_N.device != g_N.device:
         raise ValueError(f"w is on {w_N.device} and g on {g_N.device}; legal: the same device")
     if not 0 <= lo <= lo + n <= math.prod(shape):
@@ -101,6 +104,8 @@ def matrix_scores(
     _check_shard(w_N, g_N, lo, shape)
     _check_names(per, element, reduction)
     out = torch.zeros(rows if per == "row" else columns, device=w_N.device)
+    if n == 0:
+        return out
     e_N = _elements(w_N, g_N, element, reduction)
     # The shard is the end of one row, then whole rows, then the start of one row.
     head = min(-lo % columns, n)
@@ -472,6 +477,8 @@ def _check_ffns(
             if w_N is not None and g_N is not None:
                 _check_shard(w_N, g_N, lo, shape)
     if averages is not None:
+        if len(averages) != len(layers):
+            raise ValueError(f"{len(averages)} averages for {len(layers)} layers; legal: one each")
         for average, layer in zip(averages, layers, strict=True):
             if average.shape != (3, layer.f) or average.dtype != torch.float32:
                 raise ValueError(
@@ -479,7 +486,9 @@ def _check_ffns(
                     f"legal: torch.float32 (3, {layer.f})"
                 )
             if not average.is_contiguous():
-                raise ValueError("averages must be contiguous")
+                raise ValueError(
+                    f"average has strides {average.stride()}; legal: contiguous ({layer.f}, 1)"
+                )
     for t in (*tensors, *(averages or ())):
         if t.device != device:
             raise ValueError(f"a tensor is on {t.device}; legal: all on {device}")
@@ -495,5 +504,6 @@ def _check_ffns(
     if not gradients <= {torch.float32}:
         names = ", ".join(sorted(map(str, gradients)))
         raise ValueError(f"gradients are {names}; legal: torch.float32")
-    if any(t.numel() > 1 and t.stride(0) != 1 for t in tensors):
-        raise ValueError("a shard is not contiguous; call contiguous()")
+    for t in tensors:
+        if t.numel() > 1 and t.stride(0) != 1:
+            raise ValueError(f"a shard has stride {t.stride(0)}; legal: 1; call contiguous()")

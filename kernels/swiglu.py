@@ -331,6 +331,8 @@ def masked_swiglu(
     """
     with_dm = mask_F is not None and mask_F.requires_grad
     in_triton = _check(x_T2F, mask_F, None, skip_blocks, with_dm, implementation)
+    if inplace_backward:
+        _check_inplace(x_T2F)
     y_TF: Tensor = (
         _Triton.apply(x_T2F, mask_F, skip_blocks, inplace_backward)
         if in_triton
@@ -365,18 +367,31 @@ def masked_swiglu_backward(
     Raises: ValueError, as ``masked_swiglu``.
     """
     in_triton = _check(x_T2F, mask_F, dy_TF, skip_blocks, with_dm, implementation)
-    if inplace and _rows(x_T2F).data_ptr() != x_T2F.data_ptr():
-        raise ValueError(f"inplace needs evenly spaced rows, not strides {x_T2F.stride()}")
+    if inplace:
+        _check_inplace(x_T2F)
     if in_triton:
         return _triton_backward(dy_TF, x_T2F, mask_F, with_h, with_dm, skip_blocks, inplace)
     return _reference_backward(dy_TF, x_T2F, mask_F, with_h, with_dm, inplace)
 
 
 _TRITON_DTYPES = (torch.bfloat16, torch.float32)
+_DTYPES = (*_TRITON_DTYPES, torch.float16, torch.float64)
 
 
 def _unit_stride(t: Tensor) -> bool:
     return t.shape[-1] <= 1 or t.stride(-1) == 1
+
+
+def _check_inplace(x_T2F: Tensor) -> None:
+    """dx cannot be written into a copy of x, nor into rows that share memory."""
+    rows, strides = _rows(x_T2F), x_T2F.stride()
+    if rows.data_ptr() != x_T2F.data_ptr():
+        raise ValueError(f"inplace needs evenly spaced rows, not strides {strides}")
+    if len(rows) > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(
+            f"inplace needs rows that do not overlap, {rows.shape[1]} or more apart, not strides "
+            f"{strides}"
+        )
 
 
 def _check(
@@ -395,9 +410,9 @@ def _check(
         )
     width, dtype = x_T2F.shape[-1] // 2, x_T2F.dtype
     in_triton = uses_triton("masked_swiglu", implementation, x_T2F.device)
-    if not dtype.is_floating_point or (in_triton and dtype not in _TRITON_DTYPES):
-        legal = "bfloat16, float32" + ("" if in_triton else ", float16, float64")
-        raise ValueError(f"x is {dtype}; legal: {legal}")
+    legal = _TRITON_DTYPES if in_triton else _DTYPES
+    if dtype not in legal:
+        raise ValueError(f"x is {dtype}; legal: {', '.join(map(str, legal))}")
     if mask_F is not None and (
         mask_F.shape != (width,) or mask_F.dtype not in (dtype, torch.float32)
     ):

@@ -6,7 +6,9 @@ interpreter must be asked for before a kernel is defined.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +17,14 @@ from torch import Tensor
 
 from megatron_idea.config import Config, replace
 from megatron_idea.distributed import ProcessGroups
-from megatron_idea.kernels import FfnShard, ffn_scores, masked_swiglu, masked_swiglu_backward
+from megatron_idea.kernels import (
+    FfnShard,
+    ffn_scores,
+    masked_swiglu,
+    masked_swiglu_backward,
+    score,
+    swiglu,
+)
 from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
 from megatron_idea.testing import assert_close, assert_equal
 
@@ -350,6 +359,69 @@ def test_signed_scores_of_up_and_down_are_dm() -> None:
     assert_close(up / scale, mask.grad / scale, "up", 5e-6)
     assert_close(down / scale, mask.grad / scale, "down", 5e-6)
     assert float(((gate - up) / scale).abs().max()) > 1e-2
+
+
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object, **__: object) -> None:
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(swiglu, "launch", launch)
+    monkeypatch.setattr(score, "launch", launch)
+
+
+X, DY = torch.ones(3, 16, device=DEVICE), torch.ones(3, 8, device=DEVICE)
+MASK = torch.ones(8, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: masked_swiglu(X.half(), **TRITON), "x is torch.float16; legal: torch.bfloat16, t"),
+        (lambda: masked_swiglu(X.double(), **TRITON), "x is torch.float64; legal: torch.bfloat16,"),
+        (lambda: masked_swiglu(X[:, :15], **TRITON), "must be even, not 15"),
+        (lambda: masked_swiglu(X[:, ::2], **TRITON), r"x has strides \(16, 2\); legal: 1 in"),
+        (lambda: masked_swiglu(X, MASK[:7], **TRITON), r"mask is torch.float32 \(7,\); legal: .*8"),
+        (lambda: masked_swiglu(X, MASK.bool(), **TRITON), "mask is torch.bool"),
+        (lambda: masked_swiglu(X, MASK.bfloat16(), **TRITON), "mask is torch.bfloat16"),
+        (lambda: masked_swiglu(X, MASK.to("meta"), **TRITON), "mask is on meta; legal"),
+        (
+            lambda: masked_swiglu(X[:1].expand(3, 16), inplace_backward=True, **TRITON),
+            r"do not overlap, 16 or more apart, not strides \(0, 1\)",
+        ),
+        (lambda: masked_swiglu_backward(DY[:2], X, **TRITON), r"\(2, 8\); legal: .* \(3, 8\)"),
+        (lambda: masked_swiglu_backward(DY.bfloat16(), X, **TRITON), "dy is torch.bfloat16"),
+        (lambda: masked_swiglu_backward(DY.to("meta"), X, **TRITON), "dy is on meta; legal"),
+        (lambda: masked_swiglu_backward(DY.t().contiguous().t(), X, **TRITON), "dy has strides"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_an_error_before_a_launch(
+    no_launch: None, call: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_shards_that_do_not_fit_are_an_error_before_a_launch(no_launch: None) -> None:
+    tensors = ffn(8, 20, torch.float32)
+    good, other = whole(tensors, 8, 20), whole(ffn(8, 24, torch.float32), 8, 24)
+    narrow = whole(ffn(8, 20, torch.bfloat16), 8, 20)
+    w1, g1, *_ = tensors
+    apart = dataclasses.replace(good, w1=w1.repeat_interleave(2)[::2])
+    for layers, message in (
+        ([dataclasses.replace(good, lo1=1)], r"shard \[1, 321\) is outside the 16 x 20 matrix"),
+        ([dataclasses.replace(good, lo2=-1)], r"shard \[-1, 159\) is outside the 20 x 8 matrix"),
+        ([dataclasses.replace(good, w1=w1[1:])], r"flat and equally long, not \[319\], \[320\]"),
+        ([dataclasses.replace(good, w1=w1.view(16, 20))], "flat and equally long"),
+        ([dataclasses.replace(good, g1=g1.to("meta"))], "and g on meta; legal: the same device"),
+        ([dataclasses.replace(good, g1=g1.bfloat16())], "gradients are torch.bfloat16, .*; legal"),
+        ([dataclasses.replace(good, w1=w1.half())], "weights are torch.float16, .*; legal: all"),
+        ([good, narrow], "weights are torch.bfloat16, torch.float32; legal: all"),
+        ([good, other], r"hidden sizes differ: \[20, 24\]; legal: one"),
+        ([apart], "a shard has stride 2; legal: 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ffn_scores(layers, **TRITON)
 
 
 @on_ranks(1)

@@ -1,99 +1,23 @@
-"""Every Triton kernel is compiled for 8.0, 9.0 and 10.0, without a GPU, by the real launchers.
-
-A stub stands in for the CUDA driver and a launch ends where the compiled kernel would be loaded. So
-alignment is specialised as it is on a GPU: a launcher that loses it shows up as narrow loads. The
-machine code is read with the disassembler that Triton brings.
-"""
+"""Every Triton kernel is compiled for 8.0, 9.0 and 10.0, without a GPU, by the real launchers."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_idea.kernels import (
-    FfnShard,
-    dispatch,
-    ffn_scores,
-    masked_swiglu,
-    masked_swiglu_backward,
-    score,
-    swiglu,
-)
+from megatron_idea.kernels import FfnShard, ffn_scores, masked_swiglu, masked_swiglu_backward
 
-triton = pytest.importorskip("triton", reason="[dev] brings it on Linux")
+pytest.importorskip("triton", reason="the triton extra brings it")
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURES = (80, 90, 100)
+from megatron_idea.kernels.ahead_of_time import ARCHITECTURES, Compiled, compiling
+
 TOKENS, WIDTH, HIDDEN = 16, 1408, 512
 TRITON = {"implementation": "triton"}
-
-
-class StubDriver:
-    """A CUDA driver as far as compiling asks for one; the device's number is its architecture."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_device(self) -> int:
-        return self.architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", self.architecture, 32)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the gates look at."""
-
-    name: str
-    ttir: str = field(repr=False)
-    registers: int
-    spilled_bytes: int
-    loads: int
-    """Global loads of 128 bits."""
-    narrow_loads: int
-    stores: int
-    narrow_stores: int
-
-
-def tool(name: str, *arguments: str | Path) -> str:
-    command = [TOOLS / name, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def read(kernel: Any, path: Path) -> Compiled:
-    path.write_bytes(kernel.asm["cubin"])
-    usage = tool("cuobjdump", "-res-usage", path)
-    size = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    sass = tool("nvdisasm", "-c", path)
-    assert "LDG" in sass and "STG" in sass
-    spills = len(re.findall(r"\b(STL|LDL)\b", sass))
-
-    def count(instruction: str) -> tuple[int, int]:
-        """128 bits wide, and narrower."""
-        found = re.findall(rf"\b{instruction}\b[.\w]*", sass)
-        wide = sum(".128" in name for name in found)
-        return wide, len(found) - wide
-
-    return Compiled(
-        kernel.metadata.name,
-        kernel.asm["ttir"],
-        size["REG"],
-        max(size["STACK"] + size["LOCAL"], spills),
-        *count("LDG"),
-        *count("STG"),
-    )
-
 
 Compile = Callable[[Callable[[], Any]], list[Compiled]]
 
@@ -105,27 +29,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=ARCHITECTURES, ids=lambda a: f"sm_{a}")
 def compiled(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> Compile:
     """``compiled(call)``: what each launch within ``call`` compiles to."""
-    kernels: list[Any] = []
-
-    def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
-        kernels.append(
-            kernel.run(*args, grid=(programs,), warmup=True, enable_fp_fusion=True, **meta)
-        )
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
-    monkeypatch.setattr(triton.runtime.driver, "_active", StubDriver(request.param))
-    monkeypatch.setattr(dispatch, "can_launch", lambda device: True)
-    monkeypatch.setattr(swiglu, "architecture", lambda device: request.param)
-    monkeypatch.setattr(swiglu, "launch", launch)
-    monkeypatch.setattr(score, "launch", launch)
 
     def compile_all(call: Callable[[], Any]) -> list[Compiled]:
-        kernels.clear()
-        call()
-        return [read(kernel, tmp_path / f"{i}.cubin") for i, kernel in enumerate(kernels)]
+        with compiling(request.param) as kernels:
+            call()
+        return kernels
 
     return compile_all
 

@@ -133,6 +133,21 @@ def test_shards_that_are_not_flat_or_not_equally_long_are_an_error(
         matrix_scores(torch.ones(w), torch.ones(g), 0, (2, 2), "row")
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["w", "g"])
+def test_integers_are_an_error_that_says_what_is_legal(which: int) -> None:
+    shards = [torch.ones(4), torch.ones(4)]
+    shards[which] = shards[which].int()
+    with pytest.raises(ValueError, match=f"{'wg'[which]} is torch.int32; legal: a floating-point"):
+        matrix_scores(*shards, 0, (2, 2), "row")
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (7, 0)], ids=str)
+def test_a_matrix_without_elements_has_no_score(shape: tuple[int, int]) -> None:
+    for axis, per in enumerate(PER):
+        scores = matrix_scores(torch.ones(0), torch.ones(0), 0, shape, per)
+        assert_equal(scores, torch.zeros(shape[axis]))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -197,6 +212,16 @@ def test_ffns_that_do_not_fit_are_an_error() -> None:
         ffn_scores([whole], device=torch.device("meta"))
     with pytest.raises(ValueError, match=r"average is .* \(3, 4\); legal: torch.float32 \(3, 5\)"):
         ffn_scores([whole], averages=[torch.zeros(3, 4)])
+    with pytest.raises(
+        ValueError, match=r"average is torch.bfloat16 \(3, 5\); legal: torch.float32"
+    ):
+        ffn_scores([whole], averages=[torch.zeros(3, 5, dtype=torch.bfloat16)])
+    with pytest.raises(
+        ValueError, match=r"average has strides \(1, 3\); legal: contiguous \(5, 1\)"
+    ):
+        ffn_scores([whole], averages=[torch.zeros(5, 3).t()])
+    with pytest.raises(ValueError, match="2 averages for 1 layers; legal: one each"):
+        ffn_scores([whole], averages=[torch.zeros(3, 5)] * 2)
     with pytest.raises(ValueError, match="implementation is 'triton'"):
         ffn_scores([whole], implementation="triton")
     with pytest.raises(ValueError, match="element is 'l1'"):

@@ -170,7 +170,21 @@ def test_a_mask_of_another_dtype_is_an_error_that_names_both() -> None:
     ("arguments", "settings", "message"),
     [
         ((torch.ones(3, 0),), {}, "must be even, not 0"),
+        ((torch.tensor(1.0),), {}, "must be even, not missing"),
         ((torch.ones(3, 8, dtype=torch.int32),), {}, "x is torch.int32; legal: .*float64"),
+        ((torch.ones(3, 8).to(torch.float8_e5m2),), {}, "x is torch.float8_e5m2; legal: .*float64"),
+        (
+            (torch.ones(3, 8), torch.ones(4, dtype=torch.float64)), {},
+            r"mask is torch.float64 \(4,\); legal: torch.float32 \(4,\)",
+        ),
+        (
+            (torch.ones(8).expand(3, 8),), {"inplace_backward": True},
+            r"rows that do not overlap, 8 or more apart, not strides \(0, 1\)",
+        ),
+        (
+            (torch.ones(2, 5, 8)[:, ::4],), {"inplace_backward": True},
+            r"evenly spaced rows, not strides \(40, 32, 1\)",
+        ),
         ((torch.ones(8, 6).t(),), {}, r"x has strides \(1, 6\); legal: 1 in the last dimension"),
         ((torch.ones(3, 8), torch.ones(8)[::2]), {}, r"mask has strides \(2,\); legal: 1"),
         ((torch.ones(3, 8), torch.ones(4, device="meta")), {}, "mask is on meta; legal: cpu, as x"),
@@ -198,6 +212,10 @@ def test_a_dy_that_does_not_fit_is_an_error() -> None:
         masked_swiglu_backward(torch.ones(3, 4, dtype=torch.bfloat16), x)
     with pytest.raises(ValueError, match=r"dy has strides \(1, 3\)"):
         masked_swiglu_backward(torch.ones(4, 3).t(), x)
+    with pytest.raises(ValueError, match="dy is on meta; legal: cpu, as x"):
+        masked_swiglu_backward(torch.ones(3, 4, device="meta"), x)
+    with pytest.raises(ValueError, match="do not overlap"):
+        masked_swiglu_backward(torch.ones(3, 4), torch.ones(8).expand(3, 8), inplace=True)
     with pytest.raises(ValueError, match="inplace needs evenly spaced rows"):
         masked_swiglu_backward(torch.ones(2, 2, 4), torch.ones(2, 5, 8)[:, ::4], inplace=True)
 
