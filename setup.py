@@ -1,14 +1,30 @@
-"""Says what pyproject.toml cannot: the folder ``kernels`` is the package ``megatron_idea.kernels``.
+"""Says what pyproject.toml cannot: the folder ``kernels`` is the package ``megatron_idea.kernels``,
+and ``csrc`` is compiled into ``megatron_idea._C``.
 
-As a top-level package it would pass for the ``kernels`` that ``transformers`` looks for, and break
+As a top-level package ``kernels`` would pass for the one that ``transformers`` looks for, and break
 its imports.
 """
 
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 
 packages = find_packages(include=["megatron_idea", "megatron_idea.*"])
 
+extension = Pybind11Extension(
+    "megatron_idea._C",
+    sorted(glob("csrc/*.cpp")),
+    depends=sorted(glob("csrc/*.h")),
+    cxx_std=17,
+    # No -march=native: what is built on a login node runs on every compute node.
+    extra_compile_args=["-O3", "-Wall", "-Wextra"],
+    # Without a compiler the package installs all the same; PyTorch does the extension's work.
+    optional=True,
+)
+
 setup(
     packages=[*packages, "megatron_idea.kernels"],
     package_dir={"megatron_idea.kernels": "kernels"},
+    ext_modules=[extension],
 )

@@ -57,12 +57,17 @@ class FixedBatch:
 
 
 class Silent:
-    """Stands for the run's log and its signals."""
+    """Stands for the run's log, its progress line and its signals."""
 
     received = None
 
     def event(self, kind: str, **fields: object) -> None:
         pass
+
+    def write(self, record: object) -> None:
+        pass
+
+    update = write
 
 
 def stepper(
@@ -72,7 +77,7 @@ def stepper(
     from megatron_idea.train import Run, step
 
     config, groups = trainable.config, trainable.groups
-    run = Run(config, groups, trainable, Pruner(trainable), data, None, Silent(), None, Silent())
+    run = Run(config, groups, trainable, Pruner(trainable), data, None, *[Silent()] * 3)
     state = TrainState.fresh(config)
     state.consumed_tokens = at_tokens
 

@@ -76,7 +76,7 @@ install_torch() {
 
 # Whatever asks for another installation when it changes.
 fingerprint() {
-    { cat pyproject.toml setup.py && "$venv/bin/python" -VV && torch_version && pwd; } | cksum
+    { cat pyproject.toml setup.py csrc/*.h csrc/*.cpp && "$venv/bin/python" -VV && torch_version && pwd; } | cksum
 }
 
 [[ -x $venv/bin/pip ]] || make_venv

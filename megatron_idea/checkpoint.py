@@ -74,6 +74,8 @@ class TrainState:
     skipped: int = 0
     """Steps whose gradient was not finite."""
     score_window_steps: int = 0
+    plan_due: bool = False
+    """Saved right before a compaction: whoever goes on from here plans and compacts first."""
     layout: dict[str, int] = field(default_factory=dict)
     """TP, PP and DP of the job that wrote it."""
 
@@ -98,6 +100,27 @@ def latest(run_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, if there is one."""
     found = complete(run_dir)
     return found[-1] if found else None
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the latest one of the run folder.
+
+    Raises: ConfigError when it is neither.
+    """
+    found = path if (path / "state.json").is_file() else latest(path)
+    if found is None:
+        raise ConfigError(f"{path} is neither a checkpoint nor a run with a complete one")
+    return found
+
+
+ONE_PROCESS = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=1",
+    "parallel.virtual_pipeline_model_parallel_size=1",
+    "parallel.overlap_grad_reduce=false",
+    "parallel.overlap_param_gather=false",
+)
+"""Overrides for a checkpoint's configuration when one process works on it."""
 
 
 def read_state(path: Path, tp: int = 1) -> TrainState:
@@ -176,7 +199,7 @@ def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
     """
     groups, config = trainable.groups, trainable.config
     path = folder(config.run_dir) / f"step_{state.step:08d}"
-    partial = path.with_name(path.name + ".partial")
+    partial, replaced = (path.with_name(f"{path.name}.{word}") for word in ("partial", "replaced"))
     for chunk in trainable.chunks:
         # Until the next forward asks for them, only their owners have the weights of this step.
         if chunk.ddp_config.overlap_param_gather:
@@ -192,7 +215,8 @@ def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
 
     def begin() -> None:
         if groups.is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
+            for rest in (partial, replaced):  # of a job that was killed
+                shutil.rmtree(rest, ignore_errors=True)
             partial.mkdir(parents=True)
 
     def finish() -> None:
@@ -200,9 +224,11 @@ def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
             _write(partial / "config.yaml", configuration.to_yaml(config))
             header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
             _write(partial / "state.json", json.dumps(header | dataclasses.asdict(state), indent=1))
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():  # the one before this step's compaction
+                path.rename(replaced)
             partial.rename(path)
             _sync_folder(path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     try:
         together(begin, groups)

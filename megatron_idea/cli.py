@@ -1,6 +1,7 @@
 """The commands. Each imports what it needs when it runs, so that ``--help`` is instant.
 
-What the user got wrong is one red line and exit status 2; anything else keeps its traceback.
+What the user got wrong is one red line and exit status 2; anything else keeps its traceback. A run
+that a signal stopped before its last token ends with status 75: start it again and it goes on.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_idea.config import Config
 
 USER_ERROR = 2
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, try again later
 LET_RANK_0_SPEAK_S = 3.0
 
 
@@ -38,8 +42,7 @@ class _Commands(typer.core.TyperGroup):
                 raise
             if _rank() == 0:  # the same on every rank: said once
                 line = " ".join(str(error).split())  # YAML's own messages have several
-                message = Text.assemble(("error: ", "bold"), line, style="red")
-                Console(stderr=True).print(message, soft_wrap=True)
+                _say_error(line)
             else:
                 # A launcher ends all workers when the first has failed: rank 0 must have spoken.
                 time.sleep(LET_RANK_0_SPEAK_S)
@@ -157,28 +160,65 @@ def _train_tokenizer(inputs: list[Path], vocab_size: int, path: str, text_key: s
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, nproc: Processes = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, help="Processes on this node; default: TP x PP / nodes."),
+    ] = None,
+    nnodes: Annotated[
+        int, typer.Option(min=1, help="Nodes of the job; this command runs once on each.")
+    ] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="This node, counted from 0.")] = 0,
+    master: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Address of node 0, with a free port.")
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the configuration, print all of it, end.")
+    ] = False,
+) -> None:
     """Run a configuration to its end, or on from its latest checkpoint.
 
-    Starts the processes itself on one machine; under torchrun it is one of torchrun's.
+    Starts its processes itself, on one node or on each of several; under torchrun it is one of
+    torchrun's. SIGTERM, SIGINT or SIGUSR1: finish the step, save, end with status 75.
     """
-    from megatron_idea.config import load, validate
+    from megatron_idea.config import load, to_yaml, validate
 
     loaded = load(config, overrides or [])
     if not _is_worker():
-        nproc = nproc or _model_parallel_size(loaded)
-        validate(loaded, nproc)
-        if nproc > 1:
-            _launch(nproc, ["train", str(config), *(overrides or [])])
-    elif nproc is not None:
+        nproc = nproc or max(1, _model_parallel_size(loaded) // nnodes)
+        validate(loaded, nnodes * nproc)
+        if dry_run:
+            typer.echo(to_yaml(loaded), nl=False)
+            return
+        _check_nodes(nnodes, node_rank, master)
+        if nnodes * nproc > 1:
+            job = _Job(nproc, nnodes, node_rank, master)
+            raise typer.Exit(_launch(job, ["train", str(config), *(overrides or [])]))
+    elif nproc is not None or nnodes > 1:
         raise typer.BadParameter(
             "the launcher has set the number of processes", param_hint="--nproc"
         )
     from megatron_idea.train import train as run
 
-    run(loaded)
+    state = run(loaded)
+    if state.consumed_tokens < loaded.schedule.total_tokens:
+        raise typer.Exit(STOPPED)
     if _rank() == 0:
         _report(Path(loaded.run_dir))
+
+
+def _check_nodes(nnodes: int, node_rank: int, master: str) -> None:
+    from megatron_idea.config import ConfigError
+
+    if node_rank >= nnodes:
+        raise ConfigError(f"--node-rank is {node_rank}; with --nnodes {nnodes} it is below that")
+    host, _, port = master.rpartition(":")
+    if (nnodes > 1 or master) and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(
+            f"--master is {master!r}; several nodes need HOST:PORT of node 0, the same everywhere"
+        )
 
 
 @app.command()
@@ -212,6 +252,32 @@ def evaluate(
 
     for name, value in evaluate_checkpoint(path, overrides or []).items():
         _say(f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value:.4f}")
+
+
+@app.command()
+def compact(
+    path: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A run takes its latest checkpoint.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="RUN", help="New run folder, for the compacted checkpoint.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="WIDTHS", help="384, or one a layer: 384,256,...; default: the plan's."
+        ),
+    ] = "",
+) -> None:
+    """Remove masked or unimportant neurons from a checkpoint on disk, optimizer state included."""
+    from megatron_idea.config import ConfigError
+    from megatron_idea.offline import compact_checkpoint
+
+    try:
+        widths = [int(width) for width in to.split(",")] if to else []
+    except ValueError as error:
+        raise ConfigError(f"--to is {to!r}; give whole numbers, as in 384 or 384,256") from error
+    _say(str(compact_checkpoint(path, out, widths)))
 
 
 @app.command()
@@ -253,8 +319,74 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _launch(nproc: int, arguments: list[str]) -> None:
-    """Run this command in ``nproc`` processes, as torchrun does, and end with their status."""
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Processes to start here, and where this node's place is in the job."""
+
+    nproc: int
+    nnodes: int = 1
+    node_rank: int = 0
+    master: str = ""
+
+
+class _PassOn:
+    """Passes stop signals to the workers, who save and leave on their own.
+
+    torch's agent would kill them 30 s after a signal (a constant up to torch 2.11), a large
+    checkpoint unfinished. The same signal again is left to it: then 30 s are enough.
+    """
+
+    ECHO_S = 2.0  # as train.StopSignal's: what comes sooner is the same request
+
+    def __init__(self, run_id: str) -> None:
+        self.received: int | None = None
+        self._received_at = 0.0
+        self._run_id = run_id
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _PassOn:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        now = time.monotonic()
+        again = number == self.received and now - self._received_at > self.ECHO_S
+        if self.received is None:
+            self.received, self._received_at = number, now
+            again = not self._tell_workers(number)
+        if again:
+            name = signal.Signals(number)
+            raise SignalException(f"got {name.name}", name)
+
+    def _tell_workers(self, number: int) -> bool:
+        """Whether there was one to tell."""
+        import psutil
+
+        told = False
+        for child in psutil.Process().children():
+            try:
+                if child.environ().get("TORCHELASTIC_RUN_ID") == self._run_id:
+                    child.send_signal(number)
+                    told = True
+            except psutil.Error:  # it has just ended
+                continue
+        return told
+
+
+def _launch(job: _Job, arguments: list[str]) -> int:
+    """Run this command in the job's processes on this node, as torchrun does.
+
+    Returns: the exit status, the first failed worker's if one failed. torchrun itself ends with 1
+    whatever its workers said, and cuts their saving short.
+    """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -266,24 +398,50 @@ def _launch(nproc: int, arguments: list[str]) -> None:
     # A rank says itself what went wrong; torchrun's account of it would only push that away.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
+        min_nodes=job.nnodes,
+        max_nodes=job.nnodes,
+        nproc_per_node=job.nproc,
         max_restarts=0,  # its default is 3: a mistake of the user would be made four times
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=uuid.uuid4().hex,
+        # Several nodes: ranks in the order of the nodes, node 0 at an address that all know.
+        rdzv_backend="static" if job.master else "c10d",
+        rdzv_endpoint=job.master or "localhost:0",
+        rdzv_configs={"rank": job.node_rank} if job.master else {},
+        run_id=job.master or uuid.uuid4().hex,
         monitor_interval=0.1,
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours
     )
-    status = 0
-    try:
-        elastic_launch(launch, sys.executable)("-m", "megatron_idea", *arguments)
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        status = code if code > 0 else 128 - code
-    except SignalException as stopped:  # passed on to the workers, who have saved by now
-        status = 128 + stopped.sigval
-    raise typer.Exit(status)
+    with _PassOn(launch.run_id) as pass_on:
+        try:
+            elastic_launch(launch, sys.executable)("-m", "megatron_idea", *arguments)
+        except ChildFailedError as error:
+            return _status_of(*error.get_first_failure(), stopped_by=pass_on.received)
+        except SignalException as stopped:  # the workers have got it too
+            return STOPPED if stopped.sigval == pass_on.received else 128 + stopped.sigval
+        except DistError as error:
+            if not job.master:
+                raise
+            reason = str(error).splitlines()[0]
+            _say_error(f"node {job.node_rank} cannot meet the others at {job.master}: {reason}")
+            return 1
+    return 0
+
+
+def _status_of(rank: int, failure: Any, stopped_by: int | None) -> int:
+    """The exit status for how a worker ended; says it where the worker could not."""
+    if failure.exitcode > 0:
+        return failure.exitcode
+    if -failure.exitcode == stopped_by:  # asked before it could save, or asked twice
+        return STOPPED
+    said = f"rank {rank} was killed by {failure.signal_name()}"
+    if -failure.exitcode == signal.SIGKILL:
+        said += ", as the kernel does when memory runs out"
+    _say_error(said)
+    return 128 - failure.exitcode
+
+
+def _say_error(text: str) -> None:
+    line = Text.assemble(("error: ", "bold"), text, style="red")
+    Console(stderr=True).print(line, soft_wrap=True)
 
 
 def quiet() -> None:

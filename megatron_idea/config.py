@@ -274,6 +274,8 @@ class PruneConfig:
     """Neurons per layer and compaction; 0: a sixteenth of the enlarged width, made legal."""
     alignment: int = 8
     """Physical widths are multiples of TP x alignment (8 for bf16 GEMMs, 16 for FP8)."""
+    serve_tensor_model_parallel_size: int = 0
+    """TP size of the servers: final widths are multiples of that x 128, too; 0 asks for nothing."""
     placement: str = "min"
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 
@@ -294,6 +296,10 @@ class PruneConfig:
         _require(self.mask_interval_steps >= 1, "prune.mask_interval_steps must be at least 1")
         _require(self.alignment >= 1, "prune.alignment must be at least 1")
         _require(self.compaction_block >= 0, "prune.compaction_block must not be negative")
+        _require(
+            self.serve_tensor_model_parallel_size >= 0,
+            "prune.serve_tensor_model_parallel_size must not be negative",
+        )
 
     @property
     def history(self) -> float:
@@ -307,6 +313,8 @@ class CheckpointConfig:
 
     every_tokens: int = 0
     """Tokens between checkpoints; 0: only at the end of each phase."""
+    before_compaction: bool = True
+    """Also right before neurons are removed physically, which cannot be undone."""
     keep_last: int = 2
     """Older checkpoints are deleted; 0 keeps all."""
 
@@ -372,6 +380,12 @@ class Config:
     def ffn_multiple(self) -> int:
         """Physical FFN widths are multiples of this: TP x alignment."""
         return self.parallel.tensor_model_parallel_size * self.prune.alignment
+
+    @property
+    def final_ffn_multiple(self) -> int:
+        """FFN widths of the shipped model are multiples of this: what servers need included."""
+        servers = self.prune.serve_tensor_model_parallel_size
+        return math.lcm(self.ffn_multiple, 128 * servers) if servers else self.ffn_multiple
 
     @property
     def compaction_block(self) -> int:
@@ -511,19 +525,31 @@ def validate(config: Config, world_size: int) -> None:
     _validate_widths(config)
 
 
+def require_multiple(name: str, width: int, multiple: int, what: str) -> None:
+    """Raises: ConfigError that names the nearest legal widths, unless ``width`` is one."""
+    below = width // multiple * multiple
+    _require(
+        width % multiple == 0 and width > 0,
+        f"{name} ({width}) must be a multiple of {what}; nearest legal widths: "
+        f"{', '.join(str(w) for w in (below, below + multiple) if w > 0)}",
+    )
+
+
 def _validate_widths(config: Config) -> None:
     full, target = config.model.ffn_hidden_size, config.target_ffn_hidden_size
     multiple = config.ffn_multiple
     what = f"TP x prune.alignment = {multiple}"
-    for name, width in (("model.ffn_hidden_size", full), ("prune.target_ffn_hidden_size", target)):
-        below = width // multiple * multiple
-        _require(
-            width % multiple == 0 and width > 0,
-            f"{name} ({width}) must be a multiple of {what}; nearest legal widths: "
-            f"{', '.join(str(w) for w in (below, below + multiple) if w > 0)}",
-        )
+    require_multiple("model.ffn_hidden_size", full, multiple, what)
     if config.prune.strategy == "none":
         return
+    final = config.final_ffn_multiple
+    servers = " and of prune.serve_tensor_model_parallel_size x 128, together"
+    require_multiple(
+        "prune.target_ffn_hidden_size",
+        target,
+        final,
+        what if final == multiple else f"{what}{servers} {final}",
+    )
     _require(
         target < full,
         f"prune.target_ffn_hidden_size ({target}) must be below model.ffn_hidden_size ({full}); "

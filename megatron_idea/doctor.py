@@ -189,9 +189,23 @@ def _in_use() -> list[Row]:
         ),
         Row("-> activation, scores", "ok", _kernels()),
         Row("-> RMSNorm", "ok", "Transformer Engine" if fused else "torch rms_norm"),
+        _compaction(),
         Row("-> optimizer", "ok", f"{adam.__module__.split('.')[0]} {adam.__name__}"),
         Row("-> collectives", "ok", "NCCL" if _has_cuda() else "gloo"),
     ]
+
+
+def _compaction() -> Row:
+    """Who plans and copies neurons on the CPU; on a GPU PyTorch does the copies."""
+    from megatron_idea.config import ConfigError
+    from megatron_idea.prune.moves import extension
+
+    try:
+        with _quiet():
+            native = extension()
+    except ConfigError as error:
+        return Row("-> compaction", "broken", str(error), required=True)
+    return Row("-> compaction", "ok", "PyTorch" if native is None else "C++ extension")
 
 
 def _kernels() -> str:

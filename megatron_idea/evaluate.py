@@ -111,18 +111,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
         dataset knows the size of its text.
     Raises: ConfigError without a checkpoint or without held-out data.
     """
-    found = path if (path / "state.json").is_file() else checkpoint.latest(path)
-    if found is None:
-        raise ConfigError(f"{path} is neither a checkpoint nor a run with a complete one")
-    one_process = [
-        "parallel.tensor_model_parallel_size=1",
-        "parallel.pipeline_model_parallel_size=1",
-        "parallel.virtual_pipeline_model_parallel_size=1",
-        "parallel.overlap_grad_reduce=false",
-        "parallel.overlap_param_gather=false",
-    ]
+    found = checkpoint.resolve(path)
     world_size = world_size_from_environment()
-    defaults = one_process if world_size == 1 else []
+    defaults = checkpoint.ONE_PROCESS if world_size == 1 else ()
     config = configuration.load(found / "config.yaml", [*defaults, *overrides])
     if world_size == 1:
         config = configuration.replace(

@@ -23,6 +23,7 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megatron_idea.config import Config
 from megatron_idea.distributed import ProcessGroups
@@ -404,17 +405,45 @@ class Trainable:
         return list(prunable_mlps(self.chunks))
 
 
+class _ZerosUntouched(TorchFunctionMode):
+    """``torch.zeros`` does not write: on a CPU, gradient buffers cost nothing until used."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (torch.empty if func is torch.zeros else func)(*args, **(kwargs or {}))
+
+
 def assemble(
-    config: Config, groups: ProcessGroups, widths: Sequence[int], initialize: bool
+    config: Config,
+    groups: ProcessGroups,
+    widths: Sequence[int],
+    initialize: bool,
+    gradients: bool = True,
 ) -> Trainable:
     """Build model, gradient buffers and optimizer at ``widths``.
 
     ``initialize`` sets the weights from the seed; without it a checkpoint or a compaction must.
+    Without ``gradients`` their buffers have no memory until ``restore_grad_buffers``.
     """
     core = transformer_config(config)
     chunks = build_model(config, core, widths, groups)
     if initialize:
         initialize_weights(config, chunks, groups.tp.rank())
-    wrapped = wrap_data_parallel(config, core, chunks, groups)
+    elif config.parallel.use_distributed_optimizer:
+        # Their memory will be the parameter buffer, which copies what stands here: one number each.
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+    if gradients:
+        wrapped = wrap_data_parallel(config, core, chunks, groups)
+    else:
+        with _ZerosUntouched():
+            wrapped = wrap_data_parallel(config, core, chunks, groups)
+        for buffer in (b for chunk in wrapped for b in chunk.buffers):
+            if buffer.param_data is not None:
+                buffer.param_data.zero_()
+        for chunk in wrapped:
+            chunk.offload_grad_buffers()
     optimizer = build_optimizer(config, wrapped, groups)
     return Trainable(config, groups, core, wrapped, optimizer, tuple(widths))

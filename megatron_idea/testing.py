@@ -123,6 +123,7 @@ def _serve(pipe: Connection, path: list[str]) -> None:
         try:
             function, rank, world_size, rendezvous, arguments = pipe.recv()
         except EOFError:
+            gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks
             return
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
         try:

@@ -34,7 +34,9 @@ from megatron_idea.estimate import num_steps
 from megatron_idea.evaluate import held_out_loss, open_batches, validation_batches
 from megatron_idea.metrics import Progress, RunLog, peak_flops
 from megatron_idea.optim import Trainable, assemble, update
+from megatron_idea.prune import moves
 from megatron_idea.prune.pruner import Pruner
+from megatron_idea.prune.strategy import Plan
 from megatron_idea.schedule import crossed, keep_ratio, learning_rate, phase, phase_ended
 
 
@@ -56,21 +58,27 @@ class Run:
 class StopSignal:
     """Notes SIGTERM, SIGINT and SIGUSR1; the loop finishes its step, saves and leaves.
 
-    The same one again means now. Another one does not: at Ctrl-C a worker gets SIGINT from the
-    terminal and SIGTERM from its launcher.
+    The same one again means now. Another one does not: Slurm warns with SIGUSR1 and preempts with
+    SIGTERM. Nor does an echo: Slurm may signal every process of a job step, and the launcher, which
+    is one of them, passes its signal on.
     """
+
+    ECHO_S = 2.0
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if name == self.received:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = name, now
+        elif name == self.received and now - self._received_at > self.ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = self.received or name
 
 
 def train(config: Config, rendezvous: str | None = None) -> TrainState:
@@ -91,6 +99,7 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
 
 
 def _train(config: Config, rendezvous: str | None) -> TrainState:
+    moves.extension()  # a wrong switch is found now, not at the first compaction
     validate(config, world_size_from_environment())
     if not config.data.train:
         raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
@@ -100,8 +109,7 @@ def _train(config: Config, rendezvous: str | None) -> TrainState:
         evaluate(run, state, "start")
     while state.consumed_tokens < config.schedule.total_tokens:
         before = state.consumed_tokens
-        record, stopping = step(run, state)
-        run.progress.update(run.log.write(record))
+        _record, stopping = step(run, state)
         tokens = state.consumed_tokens
         ended = phase_ended(config.schedule, before, tokens)
         if ended:
@@ -110,13 +118,15 @@ def _train(config: Config, rendezvous: str | None) -> TrainState:
             evaluate(run, state, "every")
         if ended or stopping or crossed(config.checkpoint.every_tokens, before, tokens):
             save(run, state)
-        if stopping:
+        if stopping and state.consumed_tokens < config.schedule.total_tokens:
             run.log.event("signal", step=state.step, name=run.stop.received)
+            run.progress.note(f"stopped by a signal after step {state.step:,}, which is saved")
             break
     else:
         run.log.event("finished", step=state.step, tokens=state.consumed_tokens)
     run.progress.close()
     run.log.close()
+    dist.barrier()  # a launcher ends all workers when the first has left with a status
     return state
 
 
@@ -150,6 +160,10 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
         done = state.consumed_tokens >= config.schedule.total_tokens
         progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
     run = Run(config, groups, trainable, pruner, data, held_out, log, progress, StopSignal())
+    if state.plan_due:
+        plan = pruner.plan(trainable, state.consumed_tokens)
+        assert plan is not None, f"{path} was saved for a compaction, and none is due"
+        apply(run, state, plan)
     return run, state
 
 
@@ -175,26 +189,38 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
         state.skipped += 1
     state.step += 1
     state.consumed_tokens = tokens
-    if plan is not None:
-        report = pruner.apply(trainable, plan)
-        if report is not None:
-            run.log.event("compacted", step=state.step, tokens=tokens, **vars(report))
-    state.widths = trainable.widths
-    return {
+    record = {
         "step": state.step,
         "tokens": tokens,
         "phase": phase(config.schedule, tokens),
         "loss": loss,
         "lr": lr,
         "keep_ratio": keep_ratio(config.schedule, tokens, config.final_keep_ratio),
-        "ffn_live": pruner.live,
-        "ffn_width": list(trainable.widths),
+        "ffn_live": plan.live if plan else pruner.live,
+        "ffn_width": list(plan.widths if plan else trainable.widths),
         "grad_norm": grad_norm,
         "tokens_per_s": config.batch_tokens / step_s,
         "step_s": step_s,
         "memory_bytes": memory_bytes(),
         "skipped": state.skipped,
-    }, stopping
+    }
+    run.progress.update(run.log.write(record))
+    if plan is not None:
+        apply(run, state, plan)
+    return record, stopping
+
+
+def apply(run: Run, state: TrainState, plan: Plan) -> None:
+    """Mask or compact; a checkpoint comes first when neurons go for good, unless it is the last."""
+    compacts = plan.widths != run.trainable.widths
+    if run.config.checkpoint.before_compaction and compacts and not state.plan_due:
+        state.plan_due = True
+        save(run, state)
+    report = run.pruner.apply(run.trainable, plan)
+    state.plan_due = False
+    state.widths = run.trainable.widths
+    if report is not None:
+        run.log.event("compacted", step=state.step, tokens=state.consumed_tokens, **vars(report))
 
 
 def forward_backward(run: Run, state: TrainState) -> list[Tensor]:

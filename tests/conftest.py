@@ -64,6 +64,7 @@ def tiny(dataset: Path, tmp_path: Path) -> Config:
                 "prune_warmup_fraction": 0.2,
             },
             "prune": {"target_ffn_hidden_size": 24, "alignment": 4, "compaction_block": 8},
+            "checkpoint": {"before_compaction": False},
             "evaluation": {"num_samples": 4},
             "logging": {"tensorboard": False, "progress": False},
         }

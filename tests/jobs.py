@@ -27,6 +27,7 @@ def small(**sections: Any) -> Config:
             },
             "training": {"seq_length": 8, "micro_batch_size": 2, "global_batch_size": 12},
             "prune": {"target_ffn_hidden_size": 12, "alignment": 2, "compaction_block": 4},
+            "checkpoint": {"before_compaction": False},
         }
     )  # fmt: skip
     return configuration.replace(config, **sections)
@@ -126,7 +127,8 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
         trainable=trainable,
         pruner=Pruner(trainable),
         data=RandomBatches(config, groups),
-        log=SimpleNamespace(event=lambda *_, **__: None),
+        log=SimpleNamespace(event=lambda *_, **__: None, write=lambda record: record),
+        progress=SimpleNamespace(update=lambda record: None),
         stop=SimpleNamespace(received=None),
     )
     return run, state
@@ -144,3 +146,10 @@ def whole(trainable: Any, parameter: torch.nn.Parameter, what: str) -> torch.Ten
     if trainable.config.parallel.use_distributed_optimizer:
         dist.all_reduce(result, group=trainable.groups.dp)
     return result
+
+
+def pack(fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
+    """[..., 2 f, H] and [..., H, f] -> [f, ..., 3, H]: all that each neuron owns, in one row."""
+    gate_up = fc1.unflatten(-2, (2, fc1.shape[-2] // 2))
+    down = fc2.transpose(-1, -2).unsqueeze(-3)
+    return torch.cat([gate_up, down], dim=-3).movedim(-2, 0).contiguous()

@@ -45,7 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Replaces training by one that finishes a step; the configs it was called with."""
     calls: list[Config] = []
 
-    def train(given: Config) -> None:
+    def train(given: Config) -> Any:
         calls.append(given)
         run_dir = Path(given.run_dir)
         log = metrics.RunLog(run_dir, config.replace(given, logging={"tensorboard": False}), True)
@@ -56,6 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
             | {"keep_ratio": 1.0, "ffn_live": widths, "ffn_width": widths, "tokens_per_s": 1e3}
         )
         log.close()
+        return types.SimpleNamespace(consumed_tokens=given.schedule.total_tokens)
 
     module = types.ModuleType("megatron_idea.train")
     module.train = train  # type: ignore[attr-defined]

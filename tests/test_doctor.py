@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import platform
+import sys
+import types
 from pathlib import Path
 
 import pytest
+from extension import using
 from rich.console import Console
 
 from megatron_idea import doctor
@@ -25,8 +28,34 @@ def test_what_a_run_needs_is_here(rows: dict[str, Row]) -> None:
 
 
 def test_the_implementations_in_use_are_named(rows: dict[str, Row]) -> None:
-    for name in ("attention", "activation, scores", "RMSNorm", "optimizer", "collectives"):
+    names = ("attention", "activation, scores", "RMSNorm", "compaction", "optimizer", "collectives")
+    for name in names:
         assert rows[f"-> {name}"].detail
+
+
+@pytest.mark.parametrize(
+    ("switch", "built", "detail", "fatal"),
+    [
+        ("auto", True, "C++ extension", False),
+        ("off", True, "PyTorch", False),
+        ("auto", False, "PyTorch", False),
+        ("require", False, "C++17 compiler", True),
+        ("perhaps", True, "legal values: auto, require, off", True),
+    ],
+)
+def test_the_implementation_of_compaction_is_named(
+    switch: str, built: bool, detail: str, fatal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import megatron_idea
+
+    stub = types.ModuleType("megatron_idea._C") if built else None
+    monkeypatch.setattr(megatron_idea, "_C", stub, raising=False)
+    if not built:
+        monkeypatch.delattr(megatron_idea, "_C")
+    monkeypatch.setitem(sys.modules, "megatron_idea._C", stub)
+    with using(switch):
+        row = doctor._compaction()
+    assert detail in row.detail and row.is_fatal == fatal
 
 
 def test_what_is_absent_says_how_to_get_it(rows: dict[str, Row]) -> None:

@@ -20,19 +20,21 @@ LAYERS = (
     {"layers", "model", "data", "optim", "metrics", "estimate"},
     {"prune"},
     {"checkpoint"},
-    {"train", "evaluate", "export", "report"},
+    {"train", "evaluate", "export", "report", "offline"},
     {"cli", "__main__", "doctor", "testing"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 MAY_IMPORT_MEGATRON_CORE = {
     "distributed", "cpu", "layers", "model", "data", "optim", "checkpoint", "train", "evaluate",
-    "prune.units", "prune.compact",
+    "prune.units", "prune.compact", "prune.verify",
 }  # fmt: skip
 MAY_PRINT = {"cli"}
 
 # Every other file in prune/ is a strategy: one method, which knows the protocol and nothing else.
-PRUNE_MACHINERY = {"strategy", "pruner", "units", "score", "legal", "mask", "compact"}
+PRUNE_MACHINERY = {
+    "strategy", "pruner", "units", "score", "legal", "mask", "moves", "compact", "verify",
+}  # fmt: skip
 STRATEGY_MAY_IMPORT = {"prune.strategy", "config", "schedule"}
 
 

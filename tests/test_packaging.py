@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -28,16 +29,27 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: a build/ folder in the repository could lend it files of yesterday."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    built_here = shutil.ignore_patterns("*.so", "__pycache__")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name)
+            shutil.copytree(ROOT / name, copy / name, ignore=built_here)
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, out, cwd=copy)
+    (built,) = out.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, so what it lacks is missed."""
+    out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
-    run(*pip, "--wheel-dir", out, copy, cwd=out)
+    run(*pip, "--wheel-dir", out, sdist, cwd=out)
     (built,) = out.glob("*.whl")
     return built
 
@@ -58,6 +70,30 @@ def test_the_wheel_has_one_top_level_name_and_every_module(wheel):
     assert {name for name in shipped if name.endswith(".py")} == {
         path.as_posix() for path in package | kernels
     }
+
+
+def test_the_sdist_has_all_that_the_extension_is_compiled_from(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.*")}
+    assert len(sources) >= 5 and sources <= names
+
+
+@pytest.mark.skipif(
+    not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")),
+    reason="no C++ compiler",
+)
+def test_the_wheel_brings_the_extension_without_a_need_for_torch(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    (extension,) = (tmp_path / "megatron_idea").glob("_C.*")
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("megatron_idea._C", {str(extension)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.relocate.__name__, "torch" in sys.modules)
+"""
+    assert run(sys.executable, "-c", code, cwd=tmp_path).split() == ["relocate", "False"]
 
 
 def test_the_wheel_imports_outside_of_the_repository(wheel, tmp_path):

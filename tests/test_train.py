@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_idea import checkpoint
 from megatron_idea.config import Config, replace
 from megatron_idea.metrics import read_events, read_metrics
 from megatron_idea.schedule import keep_ratio, learning_rate, phase
@@ -301,3 +302,45 @@ def test_every_variant_trains_to_its_exact_width(
     interval = [r["ffn_live"][0] for r in read_metrics(Path(configs["interval"].run_dir))]
     changed = [n for n, (a, b) in enumerate(itertools.pairwise(interval), start=2) if a != b]
     assert all(step % 3 == 0 or step == 8 for step in changed)  # step 8 ends the prune phase
+
+
+def broken_job(rendezvous: str, config: Config) -> None:
+    """A run whose second compaction ends the process after the first tensor was dropped."""
+    from megatron_idea import train as module
+    from megatron_idea.prune import compact
+
+    rebuild, calls = compact.assemble, itertools.count(1)
+
+    def assemble(*arguments: Any, **settings: Any) -> Any:
+        if not settings["gradients"] and next(calls) == 2:
+            raise MemoryError("while rebuilding")
+        return rebuild(*arguments, **settings)
+
+    compact.assemble = assemble
+    try:
+        module.train(config, rendezvous)
+    finally:
+        compact.assemble = rebuild
+
+
+@pytest.mark.parametrize("parallel", [{}, TP2], ids=["one", "tp2"])
+def test_a_run_that_died_in_a_compaction_goes_on_from_right_before_it(
+    parallel: dict[str, Any], tiny: Config, workers: Workers, tmp_path: Path
+) -> None:
+    world_size = 2 if parallel else 1
+    config = replace(tiny, parallel=parallel, checkpoint={"before_compaction": True})
+    undisturbed = replace(config, run_dir=str(tmp_path / "undisturbed"))
+    workers.run(train_once, world_size, undisturbed)
+    with pytest.raises(RuntimeError, match="while rebuilding"):
+        workers.run(broken_job, world_size, config)
+    died_at = read_metrics(Path(config.run_dir))[-1]["step"]
+    saved = checkpoint.latest(config.run_dir)
+    assert saved is not None and checkpoint.read_state(saved).plan_due
+    assert checkpoint.read_state(saved).step == died_at > 6
+    workers.run(train_once, world_size, config)
+    assert computed(config) == computed(undisturbed)
+    plans = [
+        [(e["step"], e["digest"]) for e in read_events(Path(c.run_dir)) if e["kind"] == "compacted"]
+        for c in (config, undisturbed)
+    ]
+    assert plans[0] == plans[1] and len(plans[0]) > 2

@@ -3,8 +3,8 @@
 The model, its gradient buffers and its optimizer are rebuilt at the new widths from a staged copy
 of the survivors' state. Every survivor's main weight and moments arrive bit for bit; Adam's step
 count, the learning rate, the data position and the random-number streams do not notice. All checks
-come before the first tensor is dropped: an error after that ends the job, and the last checkpoint
-stands.
+of the plan come before the first tensor is dropped, and the result is checked against what there
+was: an error ends the job, and the last checkpoint stands.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.distributed import (
+    PeakMemory,
     ProcessGroups,
     assert_same_on_all_ranks,
     forget_rotary_cache,
-    memory_bytes,
     together,
 )
 from megatron_idea.model import named_parameters
@@ -38,8 +38,10 @@ from megatron_idea.optim import (
     set_state,
     slot,
 )
+from megatron_idea.prune.mask import apply_mask
+from megatron_idea.prune.moves import Relocation, move_ffn, relocate
 from megatron_idea.prune.strategy import Plan
-from megatron_idea.prune.units import pack, unpack
+from megatron_idea.prune.verify import check, fingerprint
 
 
 @dataclass(frozen=True)
@@ -49,79 +51,18 @@ class CompactReport:
     widths_before: list[int]
     widths_after: list[int]
     moved_neurons: int
-    """Survivors that went to another tensor-parallel rank, over this pipeline stage's layers."""
+    """Survivors that went to another tensor-parallel rank, over all layers."""
+    moved_bytes: int
+    """What they own: main weights and moments of three rows each."""
     seconds: float
     peak_bytes: int
-    """Highest memory in use that was seen at the phase borders, on this rank."""
+    """Highest memory in use on one rank: on a GPU at any moment, on a CPU between phases."""
+    loss_change: float
+    """Mean absolute change of a token's loss on a fixed text, in nats; rounding alone."""
     digest: str
 
 
-@dataclass(frozen=True)
-class Relocation:
-    """Where one layer's neurons go: ``sources[r]`` lists what TP rank ``r`` holds afterwards."""
-
-    sources: list[Tensor]
-    """Per rank [t, 2] int64: (rank that has it, its local index there), in the new local order."""
-
-    @property
-    def moved(self) -> int:
-        return sum(int((s[:, 0] != rank).sum()) for rank, s in enumerate(self.sources))
-
-
-def relocate(ids: Sequence[Tensor], keep: Sequence[Tensor], placement: str) -> Relocation:
-    """Spread the kept neurons of one layer evenly over TP ranks.
-
-    ``min``: a rank keeps up to its share where they are, in order; the surplus fills the others up
-    in rank order, so no more neurons move than must. ``ordered``: rank r gets the r-th part of all
-    survivors sorted by neuron id, which is the order at TP = 1.
-
-    Args:
-        ids: per rank [f], neuron ids in local order.
-        keep: per rank [f] bool; the total is a multiple of the number of ranks.
-    """
-    tp = len(ids)
-    kept = [
-        torch.stack([torch.full((int(k.sum()),), rank), k.nonzero().view(-1)], dim=1)
-        for rank, k in enumerate(keep)
-    ]
-    total = sum(len(k) for k in kept)
-    assert total % tp == 0, f"{total} survivors cannot be split over {tp} ranks"
-    share = total // tp
-    if placement == "ordered":
-        everyone = torch.cat(kept)
-        order = torch.cat([i[k] for i, k in zip(ids, keep, strict=True)]).argsort()
-        return Relocation(list(everyone[order].split(share)))
-    surplus = torch.cat([k[share:] for k in kept])
-    sources = []
-    for k in kept:
-        missing = max(0, share - len(k))
-        sources.append(torch.cat([k[:share], surplus[:missing]]))
-        surplus = surplus[missing:]
-    return Relocation(sources)
-
-
-def exchange(neurons: Tensor, relocation: Relocation, group: dist.ProcessGroup) -> Tensor:
-    """Send [f, ...] rows to where the relocation wants them; one all-to-all over TP.
-
-    Returns: [t, ...] rows in the new local order, bit for bit.
-    """
-    me = group.rank()
-    wanted = relocation.sources[me]
-    if group.size() == 1:
-        return neurons[wanted[:, 1].to(neurons.device)]
-    outgoing = [s[s[:, 0] == me, 1] for s in relocation.sources]
-    arriving = [int((wanted[:, 0] == rank).sum()) for rank in range(group.size())]
-    sent = neurons[torch.cat(outgoing).to(neurons.device)]
-    received = sent.new_empty(sum(arriving), *neurons.shape[1:])
-    dist.all_to_all_single(received, sent, arriving, [len(o) for o in outgoing], group=group)
-    # Rows arrive sorted by sender; inside a sender they keep the order of ``wanted``.
-    position = torch.argsort(wanted[:, 0], stable=True).to(neurons.device)
-    result = torch.empty_like(received)
-    result[position] = received
-    return result
-
-
-def _stored(alive: Tensor, ids: Sequence[Tensor], width: int) -> list[Tensor]:
+def stored(alive: Tensor, ids: Sequence[Tensor], width: int) -> list[Tensor]:
     """Which neurons of a layer stay in memory: the live, then masked ones by id up to ``width``."""
     present = torch.cat(list(ids))
     is_alive = alive.cpu()[present]
@@ -149,7 +90,14 @@ def _quiesce(trainable: Trainable) -> None:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def _free(trainable: Trainable) -> None:
+def _free_gradients(trainable: Trainable) -> None:
+    """Give the memory of gradients back; a pending step has been taken."""
+    for chunk in trainable.chunks:
+        chunk.offload_grad_buffers()
+    trainable.optimizer.zero_grad()
+
+
+def _let_go(trainable: Trainable) -> None:
     """Drop the old model, buffers and optimizer, and what would keep them alive."""
     for chunk in trainable.chunks:
         if chunk.ddp_config.overlap_param_gather:
@@ -158,6 +106,11 @@ def _free(trainable: Trainable) -> None:
     trainable.chunks = []
     del trainable.optimizer
     forget_rotary_cache()
+
+
+def _free(trainable: Trainable) -> None:
+    """Give the memory of the old model and optimizer back."""
+    _let_go(trainable)  # apart from here: a loop variable that is still bound would keep it all
     gc.collect()  # hooks, buffers and parameters refer to each other in cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -169,12 +122,12 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     Call at a step boundary. Collective over all ranks. Neurons that the plan keeps in memory
     though they are masked stay masked.
 
-    Raises: RuntimeError when the plan differs between ranks; AssertionError for a plan that does
-        not fit the model. In both cases nothing was changed.
+    Raises: RuntimeError when the plan differs between ranks, AssertionError for a plan that does
+        not fit the model; in both cases nothing was changed. CompactionError when the result is
+        not the model that there was.
     """
     begin = time.perf_counter()
     groups, old_widths = trainable.groups, trainable.widths
-    peak = memory_bytes()
     assert_same_on_all_ranks(plan.digest.encode(), "the pruning plan", groups)
     _quiesce(trainable)
     ids = {layer: _tp_ids(mlp.neuron_ids, groups) for layer, mlp in trainable.mlps}
@@ -183,39 +136,58 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     def decide() -> dict[int, Relocation]:
         assert step > 0, "there is no optimizer state to carry over before the first step"
         return {
-            layer: relocate(of, _stored(plan.alive[layer], of, plan.widths[layer]), placement)
+            layer: relocate(of, stored(plan.alive[layer], of, plan.widths[layer]), placement)
             for layer, of in ids.items()
         }
 
     relocations: dict[int, Relocation] = together(decide, groups)
+    apply_mask(trainable.mlps, plan)
+    before = fingerprint(trainable)
+    peak = PeakMemory()
     attributes = {name: _plain(p) for name, p in named_parameters(trainable.chunks)}
 
-    for chunk in trainable.chunks:
-        chunk.offload_grad_buffers()
-    trainable.optimizer.zero_grad()
+    # The order keeps the peak down: gradients go first and come back last, old shards go one by
+    # one while survivors are staged, and all of the old is gone before the new is built.
+    _free_gradients(trainable)
     staged, owners = _stage(trainable, relocations)
-    peak = max(peak, memory_bytes())
     _free(trainable)
 
-    fresh = assemble(trainable.config, groups, plan.widths, initialize=False)
+    fresh = assemble(trainable.config, groups, plan.widths, initialize=False, gradients=False)
     for name, parameter in named_parameters(fresh.chunks):
         assert _plain(parameter) == attributes[name], f"{name} lost an attribute in the rebuild"
-    peak = max(peak, memory_bytes())
     _restore(fresh, staged, owners, step)
     for layer, mlp in fresh.mlps:
         source = relocations[layer].sources[groups.tp.rank()]
         mlp.neuron_ids.copy_(torch.stack(ids[layer])[source[:, 0], source[:, 1]])
         mlp.set_mask(plan.alive[layer, mlp.neuron_ids])
+    for chunk in fresh.chunks:
+        chunk.restore_grad_buffers()
     trainable.core, trainable.chunks = fresh.core, fresh.chunks
     trainable.optimizer, trainable.widths = fresh.optimizer, fresh.widths
+    peak_bytes = peak.bytes
+    loss_change = check(before, fingerprint(trainable), trainable)
+    moved, peak_bytes = _over_ranks(sum(r.moved for r in relocations.values()), peak_bytes, groups)
     return CompactReport(
         list(old_widths),
         list(plan.widths),
-        sum(r.moved for r in relocations.values()),
+        moved,
+        moved * 9 * trainable.config.model.hidden_size * 4,  # 3 rows of fp32 in 3 states
         time.perf_counter() - begin,
-        max(peak, memory_bytes()),
+        peak_bytes,
+        loss_change,
         plan.digest,
     )
+
+
+def _over_ranks(moved: int, peak_bytes: int, groups: ProcessGroups) -> tuple[int, int]:
+    """Neurons moved in all pipeline stages, and the highest peak of any rank."""
+    # Tensor- and data-parallel ranks of a stage have counted the same neurons.
+    copies = groups.tp.size() * groups.dp.size()
+    total = torch.tensor(moved, device=groups.device)
+    dist.all_reduce(total)
+    peak = torch.tensor(peak_bytes, device=groups.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(total) // copies, int(peak)
 
 
 def _plain(parameter: torch.nn.Parameter) -> dict[str, object]:
@@ -241,7 +213,8 @@ def _stage(
     names = {id(p): name for name, p in named_parameters(trainable.chunks)}
     layers = {id(mlp.linear_fc1.weight): layer for layer, mlp in trainable.mlps}
     staged: dict[str, Tensor] = {}
-    for bundle in trainable.bundles:
+    # FFNs first: while they are cut two copies of one are there, and most is still free then.
+    for bundle in sorted(trainable.bundles, key=len, reverse=True):
         gathered = []
         for parameter in bundle:
             gathered.append(shards.gather(parameter))
@@ -249,9 +222,13 @@ def _stage(
         wholes = [whole for whole in gathered if whole is not None]
         if not wholes:  # another rank owns this bundle
             continue
-        if len(bundle) == 2:
+        if len(bundle) == 2:  # [3, 2 f H] and [3, H f]
+            fc1, fc2 = (w.view(3, *p.shape) for w, p in zip(wholes, bundle, strict=True))
+            del gathered, wholes  # the largest layer is in memory once, not twice
             relocation = relocations[layers[id(bundle[0])]]
-            wholes = _cut(wholes, bundle, relocation, trainable.groups.tp)
+            moved = move_ffn(fc1, fc2, relocation, trainable.groups.tp)
+            wholes = [part.view(3, -1) for part in moved]
+            del fc1, fc2
         staged |= {names[id(p)]: whole for p, whole in zip(bundle, wholes, strict=True)}
     return staged, shards.owners
 
@@ -264,17 +241,6 @@ def _drop(trainable: Trainable, parameter: torch.nn.Parameter) -> None:
     trainable.optimizer.optimizer.state.pop(part.main, None)
     if has_main_copy(parameter):
         part.main.data = part.main.data.new_empty(0)
-
-
-def _cut(
-    wholes: list[Tensor],
-    ffn: tuple[torch.nn.Parameter, ...],
-    relocation: Relocation,
-    tp: dist.ProcessGroup,
-) -> list[Tensor]:
-    """Keep and exchange an FFN's neurons: [3, 2 f H] and [3, H f] go to the new width."""
-    fc1, fc2 = (w.view(3, *p.shape) for w, p in zip(wholes, ffn, strict=True))
-    return [part.view(3, -1) for part in unpack(exchange(pack(fc1, fc2), relocation, tp))]
 
 
 @torch.no_grad()

@@ -24,7 +24,13 @@ from megatron_idea.schedule import gathers_scores, keep_count, keep_ratio, remov
 
 def build_strategy(config: Config) -> Strategy:
     """The method that ``prune.strategy`` names."""
-    return IdeaPrune(config.prune, unit=config.ffn_multiple)
+    return IdeaPrune(config.prune, unit=config.final_ffn_multiple)
+
+
+def make_plan(alive: Tensor, widths: tuple[int, ...]) -> Plan:
+    """A plan with its digest: ``alive`` [L, F] bool in original numbering."""
+    content = alive.cpu().numpy().tobytes() + repr(widths).encode()
+    return Plan(alive, widths, hashlib.sha256(content).hexdigest())
 
 
 class Pruner:
@@ -97,8 +103,7 @@ class Pruner:
             )
         if widths == trainable.widths and bool((alive == self.alive).all()):
             return None
-        digest = hashlib.sha256(alive.cpu().numpy().tobytes() + repr(widths).encode()).hexdigest()
-        return Plan(alive, widths, digest)
+        return make_plan(alive, widths)
 
     def _mask_update_due(self, tokens: int) -> bool:
         """Every ``mask_interval_steps`` steps, and whenever the prune phase is over."""

@@ -1,8 +1,4 @@
-"""Neuron <-> slices of Megatron's FFN tensors on one tensor-parallel rank.
-
-fc1 is [2 f, H], gate rows above up rows; fc2 is [H, f]. Neuron ``c`` owns fc1 rows ``c`` and
-``f + c`` and fc2 column ``c``.
-"""
+"""Neurons of one rank <-> their original numbering, in which plans and scores speak."""
 
 from __future__ import annotations
 
@@ -14,20 +10,6 @@ from torch import Tensor
 
 from megatron_idea.distributed import ProcessGroups
 from megatron_idea.layers import PrunableMLP
-
-
-def pack(fc1: Tensor, fc2: Tensor) -> Tensor:
-    """[..., 2 f, H] and [..., H, f] -> [f, ..., 3, H]: all that each neuron owns, in one row."""
-    gate_up = fc1.unflatten(-2, (2, fc1.shape[-2] // 2))
-    down = fc2.transpose(-1, -2).unsqueeze(-3)
-    return torch.cat([gate_up, down], dim=-3).movedim(-2, 0).contiguous()
-
-
-def unpack(neurons: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of ``pack``: [f, ..., 3, H] -> [..., 2 f, H] and [..., H, f], contiguous."""
-    parts = neurons.movedim(0, -2)
-    fc1 = parts[..., :2, :, :].flatten(-3, -2)
-    return fc1.contiguous(), parts[..., 2, :, :].transpose(-1, -2).contiguous()
 
 
 def to_original_numbering(

@@ -1,0 +1,35 @@
+// Which neurons of one FFN layer go to which tensor-parallel rank.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace megatron_idea {
+
+// What one rank holds, in local order. `keep` is 0 for neurons that are removed.
+struct RankNeurons {
+    const std::int64_t* ids;
+    const std::uint8_t* keep;
+    std::int64_t count;
+};
+
+// Where a survivor is now.
+struct Source {
+    std::int64_t rank;
+    std::int64_t index;
+};
+
+enum class Placement {
+    // Survivors stay where they are, up to an equal share a rank. What is too much on one rank
+    // fills the others up, both in rank order: no placement moves fewer.
+    min,
+    // Rank r gets the r-th part of all survivors sorted by id: the order on one rank.
+    ordered,
+};
+
+// The survivors of all ranks in their new order; with S of them on R ranks, S / R are rank 0's, the
+// next S / R rank 1's. Throws std::invalid_argument when R does not divide S, when nothing survives
+// and when two neurons have the same id.
+std::vector<Source> relocate(const std::vector<RankNeurons>& ranks, Placement placement);
+
+}  // namespace megatron_idea

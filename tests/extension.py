@@ -1,0 +1,32 @@
+"""Run with the C++ extension, or without it: what several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_idea.prune import moves
+
+BOTH = [
+    pytest.param("off", id="pytorch"),
+    pytest.param("require", id="extension"),
+]
+
+
+def needs_extension() -> None:
+    """Skip where csrc/ was not built, unless the environment insists on it."""
+    if os.environ.get(moves.SWITCH) != "require":
+        pytest.importorskip("megatron_idea._C", reason="csrc/ is not built")
+
+
+@contextlib.contextmanager
+def using(mode: str) -> Iterator[None]:
+    """With the switch at ``mode``, asked anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(moves.SWITCH, mode)
+        moves.extension.cache_clear()
+        yield
+    moves.extension.cache_clear()

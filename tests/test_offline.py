@@ -1,0 +1,214 @@
+"""Compaction of a checkpoint on disk: the oracle of the live one, and a tool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from megatron_idea import checkpoint, cli
+from megatron_idea.config import Config, replace, validate
+from megatron_idea.testing import Workers
+
+runner = CliRunner()
+
+
+def online_job(rendezvous: str, config: Config) -> list[tuple[str, str]]:
+    """Train to the end; the checkpoints right before and right after each compaction."""
+    import shutil
+
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, step
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        run, state = build(config, groups)
+        out = []
+        while state.consumed_tokens < config.schedule.total_tokens:
+            widths = state.widths
+            step(run, state)
+            if state.widths == widths:
+                continue
+            before = checkpoint.latest(config.run_dir)
+            assert before is not None and checkpoint.read_state(before).plan_due
+            kept = Path(config.run_dir).parent / f"before_{state.step}"
+            if groups.is_writer:
+                shutil.copytree(before, kept / "checkpoints" / before.name)
+            after = checkpoint.save(run.trainable, run.pruner, state)
+            out.append((str(kept), str(after)))
+        run.log.close()
+        return out
+    finally:
+        stop_distributed()
+
+
+def content_job(rendezvous: str, config: Config, path: str) -> dict[str, Any]:
+    """All that a checkpoint holds, as one process sees it: state, parameters, scores."""
+    import torch
+
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.model import named_parameters
+    from megatron_idea.optim import ShardExchange, assemble
+    from megatron_idea.prune.pruner import Pruner
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        state = checkpoint.read_state(Path(path))
+        trainable = assemble(config, groups, state.widths, initialize=False)
+        pruner = Pruner(trainable)
+        checkpoint.load(trainable, pruner, Path(path))
+        shards = ShardExchange(trainable)
+        out: dict[str, Any] = {"widths": state.widths, "step": state.adam_step}
+        for name, parameter in named_parameters(trainable.chunks):
+            whole = shards.gather(parameter)
+            assert whole is not None
+            out[name] = whole.view(3, *parameter.shape).numpy()
+        for layer, mlp in trainable.mlps:
+            out[f"{layer}.ids"] = mlp.neuron_ids.numpy().copy()
+            out[f"{layer}.mask"] = mlp.mask.numpy().copy()
+            # Neurons by id: tensor-parallel ranks may have put them in another order.
+            order = torch.argsort(mlp.neuron_ids).numpy()
+            fc1, fc2 = (out[f"decoder.layers.{layer}.mlp.linear_fc{i}.weight"] for i in (1, 2))
+            fc1 = fc1.reshape(3, 2, len(order), -1)
+            ids, mask = out[f"{layer}.ids"], out[f"{layer}.mask"]
+            out[f"{layer}.sorted"] = [fc1[:, :, order], fc2[:, :, order], ids[order], mask[order]]
+        scores = pruner.state(trainable)
+        out["scores"] = scores.ema.numpy()
+        return out
+    finally:
+        stop_distributed()
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "placement", "precision"),
+    [
+        (1, {}, "min", "fp32"),
+        (2, TP2, "ordered", "bf16"),
+        (2, TP2, "min", "fp32"),
+        (2, {"pipeline_model_parallel_size": 2}, "min", "bf16"),
+        (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, "min", "bf16"),
+    ],
+    ids=["one", "tp2_ordered_bf16", "tp2", "pp2_bf16", "dp2_overlapped_bf16"],
+)
+def test_online_and_offline_compaction_agree_bit_for_bit(
+    world_size: int,
+    parallel: dict[str, Any],
+    placement: str,
+    precision: str,
+    tiny: Config,
+    workers: Workers,
+) -> None:
+    one = replace(tiny, training={"precision": precision}, prune={"placement": placement})
+    config = replace(one, parallel=parallel, checkpoint={"before_compaction": True, "keep_last": 0})
+    validate(config, world_size)
+    pairs = workers.run(online_job, world_size, config)[0]
+    assert len(pairs) >= 3
+    for before, after in pairs[:: len(pairs) - 1]:
+        out = Path(f"{before}_offline")
+        result = runner.invoke(cli.app, ["compact", before, "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        offline = result.stdout.replace("\n", "").strip()
+        assert Path(offline) == checkpoint.latest(out)
+        (theirs,) = workers.run(content_job, 1, one, after)
+        (ours,) = workers.run(content_job, 1, one, offline)
+        assert ours["widths"] == theirs["widths"] and ours["step"] == theirs["step"] > 0
+        for key, value in theirs.items():
+            if key.endswith(".sorted"):
+                for a, b in zip(value, ours[key], strict=True):
+                    assert a.tobytes() == b.tobytes(), key
+            elif isinstance(value, np.ndarray) and (
+                world_size == 1 or "tensor_model_parallel_size" not in parallel
+                or placement == "ordered" or ("mlp" not in key and not key[0].isdigit())
+            ):  # fmt: skip
+                assert value.tobytes() == ours[key].tobytes(), key
+
+
+@pytest.fixture
+def trained(tiny: Config, tmp_path: Path, workers: Workers) -> Path:
+    """A run that ended in the middle of its prune phase, with scores and masked neurons."""
+    workers.run(half_job, 1, replace(tiny, prune={"compact": False}))
+    return tmp_path / "run"
+
+
+def half_job(rendezvous: str, config: Config) -> None:
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, save, step
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        run, state = build(config, groups)
+        for number in range(12):
+            step(run, state)
+            if number == 3:
+                early = replace(config, run_dir=f"{config.run_dir}_early")
+                run.trainable.config = early
+                save(run, state)
+                run.trainable.config = config
+        save(run, state)
+        run.log.close()
+    finally:
+        stop_distributed()
+
+
+def compact(*arguments: Any) -> Any:
+    return runner.invoke(cli.app, ["compact", *map(str, arguments)])
+
+
+def test_masked_neurons_leave_by_default(trained: Path, tmp_path: Path) -> None:
+    state = checkpoint.read_state(checkpoint.resolve(trained))
+    assert state.widths == (64, 64)
+    result = compact(trained, "--out", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    small = checkpoint.read_state(checkpoint.resolve(tmp_path / "small"))
+    assert all(24 <= w < 64 and w % 4 == 0 for w in small.widths)
+    assert (small.step, small.consumed_tokens) == (state.step, state.consumed_tokens)
+    again = compact(tmp_path / "small", "--out", tmp_path / "smaller")
+    assert again.exit_code == 2 and "nothing to compact" in " ".join(again.stderr.split())
+
+
+def test_the_most_important_neurons_stay_and_the_result_can_be_trained_on(
+    trained: Path, tmp_path: Path, tiny: Config, workers: Workers
+) -> None:
+    result = compact(trained, "--out", tmp_path / "small", "--to", "24,20")
+    assert result.exit_code == 0, result.output
+    path = checkpoint.resolve(tmp_path / "small")
+    small = checkpoint.read_state(path)
+    assert small.widths == (24, 20)
+    (content,) = workers.run(content_job, 1, tiny, str(path))
+    (before,) = workers.run(content_job, 1, tiny, str(checkpoint.resolve(trained)))
+    for layer, width in enumerate(small.widths):
+        scores = before["scores"][layer].max(axis=0) * before[f"{layer}.mask"]
+        expected = sorted(np.argsort(-scores, kind="stable")[:width].tolist())
+        assert content[f"{layer}.ids"].tolist() == expected
+        assert content[f"{layer}.mask"].all()
+    from megatron_idea.config import to_yaml
+
+    config = replace(tiny, run_dir=str(tmp_path / "small"), prune={"compact": False})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    went_on = runner.invoke(cli.app, ["train", str(tmp_path / "run.yaml")])
+    assert went_on.exit_code == 0, went_on.output
+    assert checkpoint.read_state(checkpoint.resolve(tmp_path / "small")).step == 24
+
+
+def test_widths_that_cannot_be_are_refused(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+
+    def refused(*arguments: Any, says: str) -> None:
+        result = compact(*arguments)
+        assert result.exit_code == 2 and says in " ".join(result.stderr.split()), result.output
+        assert not checkpoint.complete(out)
+
+    refused(trained, "--out", out, "--to", "30", says="nearest legal widths: 28, 32")
+    refused(trained, "--out", out, "--to", "0", says="nearest legal widths: 4")
+    refused(trained, "--out", out, "--to", "68", says="the layer has 64 neurons")
+    refused(trained, "--out", out, "--to", "28,28,28", says="--to has 3 widths")
+    refused(trained, "--out", out, "--to", "small", says="give whole numbers")
+    refused(trained, "--out", trained, says="has checkpoints already")
+    refused(tmp_path / "nowhere", "--out", out, says="neither a checkpoint nor a run")
+    refused(f"{trained}_early", "--out", out, "--to", "32", says="has no scores")
