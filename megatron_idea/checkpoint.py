@@ -3,6 +3,7 @@
     <run>/checkpoints/step_00000042/
         state.json     step, consumed tokens, FFN widths: read first, the model is built from it
         config.yaml    the configuration that wrote it
+        manifest.json  size and checksum of every other file
         ...            tensors, by megatron-core's dist_checkpointing, one key per layer
 
 A folder is written under a temporary name and renamed when it is complete, so it is complete or
@@ -12,6 +13,7 @@ weights, each parameter whole, by the data-parallel rank that owns it; scores; r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,22 +28,26 @@ from typing import Any
 import megatron.core
 import megatron.core.dist_checkpointing.strategies.state_dict_saver  # cpu.install must see it
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_idea import config as configuration
-from megatron_idea import cpu
+from megatron_idea import cpu, storage
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.distributed import ProcessGroups, agree_or_raise, together
+from megatron_idea.guard import Watch
 from megatron_idea.model import prunable_mlps, unwrap
 from megatron_idea.optim import (
     MOMENTS,
@@ -54,7 +60,7 @@ from megatron_idea.optim import (
 )
 from megatron_idea.prune.pruner import Pruner, ScoreState
 
-FORMAT = 1
+FORMAT = 2  # 1 had no manifest
 
 
 class CheckpointError(ValueError):
@@ -72,7 +78,11 @@ class TrainState:
     adam_step: int = 0
     """Optimizer steps that were taken; skipped steps are not counted."""
     skipped: int = 0
-    """Steps whose gradient was not finite."""
+    """Steps whose loss or gradient was not finite."""
+    skipped_samples: int = 0
+    """Samples that were left out after a loss spike."""
+    watch: Watch = field(default_factory=Watch)
+    """What the guard remembers."""
     score_window_steps: int = 0
     plan_due: bool = False
     """Saved right before a compaction: whoever goes on from here plans and compacts first."""
@@ -134,7 +144,8 @@ def read_state(path: Path, tp: int = 1) -> TrainState:
         form = content.pop("format", None)
         if form == FORMAT:
             content.pop("megatron_core")
-            state = TrainState(**{**content, "widths": tuple(content["widths"])})
+            content |= {"widths": tuple(content["widths"]), "watch": Watch(**content["watch"])}
+            state = TrainState(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
     if form != FORMAT:
@@ -151,7 +162,7 @@ def read_state(path: Path, tp: int = 1) -> TrainState:
 
 # What a resumed run may change: where and how it runs, not what it computes.
 _FREE = {
-    "run_dir", "parallel", "checkpoint", "evaluation", "logging", "data.cache_dir",
+    "run_dir", "parallel", "checkpoint", "guard", "evaluation", "logging", "data.cache_dir",
     "training.micro_batch_size", "training.kernel_implementation",
 }  # fmt: skip
 
@@ -194,59 +205,144 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
     """Write a checkpoint of this step; collective over all ranks.
 
-    Returns: its folder. Older ones beyond ``checkpoint.keep_last`` are removed afterwards.
+    Returns: its folder. Older ones that nobody asked to keep are removed afterwards.
     Raises: CheckpointError on every rank when it cannot be written; earlier ones stand untouched.
     """
-    groups, config = trainable.groups, trainable.config
-    path = folder(config.run_dir) / f"step_{state.step:08d}"
-    partial, replaced = (path.with_name(f"{path.name}.{word}") for word in ("partial", "replaced"))
-    for chunk in trainable.chunks:
-        # Until the next forward asks for them, only their owners have the weights of this step.
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
-    scores = pruner.state(trainable)
-    state = dataclasses.replace(
-        state,
-        widths=trainable.widths,
-        adam_step=adam_step(trainable.optimizer, groups),
-        score_window_steps=scores.window_steps,
-        layout=_layout(groups),
-    )
+    return Saving(trainable, pruner, state).finish()
 
-    def begin() -> None:
-        if groups.is_writer:
-            for rest in (partial, replaced):  # of a job that was killed
+
+class Saving:
+    """A checkpoint on its way to the disk. What it holds is a copy: training may go on."""
+
+    def __init__(self, trainable: Trainable, pruner: Pruner, state: TrainState) -> None:
+        """Copy everything and begin to write; collective over all ranks.
+
+        Raises: CheckpointError on every rank when it cannot be written.
+        """
+        groups = trainable.groups
+        for chunk in trainable.chunks:
+            # Until the next forward asks for them, only their owners have the weights of this step.
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        scores = pruner.state(trainable)
+        self.config, self.groups = trainable.config, groups
+        self.state = dataclasses.replace(
+            state,
+            widths=trainable.widths,
+            adam_step=adam_step(trainable.optimizer, groups),
+            score_window_steps=scores.window_steps,
+            layout=_layout(groups),
+        )
+        self.path = folder(self.config.run_dir) / f"step_{state.step:08d}"
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._replaced = self.path.with_name(f"{self.path.name}.replaced")
+        with self._explained():
+            together(self._begin, groups)
+            tree = _tensors(trainable, scores, self.state.adam_step)
+            self._strategy, self._request = _begin_tensors(tree, self._partial, groups)
+        self._writing = storage.Writing(self._request)
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank has written its part; ``finish`` will not wait for it."""
+        return self._writing.done
+
+    @property
+    def seconds(self) -> float:
+        """What the writing took on this rank, once it is done."""
+        return self._writing.seconds
+
+    def finish(self) -> Path:
+        """Wait for all ranks' parts and make the checkpoint complete; collective over all ranks.
+
+        Returns: its folder. Older ones that nobody asked to keep are removed afterwards.
+        Raises: CheckpointError on every rank when it cannot be written; earlier ones stand.
+        """
+        self._writing.join()
+        with self._explained():
+            _finish_tensors(self._strategy, self._request, self._partial, self.groups)
+            written: list[dict[str, Any]] = [{}] * self.groups.world.size()
+            dist.all_gather_object(written, self._writing.files)
+            together(lambda: self._complete(written), self.groups)
+        if self.groups.is_writer:
+            keep = self.config.checkpoint
+            known = [(path, _tokens(path)) for path in complete(self.config.run_dir)]
+            storage.remove(storage.superfluous(known, keep.keep_last, keep.keep_every_tokens))
+        return self.path
+
+    def _begin(self) -> None:
+        if self.groups.is_writer:
+            for rest in (self._partial, self._replaced):  # of a job that was killed
                 shutil.rmtree(rest, ignore_errors=True)
-            partial.mkdir(parents=True)
+            self._partial.mkdir(parents=True)
 
-    def finish() -> None:
-        if groups.is_writer:
-            _write(partial / "config.yaml", configuration.to_yaml(config))
-            header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
-            _write(partial / "state.json", json.dumps(header | dataclasses.asdict(state), indent=1))
-            if path.exists():  # the one before this step's compaction
-                path.rename(replaced)
-            partial.rename(path)
-            _sync_folder(path.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+    def _complete(self, written: list[dict[str, Any]]) -> None:
+        if not self.groups.is_writer:
+            return
+        partial = self._partial
+        _write(partial / "config.yaml", configuration.to_yaml(self.config))
+        header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
+        content = header | dataclasses.asdict(self.state)
+        _write(partial / "state.json", json.dumps(content, indent=1))
+        files = {name: entry for of_rank in written for name, entry in of_rank.items()}
+        small = sorted(p for p in partial.iterdir() if p.name not in files)
+        files |= {file.name: storage.describe(file) for file in small}
+        _write(partial / storage.MANIFEST, json.dumps({"files": files}, indent=1))
+        _sync_folder(partial)
+        if self.path.exists():  # the one before this step's compaction
+            self.path.rename(self._replaced)
+        partial.rename(self.path)
+        _sync_folder(self.path.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn any failure into one that says what stands; leave nothing half written."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            if self.groups.is_writer:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            kept = latest(self.config.run_dir)
+            stands = f"the last complete one is {kept}" if kept else "there is no earlier one"
+            free = f"{shutil.disk_usage(self.config.run_dir).free / 1e9:.2f} GB free there"
+            raise CheckpointError(
+                f"cannot write checkpoint {self.path}: {_reason(error)} ({free}); {stands}"
+            ) from error
+
+
+def _tokens(path: Path) -> int:
+    """Consumed tokens of a checkpoint; 0 for one that cannot be read."""
     try:
-        together(begin, groups)
-        _save_tensors(_tensors(trainable, scores, state.adam_step), partial, groups)
-        together(finish, groups)
-    except (Exception, CheckpointException) as error:  # torch's is no Exception
-        if groups.is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
-        kept = latest(config.run_dir)
-        stands = f"the last complete one is {kept}" if kept else "there is no earlier one"
-        free = f"{shutil.disk_usage(config.run_dir).free / 1e9:.2f} GB free there"
-        raise CheckpointError(
-            f"cannot write checkpoint {path}: {_reason(error)} ({free}); {stands}"
-        ) from error
-    if groups.is_writer and config.checkpoint.keep_last:
-        for old in complete(config.run_dir)[: -config.checkpoint.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
-    return path
+        return read_state(path).consumed_tokens
+    except CheckpointError:
+        return 0
+
+
+def choose(config: Config, groups: ProcessGroups) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from: the newest one, whose files are what was written.
+
+    Collective over all ranks. Returns: it, or None at the start of a run; and what was found
+    damaged and passed over, which only ``checkpoint.on_damage=previous`` allows.
+    Raises: CheckpointError on every rank, saying which other checkpoint there is.
+    """
+    damage: list[str] = []
+    found = complete(config.run_dir)
+    while found:
+        path, older = found.pop(), found[-1] if found else None
+        try:
+            storage.verify(path, groups)
+            return path, damage
+        except storage.DamagedError as error:
+            hint = (
+                f"checkpoint.on_damage=previous goes on from {older}"
+                if older
+                else "there is no older one"
+            )
+            if config.checkpoint.on_damage == "stop" or older is None:
+                raise CheckpointError(f"{error}; {hint}") from error
+            damage.append(str(error))
+    return None, damage
 
 
 def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
@@ -267,6 +363,8 @@ def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
     _take_weights(trainable.chunks, loaded)
     if state.adam_step:
         _load_optimizer(trainable, loaded["optimizer"], state.adam_step)
+    else:  # before the first step main weights are the weights
+        trainable.optimizer.reload_model_params()
     pruner.load_state(
         trainable,
         ScoreState(loaded["scores"]["ema"], loaded["scores"]["window"], state.score_window_steps),
@@ -375,6 +473,8 @@ def _optimizer_tensors(
             continue
         if whole is None:
             whole = torch.empty(3, parameter.numel(), device=parameter.device)
+        elif not empty:
+            whole = whole.cpu()  # a whole layer's state at a time on the GPU, not all of it
         kinds = ("main", *MOMENTS) if has_main_copy(parameter) else MOMENTS
         values = dict(zip(("main", *MOMENTS), whole, strict=True))
         model_tensor = sharded[id(parameter)]
@@ -397,17 +497,32 @@ def _empty_scores(trainable: Trainable, state: TrainState) -> ScoreState:
     return ScoreState(table, torch.empty_like(table), state.score_window_steps)
 
 
-def _save_tensors(tree: dict[str, Any], path: Path, groups: ProcessGroups) -> None:
+def _begin_tensors(
+    tree: dict[str, Any], path: Path, groups: ProcessGroups
+) -> tuple[_SaveTensors, AsyncRequest]:
+    """What has to be written by this rank, in memory that is its own."""
     # megatron-core collects results of its writer through a spawned manager process, seconds to
-    # start; a save that is waited for can use a plain queue.
+    # start; between threads a plain queue will do.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     cpu.install()
     # dist_checkpointing.save in its parts: what rank 0 writes alone must fail on every rank.
     sharded, common = save_preprocess(tree)
     together(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, path), groups)
+    live = [part for name, part in sharded.items() if name.startswith("model")]
+    for tensor in nested_values(live):  # all else was gathered for this checkpoint
+        if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id):
+            tensor.data = tensor.data.detach().to("cpu", copy=True)
     strategy = _SaveTensors("torch_dist", 1, thread_count=1)
-    strategy.save(sharded, path)
+    return strategy, strategy.async_save(sharded, path)
+
+
+def _finish_tensors(
+    strategy: _SaveTensors, request: AsyncRequest, path: Path, groups: ProcessGroups
+) -> None:
+    """Exchange what all ranks have written and write the index; collective over all ranks."""
+    for finalize in request.finalize_fns:
+        finalize()
 
     def close() -> None:
         if strategy.error is not None:
@@ -432,7 +547,7 @@ class _SaveTensors(TorchDistSaveShardedStrategy):
         def finish_or_keep_error(*arguments: Any) -> None:
             try:
                 finish(*arguments)
-            except Exception as error:  # raised in ``_save_tensors``, on every rank
+            except Exception as error:  # raised in ``_finish_tensors``, on every rank
                 self.error = error
 
         writer.finish = finish_or_keep_error

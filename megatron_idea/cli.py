@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from megatron_idea.budget import Budget
     from megatron_idea.config import Config
 
 USER_ERROR = 2
@@ -226,18 +227,90 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     nproc: Processes = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="What the run takes of so many GPUs: memory, hours."),
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="a100-40, a100, h100, h200, gh200, b200, gb200.")
+    ] = "h100",
+    mfu: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1.0, help="Share of the peak FLOP/s: an assumption, not a measurement."
+        ),
+    ] = 0.4,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Try layouts of TP x PP x DP; needs --gpus.")
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw memory and cost over tokens; needs --gpus."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a run will do and cost: sizes, phases, curves, widths, FLOPs."""
-    from megatron_idea.config import load
+    """Show what a run will do and cost: sizes, phases, curves, widths, FLOPs.
+
+    With --gpus also memory, messages and GPU-hours, from the code that a run uses. Ends with
+    status 2 when that does not fit.
+    """
+    from megatron_idea.config import ConfigError, load
     from megatron_idea.estimate import make_plan, render_plan
 
+    if gpus is None and (suggest or picture):
+        raise typer.BadParameter("say how many: --gpus 256", param_hint="--gpus")
+    if gpus is not None and nproc is not None and gpus != nproc:
+        raise typer.BadParameter("one process a GPU: give one of the two", param_hint="--nproc")
     loaded = load(config, overrides or [])
-    made = make_plan(loaded, nproc or _model_parallel_size(loaded))
+    if gpus is not None and suggest:
+        _suggest(loaded, gpus, gpu, mfu, as_json)
+        return
+    made = make_plan(loaded, gpus or nproc or _model_parallel_size(loaded))
+    budget = _budget(loaded, gpus, gpu, mfu) if gpus else None
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(made), indent=2))
+        both = dataclasses.asdict(made)
+        if budget is not None:
+            both["budget"] = dataclasses.asdict(budget)
+        typer.echo(json.dumps(both, indent=2))
     else:
         Console().print(render_plan(made))
+    if budget is None:
+        return
+    from megatron_idea.budget_view import draw_budget, render_budget
+
+    if not as_json:
+        Console().print(render_budget(budget))
+    if picture:
+        draw_budget(budget, picture)
+    if budget.refusal:
+        raise ConfigError(f"{budget.refusal}; --suggest shows layouts that fit")
+
+
+def _budget(config: Config, gpus: int, gpu: str, mfu: float) -> Budget:
+    from megatron_idea.budget import Assumptions, gpu_named, make_budget
+    from megatron_idea.config import validate
+
+    validate(config, gpus)
+    with Console(stderr=True).status("building the model on paper"):
+        return make_budget(config, gpus, gpu_named(gpu), Assumptions(mfu=mfu))
+
+
+def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> None:
+    from megatron_idea.budget import Assumptions, gpu_named, suggest
+    from megatron_idea.budget_view import render_layouts
+    from megatron_idea.config import ConfigError
+
+    kind = gpu_named(gpu)
+    with Console(stderr=True).status("building the model on paper in many layouts"):
+        fitting, refused = suggest(config, gpus, kind, Assumptions(mfu=mfu))
+    if as_json:
+        both = {"fitting": fitting, "refused": refused}
+        rows = {name: [dataclasses.asdict(x) for x in layouts] for name, layouts in both.items()}
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        Console().print(render_layouts(fitting, refused, kind))
+    if not fitting:
+        raise ConfigError(f"no layout of {gpus} GPUs of this kind holds the run")
 
 
 @app.command()
@@ -295,6 +368,102 @@ def doctor() -> None:
     Console().print(render(rows))
     if any(row.is_fatal for row in rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    path: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A run takes its latest checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    layout: Annotated[
+        str,
+        typer.Option(help="padded: any server loads it; compact: a width for each layer, few do."),
+    ] = "padded",
+    dtype: Annotated[
+        str, typer.Option(metavar="bf16|fp32", help="Default: the run's own precision.")
+    ] = "",
+    tokenizer: Annotated[
+        str, typer.Option(metavar="PATH|byte", help="In place of the run's, if it has moved.")
+    ] = "",
+    max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights.")] = 5.0,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder: LlamaForCausalLM or Qwen3ForCausalLM."""
+    from megatron_idea.export import export_checkpoint
+
+    done = export_checkpoint(
+        path,
+        out,
+        layout=layout,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        max_shard_bytes=round(max_shard_gb * 1e9),
+    )
+    (kind,) = json.loads((done.path / "config.json").read_text())["architectures"]
+    _say(
+        f"{kind} of {done.parameters:,} parameters, {_megabytes(done.bytes)}: {done.path}\n"
+        f"FFN widths {_widths(done.widths)}, of which live {_widths(done.live)}"
+    )
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="HF_FOLDER", help="A dense Llama or Qwen3, in safetensors.")
+    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="New run folder.")],
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="YAML", help="Data, schedule and the rest of the run."),
+    ] = None,
+    enlarge_ffn: Annotated[
+        float,
+        typer.Option(metavar="FACTOR", help="Widen every FFN so many times; the model stays."),
+    ] = 1.0,
+) -> None:
+    """Start a run from a Hugging Face model, if wanted with wider FFNs that compute the same."""
+    from megatron_idea.hf_import import import_checkpoint
+
+    done = import_checkpoint(folder, run, config, overrides or [], enlarge_ffn=enlarge_ffn)
+    before = _widths(done.widths_before)
+    _say(f"FFN widths {_widths(done.widths)} ({before} in {folder}): {done.path}")
+    _say(f"megatron-idea train {done.config_path}")
+    for note in done.notes:
+        _say(f"note: {note}")
+
+
+@app.command()
+def generate(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT_OR_EXPORT", help="A checkpoint, a run, or an export."),
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="May be given several times; none: a new document.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest; 0: from all.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="PATH|byte", help="In place of the model's own.")
+    ] = "",
+) -> None:
+    """Let a model go on from a prompt, in one process."""
+    from megatron_idea.generate import sample
+
+    samples = sample(
+        path,
+        prompt or [""],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        tokenizer=tokenizer,
+    )
+    for one in samples:
+        _say(one.prompt + one.text)
 
 
 def _report(run_dir: Path) -> None:
@@ -454,6 +623,11 @@ def quiet() -> None:
 
 def _say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _widths(widths: list[int]) -> str:
+    """One number when all layers are equal."""
+    return ", ".join(map(str, widths if len(set(widths)) > 1 else widths[:1]))
 
 
 def _megabytes(number: int) -> str:

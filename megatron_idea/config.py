@@ -317,10 +317,40 @@ class CheckpointConfig:
     """Also right before neurons are removed physically, which cannot be undone."""
     keep_last: int = 2
     """Older checkpoints are deleted; 0 keeps all."""
+    keep_every_tokens: int = 0
+    """The first checkpoint at or after each multiple of so many tokens stays for good; 0: none."""
+    asynchronous: bool = True
+    """A thread writes a copy in the CPU's memory while training goes on."""
+    on_damage: str = "stop"
+    """A resume finds a damaged file: ``stop`` and say so, or take the ``previous`` checkpoint."""
 
     def __post_init__(self) -> None:
-        _require(self.every_tokens >= 0, "checkpoint.every_tokens must not be negative")
-        _require(self.keep_last >= 0, "checkpoint.keep_last must not be negative")
+        for name in ("every_tokens", "keep_last", "keep_every_tokens"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative")
+        _one_of("checkpoint.on_damage", self.on_damage, ("stop", "previous"))
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens when the loss is not what it should be; ``guard.py``."""
+
+    max_skipped_in_row: int = 20
+    """Steps with a loss or gradient that is not finite are not taken; so many in a row end the run.
+    0: never."""
+    spike_increase: float = 1.0
+    """Nats above the moving average of the loss that make a spike; 0: none is looked for."""
+    spike_window_steps: int = 50
+    """Steps of the moving average."""
+    on_spike: str = "warn"
+    """``warn``; ``pause_pruning`` until it is over, or until all must be removed; ``rollback`` to
+    the last checkpoint, leaving out the data in between."""
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        _one_of("guard.on_spike", self.on_spike, ("warn", "pause_pruning", "rollback"))
+        for name in ("max_skipped_in_row", "spike_increase", "max_rollbacks"):
+            _require(getattr(self, name) >= 0, f"guard.{name} must not be negative")
+        _require(self.spike_window_steps >= 1, "guard.spike_window_steps must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -356,6 +386,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -394,12 +425,18 @@ class Config:
         return max(1, wanted // self.ffn_multiple) * self.ffn_multiple
 
 
-def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(
+    path: str | Path | None,
+    overrides: list[str] | tuple[str, ...] = (),
+    base: dict[str, Any] | None = None,
+) -> Config:
     """Read a run's configuration: defaults, then the YAML file, then ``key.sub=value`` overrides.
+
+    ``base`` has values that are better than the defaults, and give way to the file.
 
     Raises: ConfigError for a missing file, broken YAML, unknown keys, wrong types, illegal values.
     """
-    layers = []
+    layers: list[Any] = [OmegaConf.create(base or {})]
     try:
         if path is not None:
             _require(Path(path).is_file(), f"no configuration file at {path}")

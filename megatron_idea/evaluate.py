@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_idea import checkpoint
+from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.batches import Batches
@@ -125,6 +125,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, 
     state = checkpoint.read_state(found, config.parallel.tensor_model_parallel_size)
     groups = start_distributed(config.parallel, config.training.seed)
     try:
+        storage.verify(found, groups)
         batches = validation_batches(config, groups)
         assert batches is not None
         chunks = build_model(config, transformer_config(config), state.widths, groups)

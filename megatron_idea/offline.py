@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_idea import checkpoint
+from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, require_multiple, validate
 from megatron_idea.distributed import start_distributed, stop_distributed
@@ -56,6 +56,7 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
     validate(config, world_size=1)
     groups = start_distributed(config.parallel, config.training.seed)
     try:
+        storage.verify(found, groups)
         trainable = assemble(config, groups, state.widths, initialize=False)
         pruner = Pruner(trainable)
         checkpoint.load(trainable, pruner, found)

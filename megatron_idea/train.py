@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import signal
@@ -17,9 +18,9 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_idea import checkpoint
+from megatron_idea import checkpoint, guard
 from megatron_idea import config as configuration
-from megatron_idea.checkpoint import TrainState
+from megatron_idea.checkpoint import Saving, TrainState
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.batches import Batches
 from megatron_idea.distributed import (
@@ -35,6 +36,7 @@ from megatron_idea.evaluate import held_out_loss, open_batches, validation_batch
 from megatron_idea.metrics import Progress, RunLog, peak_flops
 from megatron_idea.optim import Trainable, assemble, update
 from megatron_idea.prune import moves
+from megatron_idea.prune.compact import release
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.strategy import Plan
 from megatron_idea.schedule import crossed, keep_ratio, learning_rate, phase, phase_ended
@@ -53,6 +55,8 @@ class Run:
     log: RunLog
     progress: Progress
     stop: StopSignal
+    saving: Saving | None = None
+    """A checkpoint on its way to the disk."""
 
 
 class StopSignal:
@@ -109,7 +113,11 @@ def _train(config: Config, rendezvous: str | None) -> TrainState:
         evaluate(run, state, "start")
     while state.consumed_tokens < config.schedule.total_tokens:
         before = state.consumed_tokens
-        _record, stopping = step(run, state)
+        calm = not state.watch.in_spike
+        record, stopping = step(run, state)
+        if calm and state.watch.in_spike and react(run, state, record["loss"]):
+            run, state = roll_back(run, state)
+            continue
         tokens = state.consumed_tokens
         ended = phase_ended(config.schedule, before, tokens)
         if ended:
@@ -117,13 +125,15 @@ def _train(config: Config, rendezvous: str | None) -> TrainState:
         elif crossed(config.evaluation.every_tokens, before, tokens):
             evaluate(run, state, "every")
         if ended or stopping or crossed(config.checkpoint.every_tokens, before, tokens):
-            save(run, state)
+            save(run, state, wait=stopping)
         if stopping and state.consumed_tokens < config.schedule.total_tokens:
             run.log.event("signal", step=state.step, name=run.stop.received)
             run.progress.note(f"stopped by a signal after step {state.step:,}, which is saved")
             break
     else:
+        finish_saving(run)
         run.log.event("finished", step=state.step, tokens=state.consumed_tokens)
+    finish_saving(run)
     run.progress.close()
     run.log.close()
     dist.barrier()  # a launcher ends all workers when the first has left with a status
@@ -133,7 +143,7 @@ def _train(config: Config, rendezvous: str | None) -> TrainState:
 def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     """Assemble a run at its latest checkpoint, or at its start."""
     run_dir = Path(config.run_dir)
-    path = checkpoint.latest(run_dir)
+    path, damage = checkpoint.choose(config, groups)
     if path is not None:
         checkpoint.check_same_run(path, config)
     tp = config.parallel.tensor_model_parallel_size
@@ -156,6 +166,9 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
 
     log = together(open_log, groups)
     progress = Progress(config, groups.is_writer)
+    for found in damage:
+        log.event("damaged", reason=found)
+        progress.note(found)
     if path is not None:
         done = state.consumed_tokens >= config.schedule.total_tokens
         progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
@@ -177,14 +190,19 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
     tokens = state.consumed_tokens + config.batch_tokens
     lr = learning_rate(config.schedule, tokens)
     losses = forward_backward(run, state)  # gradients are reduced over DP, not yet clipped
+    loss, stopping, saved = share_loss(run, losses)
     observed = pruner.observe(trainable, tokens)  # weights before the update, unclipped gradients
-    grad_norm = update(trainable.optimizer, config, lr)
-    loss, stopping = share_loss(run, losses)
+    grad_norm = update(trainable.optimizer, config, lr) if math.isfinite(loss) else math.nan
+    if saved:
+        finish_saving(run)
     step_s = time.perf_counter() - begin
+    taken = math.isfinite(grad_norm)
+    state.watch = guard.observe(config.guard, state.watch, loss, taken)
     plan = None
-    if math.isfinite(grad_norm):
+    if taken:
         pruner.record(observed)
-        plan = pruner.plan(trainable, tokens)
+        pausing = state.watch.in_spike and config.guard.on_spike == "pause_pruning"
+        plan = pruner.plan(trainable, tokens, pausing)
     else:
         state.skipped += 1
     state.step += 1
@@ -210,12 +228,51 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
     return record, stopping
 
 
+def react(run: Run, state: TrainState, loss: float) -> bool:
+    """A spike has begun: log it. Returns: whether to roll back.
+
+    Raises: DivergedError when that was done too often already.
+    """
+    settings, watch = run.config.guard, state.watch
+    run.log.event(
+        "spike", step=state.step, tokens=state.consumed_tokens, loss=loss, average=watch.average
+    )
+    run.progress.note(f"loss spike at step {state.step:,}: {loss:.3f}")
+    if settings.on_spike != "rollback":
+        return False
+    if watch.rollbacks >= settings.max_rollbacks:
+        raise guard.DivergedError(
+            f"a loss spike at step {state.step} after {watch.rollbacks} rollbacks, as many as "
+            "guard.max_rollbacks allows; a lower schedule.lr may help"
+        )
+    finish_saving(run)
+    return checkpoint.latest(run.config.run_dir) is not None
+
+
+def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
+    """Go on from the last checkpoint, with the data that comes after the spike."""
+    config, groups, rollbacks = run.config, run.groups, state.watch.rollbacks + 1
+    spike_at = state.step, state.consumed_tokens, state.skipped_samples
+    run.progress.close()
+    run.log.close()
+    release(run.trainable)
+    del run
+    again, state = build(config, groups)
+    window = (spike_at[1] - state.consumed_tokens) // config.training.seq_length
+    state.skipped_samples = spike_at[2] + window
+    state.watch = dataclasses.replace(state.watch, rollbacks=rollbacks)
+    again.log.event(
+        "rolled_back", step=state.step, from_step=spike_at[0], skipped_samples=state.skipped_samples
+    )
+    return again, state
+
+
 def apply(run: Run, state: TrainState, plan: Plan) -> None:
     """Mask or compact; a checkpoint comes first when neurons go for good, unless it is the last."""
     compacts = plan.widths != run.trainable.widths
     if run.config.checkpoint.before_compaction and compacts and not state.plan_due:
         state.plan_due = True
-        save(run, state)
+        save(run, state, wait=True)  # the compaction needs it complete, and its memory
     report = run.pruner.apply(run.trainable, plan)
     state.plan_due = False
     state.widths = run.trainable.widths
@@ -232,15 +289,18 @@ def forward_backward(run: Run, state: TrainState) -> list[Tensor]:
     for chunk in chunks:
         chunk.zero_grad_buffer()
     run.trainable.optimizer.zero_grad()
-    consumed_samples = state.consumed_tokens // run.config.training.seq_length
-    iterators = [run.data.step(consumed_samples) for _ in chunks]
+    training = run.config.training
+    samples = state.consumed_tokens // training.seq_length + state.skipped_samples
+    # What a rollback left out is made up for from the beginning.
+    samples %= num_steps(run.config) * training.global_batch_size
+    iterators = [run.data.step(samples) for _ in chunks]
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=run.data.num_microbatches,
-        seq_length=run.config.training.seq_length,
-        micro_batch_size=run.config.training.micro_batch_size,
+        seq_length=training.seq_length,
+        micro_batch_size=training.micro_batch_size,
         forward_only=False,
     )
     return [result["loss"] for result in results]
@@ -262,16 +322,20 @@ def forward_step(
     return output, mean_loss
 
 
-def share_loss(run: Run, losses: list[Tensor]) -> tuple[float, bool]:
-    """The loss of the whole batch and whether to stop, known to all ranks after one message."""
+def share_loss(run: Run, losses: list[Tensor]) -> tuple[float, bool, bool]:
+    """The loss of the whole batch, whether to stop, and whether all ranks have written their part.
+
+    Known to all ranks after one message.
+    """
     groups = run.groups
-    word = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    word = torch.zeros(3, dtype=torch.float64, device=groups.device)
     if losses and groups.tp.rank() == 0:
         word[0] = torch.stack(losses).double().mean() / groups.dp.size()
     word[1] = float(run.stop.received is not None)
+    word[2] = float(run.saving is not None and not run.saving.done)
     dist.all_reduce(word)
-    loss, stops = word.tolist()
-    return loss, stops > 0
+    loss, stops, writing = word.tolist()
+    return loss, stops > 0, run.saving is not None and not writing
 
 
 def evaluate(run: Run, state: TrainState, why: str) -> None:
@@ -285,8 +349,22 @@ def evaluate(run: Run, state: TrainState, why: str) -> None:
     run.progress.note(f"held-out loss {loss:.4f} after {state.consumed_tokens:,} tokens")
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Write a checkpoint and log it."""
+def save(run: Run, state: TrainState, wait: bool = False) -> None:
+    """Begin to write a checkpoint; the end of it comes now with ``wait``, else some steps later."""
+    finish_saving(run)
+    run.saving = checkpoint.Saving(run.trainable, run.pruner, state)
+    if wait or not run.config.checkpoint.asynchronous:
+        finish_saving(run)
+
+
+def finish_saving(run: Run) -> None:
+    """Complete the checkpoint that is being written, if there is one, and log it."""
+    saving, run.saving = run.saving, None
+    if saving is None:
+        return
     begin = time.perf_counter()
-    path = checkpoint.save(run.trainable, run.pruner, state)
-    run.log.event("saved", step=state.step, path=str(path), seconds=time.perf_counter() - begin)
+    path = saving.finish()
+    waited_s = time.perf_counter() - begin
+    run.log.event(
+        "saved", step=saving.state.step, path=str(path), seconds=saving.seconds, waited_s=waited_s
+    )

@@ -110,7 +110,7 @@ def backward(trainable: Any, seed: int = 0) -> None:
 
     data = RandomBatches(trainable.config, trainable.groups, seed)
     run = SimpleNamespace(config=trainable.config, trainable=trainable, data=data)
-    forward_backward(run, SimpleNamespace(consumed_tokens=0))  # type: ignore[arg-type]
+    forward_backward(run, SimpleNamespace(consumed_tokens=0, skipped_samples=0))  # type: ignore[arg-type]
 
 
 def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
@@ -130,6 +130,7 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
         log=SimpleNamespace(event=lambda *_, **__: None, write=lambda record: record),
         progress=SimpleNamespace(update=lambda record: None),
         stop=SimpleNamespace(received=None),
+        saving=None,
     )
     return run, state
 

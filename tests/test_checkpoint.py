@@ -95,11 +95,10 @@ def drive(
         run, state = build(config, groups)
         held, alive = {}, {}
         while state.consumed_tokens < config.schedule.total_tokens:
-            record, _ = step(run, state)
-            run.log.write(record)
+            step(run, state)
             alive[state.step] = run.pruner.alive.numpy()
             if state.step in save_after:
-                save(run, state)
+                save(run, state, wait=True)
                 held[state.step] = parts_of(run.trainable)
         run.log.close()
         return held, alive
@@ -127,7 +126,7 @@ def go_on(rendezvous: str, config: Config, steps: int) -> tuple[Any, list[float]
     try:
         run, state = build(config, groups)
         held = parts_of(run.trainable)
-        save(run, state)
+        save(run, state, wait=True)
         losses, alive = [], []
         for _ in range(steps):
             losses.append(step(run, state)[0]["loss"])
@@ -393,7 +392,7 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
                 else:
                     patch.setattr(owner, name, full)
             try:
-                save(run, state)
+                save(run, state, wait=True)
                 results.append(None)
             except Exception as error:
                 results.append((type(error).__name__, str(error)))
@@ -547,10 +546,10 @@ def keep_two(rendezvous: str, config: Config) -> list[list[str]]:
         seen = []
         for _ in range(4):
             step(run, state)
-            save(run, state)
+            save(run, state, wait=True)
             seen.append(sorted(path.name for path in folder.iterdir()))
         assert not (folder / "step_00000002" / "junk").exists()
-        save(run, state)  # the same step again replaces it
+        save(run, state, wait=True)  # the same step again replaces it
         seen.append(sorted(path.name for path in folder.iterdir()))
         run.log.close()
         return seen

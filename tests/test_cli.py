@@ -125,6 +125,26 @@ def test_plan_as_json_is_json(config_path: Path) -> None:
     assert plan["width_changes"][-1]["width"] == 384
 
 
+def test_plan_for_gpus_adds_memory_and_hours(config_path: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    result = run("plan", config_path, "--gpus", 2, "--json", "--picture", picture)
+    budget = json.loads(result.stdout)["budget"]
+    assert (budget["gpus"], budget["gpu"], budget["refusal"]) == (2, "H100", "")
+    assert picture.stat().st_size > 0
+
+
+def test_plan_ends_with_an_error_when_the_run_does_not_fit(config_path: Path) -> None:
+    large = ["model.hidden_size=65536", "model.vocab_size=262144"]
+    result = run("plan", config_path, "--gpus", 2, *large)
+    assert "Memory of the fullest GPU" in result.stdout
+    assert_user_error(result, "GB too much")
+
+
+def test_plan_wants_to_know_how_many_gpus(config_path: Path) -> None:
+    result = run("plan", config_path, "--suggest")
+    assert result.exit_code == 2 and "--gpus" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["plan", "train"])
 @pytest.mark.parametrize(
     ("arguments", "parts"),

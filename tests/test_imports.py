@@ -15,19 +15,32 @@ PACKAGE = "megatron_idea"
 
 # A part may import parts of its own rank or below.
 LAYERS = (
-    {"config", "schedule", "kernels", "_C", "__init__"},
+    {"config", "schedule", "guard", "kernels", "_C", "__init__"},
     {"distributed", "cpu"},
-    {"layers", "model", "data", "optim", "metrics", "estimate"},
+    {"layers", "model", "data", "optim", "metrics", "estimate", "huggingface"},
     {"prune"},
-    {"checkpoint"},
-    {"train", "evaluate", "export", "report", "offline"},
+    {"checkpoint", "storage"},
+    {
+        "train",
+        "evaluate",
+        "export",
+        "hf_import",
+        "nemotron_nas_config",
+        "generate",
+        "report",
+        "offline",
+        "meta",
+        "footprint",
+        "budget",
+        "budget_view",
+    },
     {"cli", "__main__", "doctor", "testing"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 MAY_IMPORT_MEGATRON_CORE = {
-    "distributed", "cpu", "layers", "model", "data", "optim", "checkpoint", "train", "evaluate",
-    "prune.units", "prune.compact", "prune.verify",
+    "distributed", "cpu", "layers", "model", "data", "optim", "checkpoint", "storage", "train",
+    "evaluate", "meta", "prune.units", "prune.compact", "prune.verify",
 }  # fmt: skip
 MAY_PRINT = {"cli"}
 

@@ -108,8 +108,8 @@ def _let_go(trainable: Trainable) -> None:
     forget_rotary_cache()
 
 
-def _free(trainable: Trainable) -> None:
-    """Give the memory of the old model and optimizer back."""
+def release(trainable: Trainable) -> None:
+    """Give the memory of a model and its optimizer back; nothing of ``trainable`` can be used."""
     _let_go(trainable)  # apart from here: a loop variable that is still bound would keep it all
     gc.collect()  # hooks, buffers and parameters refer to each other in cycles
     if torch.cuda.is_available():
@@ -150,7 +150,7 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     # one while survivors are staged, and all of the old is gone before the new is built.
     _free_gradients(trainable)
     staged, owners = _stage(trainable, relocations)
-    _free(trainable)
+    release(trainable)
 
     fresh = assemble(trainable.config, groups, plan.widths, initialize=False, gradients=False)
     for name, parameter in named_parameters(fresh.chunks):

@@ -77,10 +77,11 @@ class Pruner:
             trainable.mlps, values, model.num_layers, model.ffn_hidden_size, trainable.groups
         )
 
-    def plan(self, trainable: Trainable, tokens: int) -> Plan | None:
+    def plan(self, trainable: Trainable, tokens: int, pausing: bool = False) -> Plan | None:
         """What the consumed tokens ask for; None when that is what the model is already.
 
-        Collective over all ranks when something is due, and every rank decides alike.
+        ``pausing``: nothing is removed, until all must be. Collective over all ranks when something
+        is due, and every rank decides alike.
         """
         config = self.config
         if config.prune.strategy == "none" or not self._mask_update_due(tokens):
@@ -88,6 +89,8 @@ class Pruner:
         self.scores.fold(trainable.groups)
         model = config.model
         final = tokens >= removal_window(config.schedule)[1]
+        if pausing and not final:
+            return None
         ratio = keep_ratio(config.schedule, tokens, config.final_keep_ratio)
         count = keep_count(ratio, model.ffn_hidden_size)
         alive = self.alive

@@ -1,0 +1,187 @@
+"""Let a checkpoint, or an exported folder, go on writing from a prompt.
+
+For looking at a model, not for serving it: one sequence at a time, and our own model reads the
+whole text again for every token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idea import checkpoint
+from megatron_idea import config as configuration
+from megatron_idea.config import ConfigError, validate
+from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_idea.distributed import start_distributed, stop_distributed
+from megatron_idea.model import build_model, transformer_config
+
+Logits = Callable[[list[int]], Tensor]
+"""Token ids to the next token's logits [vocab_size], fp32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    text: str
+    """What the model wrote after the prompt."""
+    ids: list[int]
+    """Its tokens; the last one is the end of the document when the model ended it."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that can go on from token ids."""
+
+    logits: Logits
+    tokenizer: Tokenizer
+    window: int
+    """Tokens that the model looks back at most."""
+
+
+def sample(
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    tokenizer: str = "",
+) -> list[Sample]:
+    """Continue each prompt with a checkpoint, a run's latest checkpoint, or an exported folder.
+
+    Each token is drawn from softmax(logits / temperature) over the ``top_k`` likeliest; 0 takes all
+    of them, temperature 0 the likeliest. Every prompt draws its own numbers from ``seed``: what it
+    gets does not depend on the others. An empty prompt begins a document.
+
+    Raises: ConfigError for a path that is neither, and for settings out of range.
+    Cost: one forward pass over the text for each token; an exported folder keeps its cache.
+    """
+    for what, value in (
+        ("--max-new-tokens", max_new_tokens), ("--temperature", temperature), ("--top-k", top_k),
+    ):  # fmt: skip
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"{what} is {value}; it must not be negative")
+    with open_writer(path, tokenizer) as writer:
+        return [
+            _continue(writer, prompt, max_new_tokens, temperature, top_k, seed)
+            for prompt in prompts
+        ]
+
+
+@torch.no_grad()
+def _continue(
+    writer: Writer, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int
+) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    start = writer.tokenizer.encode(prompt) or [writer.tokenizer.eod]
+    ids: list[int] = []
+    while len(ids) < max_new_tokens and writer.tokenizer.eod not in ids[-1:]:
+        logits = writer.logits([*start, *ids][-writer.window :])
+        logits = logits[: writer.tokenizer.vocab_size]  # rows beyond it stand for nothing
+        ids.append(draw(logits, temperature, top_k, generator))
+    text = writer.tokenizer.decode([i for i in ids if i != writer.tokenizer.eod])
+    return Sample(prompt, text, ids)
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """One token id from logits [vocab_size]."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, ids = logits.sort(descending=True, stable=True)
+    count = min(top_k, len(ids)) or len(ids)
+    # The likeliest first: the numbers drawn mean the same for two models that differ by rounding.
+    chances = torch.softmax(values[:count].double() / temperature, dim=0)
+    return int(ids[int(torch.multinomial(chances, 1, generator=generator))])
+
+
+@contextlib.contextmanager
+def open_writer(path: Path, tokenizer: str = "") -> Iterator[Writer]:
+    """Load a checkpoint into our own model in this process, or an exported folder."""
+    if (path / "config.json").is_file():
+        yield _exported(path, tokenizer)
+        return
+    with open_model(path) as (forward, config):
+        words = load_tokenizer(tokenizer or config.data.tokenizer)
+        yield Writer(
+            lambda ids: forward(torch.tensor([ids]))[0, -1].float().cpu(),
+            words,
+            config.training.seq_length,
+        )
+
+
+@contextlib.contextmanager
+def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configuration.Config]]:
+    """A checkpoint's model in this process, whatever layout wrote it.
+
+    Yields: token ids [b, s] -> logits [b, s, vocab_size], and the configuration.
+    Raises: ConfigError without a checkpoint, CheckpointError when it cannot be read.
+    """
+    found = checkpoint.resolve(path)
+    config = configuration.load(found / "config.yaml", checkpoint.ONE_PROCESS)
+    config = configuration.replace(
+        config, training={"global_batch_size": config.training.micro_batch_size}
+    )
+    validate(config, world_size=1)
+    state = checkpoint.read_state(found)
+    groups = start_distributed(config.parallel, config.training.seed)
+    try:
+        (model,) = build_model(config, transformer_config(config), state.widths, groups)
+        checkpoint.load_weights([model], found, groups)
+        model.eval()
+
+        @torch.no_grad()
+        def forward(tokens: Tensor) -> Tensor:
+            tokens = tokens.to(groups.device)
+            positions = torch.arange(tokens.shape[1], device=groups.device).expand_as(tokens)
+            return model(tokens, positions, None)
+
+        yield forward, config
+    finally:
+        stop_distributed()
+
+
+def _exported(path: Path, tokenizer: str) -> Writer:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "an exported folder is read with transformers: pip install 'megatron-idea[export]'"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", local_files_only=True
+        ).eval()
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"transformers cannot load {path}: {reason}") from error
+    if torch.cuda.is_available():
+        model = model.cuda()
+    # With our own reader of tokenizer.json the same text gets the same ids as in training.
+    words = load_tokenizer(tokenizer or path)
+    return Writer(_Cached(model).logits, words, model.config.max_position_embeddings)
+
+
+class _Cached:
+    """Next-token logits of a ``transformers`` model that remembers the tokens it has read."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._read: list[int] = []
+        self._cache: Any = None
+
+    def logits(self, ids: list[int]) -> Tensor:
+        if self._cache is None or ids[: len(self._read)] != self._read or ids == self._read:
+            self._read, self._cache = [], None  # another prompt, or the window has moved
+        new = torch.tensor([ids[len(self._read) :]], device=self._model.device)
+        out = self._model(new, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._read, self._cache = list(ids), out.past_key_values
+        return out.logits[0, -1].float().cpu()

@@ -1,0 +1,354 @@
+"""Hugging Face folder -> a run that ``train`` goes on with, its FFNs widened if wanted.
+
+The run's first checkpoint is of step 0: weights, no optimizer state, no token consumed. Every dense
+Llama or Qwen3 in safetensors can be read; what our model cannot compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idea import checkpoint, huggingface
+from megatron_idea import config as configuration
+from megatron_idea.checkpoint import TrainState
+from megatron_idea.config import Config, ConfigError, ModelConfig, validate
+from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.distributed import start_distributed, stop_distributed
+from megatron_idea.export import TOKENIZER_FILES, safetensors
+from megatron_idea.model import named_parameters
+from megatron_idea.optim import assemble
+from megatron_idea.prune.legal import round_up
+from megatron_idea.prune.pruner import Pruner
+
+LONGEST_DEFAULT_SEQUENCE = 2048
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote."""
+
+    path: Path
+    """The checkpoint of step 0."""
+    config_path: Path
+    widths_before: list[int]
+    """FFN neurons of every layer in the folder; trailing zeros of a padded export not counted."""
+    widths: list[int]
+    notes: list[str]
+    """What the user should know before training."""
+
+
+def import_checkpoint(
+    folder: Path,
+    run_dir: Path,
+    config_path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    enlarge_ffn: float = 1.0,
+) -> Imported:
+    """Write run ``run_dir`` with the model of ``folder`` as its checkpoint of step 0.
+
+    The model section of the configuration comes from ``config.json``; data, schedule and the rest
+    from ``config_path`` and ``overrides``. Where these are silent the precision is the folder's
+    (fp16 is read as fp32), the tokenizer a copy of its ``tokenizer.json``, and the width to prune
+    back to the folder's own. A bf16 run takes weights rounded to bf16.
+
+    ``enlarge_ffn`` widens every FFN to about so many times its width, the nearest legal one, and
+    leaves what the model computes as it is; ``widen`` says how.
+
+    Holds the model in memory, in bf16 with fp32 main weights besides, and once more to write it.
+
+    Raises: ConfigError for a folder, a configuration or a width that cannot be.
+    """
+    if checkpoint.complete(run_dir):
+        raise ConfigError(f"{run_dir} has checkpoints already; name a folder that has none")
+    hf = _read_json(folder / "config.json")
+    model, hf_widths = huggingface.from_hf_config(hf)
+    tensors = _Folder(folder)
+    tensors.check(ModelConfig(**model))
+    multiple = configuration.load(config_path, list(overrides)).ffn_multiple
+    old = _without_padding(tensors, hf_widths, multiple)
+    widths = _enlarged(old, enlarge_ffn, multiple)
+    model["ffn_hidden_size"] = max(widths)
+
+    base: dict[str, Any] = {"model": model, "training": _training(hf), "prune": {}}
+    if enlarge_ffn > 1:
+        base["prune"]["target_ffn_hidden_size"] = max(old)
+    elif config_path is None and not any(o.startswith("prune.") for o in overrides):
+        base["prune"]["strategy"] = "none"
+    its_tokenizer = str(run_dir / "tokenizer")
+    if (folder / "tokenizer.json").is_file():
+        base["data"] = {"tokenizer": its_tokenizer}
+    config = configuration.load(config_path, list(overrides), base)
+    config = configuration.replace(config, run_dir=str(run_dir))
+    _check(config, model, widths, folder)
+    if config.data.tokenizer == its_tokenizer:
+        load_tokenizer(folder)  # to hear now whether it can be used
+        _copy_tokenizer(folder, run_dir / "tokenizer")
+
+    path = _write(config, _Ours(tensors, config, hf_widths, old), widths)
+    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+    return Imported(path, run_dir / "config.yaml", old, widths, _notes(config, hf))
+
+
+def _write(config: Config, ours: _Ours, widths: list[int]) -> Path:
+    """Build the model in this process, fill it, save it."""
+    alone = configuration.load(None, checkpoint.ONE_PROCESS, dataclasses.asdict(config))
+    groups = start_distributed(alone.parallel, config.training.seed)
+    try:
+        trainable = assemble(alone, groups, widths, initialize=False, gradients=False)
+        with torch.no_grad():
+            for name, parameter in named_parameters(trainable.chunks):
+                parameter.copy_(ours.read(name, tuple(parameter.shape)))
+        pruner = Pruner(trainable)
+        trainable.config = config  # of the layout that the run will have
+        return checkpoint.save(trainable, pruner, TrainState(0, 0, tuple(widths)))
+    finally:
+        stop_distributed()
+
+
+class _Folder:
+    """The safetensors of a model folder, by name; one tensor is read at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        self._folder = folder
+        if index.is_file():
+            places = _read_json(index)["weight_map"].values()
+            files = [folder / name for name in sorted(set(places))]
+        else:
+            files = [folder / "model.safetensors"]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ConfigError(
+                f"{folder} has no {absent[0]}; import reads safetensors, which transformers writes "
+                "with save_pretrained"
+            )
+        self._files: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = safetensors().safe_open(file, framework="pt")
+            except Exception as error:  # the library's own type, and OSError
+                raise ConfigError(f"cannot read {file}: {error}") from error
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises: ConfigError unless the tensors are those of ``model``, no more and no less."""
+        wanted = set(huggingface.hf_names(model))
+        missing = sorted(wanted - self._files.keys())
+        if missing:
+            raise ConfigError(f"{self._folder} lacks {len(missing)} tensors, as {missing[0]}")
+        # A tied model may repeat its embedding; old Llamas carry the RoPE frequencies.
+        known = {huggingface.WHOLE_MODEL[huggingface.OUTPUT]}
+        unknown = [
+            name
+            for name in sorted(self._files.keys() - wanted - known)
+            if not name.endswith("rotary_emb.inv_freq")
+        ]
+        if unknown:
+            raise ConfigError(
+                f"{self._folder} has {len(unknown)} tensors that our model has no place for: "
+                f"{', '.join(unknown[:3])}"
+            )
+
+    def read(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def last(self, name: str, axis: int) -> Tensor:
+        """The last row (axis 0) or column (axis 1) of a matrix."""
+        part = self._files[name].get_slice(name)
+        return part[-1:] if axis == 0 else part[:, -1:]
+
+
+class _Ours:
+    """The folder's tensors under our names, FFNs at their new width."""
+
+    def __init__(
+        self, tensors: _Folder, config: Config, hf_widths: list[int], old: list[int]
+    ) -> None:
+        self._tensors, self._model, self._seed = tensors, config.model, config.training.seed
+        self._hf_widths, self._old = hf_widths, old
+        self._layer_ffn = functools.lru_cache(maxsize=1)(self._ffn)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Raises: ConfigError when the folder's tensor has another shape than the model's."""
+        found = self._find(huggingface.checkpoint_name(name), shape)
+        if tuple(found.shape) != shape:
+            raise ConfigError(f"the folder's {name} is {list(found.shape)}, wanted {list(shape)}")
+        return found
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        in_layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if in_layer is None:
+            return self._tensors.read(huggingface.WHOLE_MODEL[name])
+        layer, name = int(in_layer[1]), name[in_layer.end() :]
+        if name == huggingface.QKV:
+            return huggingface.join_qkv(*self._qkv(layer), model=self._model)
+        if name == huggingface.FC1:
+            return self._layer_ffn(layer, shape[0] // 2)[0]
+        if name == huggingface.FC2:
+            return self._layer_ffn(layer, shape[1])[1]
+        theirs = huggingface.renamed_in_layer(self._model)[name]
+        return self._tensors.read(f"model.layers.{layer}.{theirs}")
+
+    def _qkv(self, layer: int) -> list[Tensor]:
+        model, names = self._model, huggingface.qkv_names(layer)
+        parts = [self._tensors.read(name) for name in names]
+        heads = (model.num_attention_heads, model.num_query_groups, model.num_query_groups)
+        for name, part, count in zip(names, parts, heads, strict=True):
+            wanted = (count * model.kv_channels, model.hidden_size)
+            if tuple(part.shape) != wanted:
+                raise ConfigError(
+                    f"{name} is {list(part.shape)}; config.json says {count} heads of "
+                    f"{model.kv_channels}, {list(wanted)}"
+                )
+        return parts
+
+    def _ffn(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
+        gate, up, down = (self._tensors.read(name) for name in huggingface.ffn_names(layer))
+        hidden, wide, old = self._model.hidden_size, self._hf_widths[layer], self._old[layer]
+        shapes = [tuple(x.shape) for x in (gate, up, down)]
+        if shapes != [(wide, hidden), (wide, hidden), (hidden, wide)]:
+            raise ConfigError(
+                f"layer {layer} has gate, up, down of {shapes}; config.json says {wide} neurons"
+            )
+        generator = torch.Generator()
+        digest = hashlib.sha256(f"{self._seed} widened layer {layer}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        gate, up, down = widen(gate[:old], up[:old], down[:, :old], width, generator)
+        return torch.cat([gate, up]), down
+
+
+def widen(
+    gate: Tensor, up: Tensor, down: Tensor, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add neurons to an FFN that change nothing it computes, and can learn at once.
+
+    A new neuron's gate and up rows are random, its down column is zero. It adds exactly zero to the
+    output. The column's first gradient is activation x error, which is not zero; from the second
+    step on its rows have a gradient too (LoRA starts the same way). Rows have the spread of the
+    layer's own, so that new neurons react to text as strongly as trained ones.
+
+    Splitting neurons into copies (Net2Wider) is function-preserving, too, but copies have gradients
+    that differ by a factor alone, which Adam takes out: they stay copies, and the width is wasted.
+    Down columns that are random would learn sooner, and change the function.
+
+    Args: gate and up [f, H], down [H, f], ``width`` at least f.
+    Returns: [width, H], [width, H], [H, width]; the first f neurons are the old ones, bit for bit.
+    """
+    new = width - gate.shape[0]
+    if new == 0:
+        return gate, up, down
+
+    def rows(like: Tensor) -> Tensor:
+        spread = like.float().square().mean().sqrt()
+        drawn = torch.randn(new, like.shape[1], generator=generator) * spread
+        return torch.cat([like, drawn.to(like.dtype)])
+
+    return rows(gate), rows(up), torch.cat([down, down.new_zeros(down.shape[0], new)], dim=1)
+
+
+def _without_padding(tensors: _Folder, widths: list[int], multiple: int) -> list[int]:
+    """Widths without the zeros that a padded export ends with.
+
+    A neuron of zeros gets no gradient and would stay dead. What rounding up to ``multiple`` asks
+    for is kept.
+    """
+    result = []
+    for layer, width in enumerate(widths):
+        names = huggingface.ffn_names(layer)
+        axes = (0, 0, 1)
+        if not any(tensors.last(n, axis).any() for n, axis in zip(names, axes, strict=True)):
+            used = torch.stack(
+                [tensors.read(n).any(dim=1 - axis) for n, axis in zip(names, axes, strict=True)]
+            ).any(dim=0)
+            last = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+            width = min(width, round_up(last, multiple))
+        result.append(width)
+    return result
+
+
+def _enlarged(widths: list[int], factor: float, multiple: int) -> list[int]:
+    """All layers at the legal width nearest to ``factor`` times the widest."""
+    if not 1 <= factor < float("inf"):
+        raise ConfigError(f"--enlarge-ffn is {factor}; it is a factor of at least 1, such as 2.667")
+    if factor == 1:
+        return widths
+    wanted = max(widths) * factor
+    nearest = max(1, round(wanted / multiple)) * multiple
+    return [max(nearest, round_up(max(widths), multiple))] * len(widths)
+
+
+def _training(hf: dict[str, Any]) -> dict[str, Any]:
+    longest = int(hf.get("max_position_embeddings") or LONGEST_DEFAULT_SEQUENCE)
+    return {
+        "precision": "bf16" if _dtype(hf) == "bfloat16" else "fp32",
+        "seq_length": min(longest, LONGEST_DEFAULT_SEQUENCE),
+    }
+
+
+def _dtype(hf: dict[str, Any]) -> str:
+    return str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+_NOT_OF_THE_WEIGHTS = {"attention_dropout", "init_method_std"}
+
+
+def _check(config: Config, model: dict[str, Any], widths: list[int], folder: Path) -> None:
+    """Raises: ConfigError when the configuration is not for this model, or cannot be run."""
+    for name, value in model.items():
+        given = getattr(config.model, name)
+        if given != value and name not in _NOT_OF_THE_WEIGHTS:
+            hint = ", or choose --enlarge-ffn to fit" if name == "ffn_hidden_size" else ""
+            raise ConfigError(
+                f"model.{name} is {given} in your configuration and {value} for {folder}; leave it "
+                f"out{hint}"
+            )
+    uneven = [width for width in widths if width % config.ffn_multiple]
+    if uneven:
+        raise ConfigError(
+            f"{folder} has layers of {uneven[0]} FFN neurons, which is no multiple of TP x "
+            f"prune.alignment = {config.ffn_multiple}; set prune.alignment to a divisor, or widen "
+            "with --enlarge-ffn"
+        )
+    parallel = config.parallel
+    validate(config, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def _notes(config: Config, hf: dict[str, Any]) -> list[str]:
+    notes = []
+    if config.training.precision == "bf16" and _dtype(hf) != "bfloat16":
+        notes.append(f"weights were rounded from {_dtype(hf)} to bf16")
+    if config.data.tokenizer == "byte":
+        notes.append("data.tokenizer is 'byte': the folder has no tokenizer.json")
+    if not config.data.train:
+        notes.append("data.train is empty: import with --config or data.train=... to train on")
+    return notes
+
+
+def _copy_tokenizer(folder: Path, to: Path) -> None:
+    to.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", *TOKENIZER_FILES):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, to / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no mapping")
+    return content

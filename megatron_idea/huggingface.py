@@ -1,0 +1,297 @@
+"""One model, two spellings: our tensors and settings as Hugging Face's Llama and Qwen3 have them.
+
+A Llama is our model without ``qk_layernorm``, a Qwen3 the same with it. Both rotate the two halves
+of a head (RoPE), normalise with RMSNorm, gate with SiLU and have no biases, so weights are renamed
+and cut, never changed. Names on our side are a checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idea.config import ConfigError, ModelConfig
+
+EMBEDDING = "embedding.word_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+OUTPUT = "output_layer.weight"
+WHOLE_MODEL = {
+    EMBEDDING: "model.embed_tokens.weight",
+    FINAL_NORM: "model.norm.weight",
+    OUTPUT: "lm_head.weight",
+}
+"""Tensors outside of layers, ours to theirs."""
+RENAMED = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+}
+"""A layer's tensors that have one counterpart each."""
+QK_NORMS = {
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+}
+QKV, FC1, FC2 = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
+_QKV_PARTS = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+_FFN_PARTS = tuple(f"mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
+
+BLOCK_CONFIG_MODEL_TYPE = "nemotron-nas"
+_FFN_MULT_UNIT = 256
+
+
+def whole_model_names(model: ModelConfig) -> dict[str, str]:
+    """Tensors outside of layers that this model has, ours to theirs."""
+    tied = model.share_embeddings_and_output_weights
+    return {ours: hf for ours, hf in WHOLE_MODEL.items() if not (tied and ours == OUTPUT)}
+
+
+def checkpoint_name(parameter: str) -> str:
+    """A parameter's name in checkpoints, which is the one that Transformer Engine gives it."""
+    for ours, fused in (
+        (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+        (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
+    ):
+        parameter = parameter.replace(ours, fused)
+    return parameter
+
+
+def renamed_in_layer(model: ModelConfig) -> dict[str, str]:
+    """A layer's tensors that are renamed alone, ours to theirs."""
+    return RENAMED | QK_NORMS if model.qk_layernorm else RENAMED
+
+
+def hf_names(model: ModelConfig) -> list[str]:
+    """Every tensor of the Hugging Face model."""
+    in_layer = [*renamed_in_layer(model).values(), *_QKV_PARTS, *_FFN_PARTS]
+    layers = [f"model.layers.{i}.{name}" for i in range(model.num_layers) for name in in_layer]
+    return [*whole_model_names(model).values(), *layers]
+
+
+def split_qkv(weight: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's rows, one query group after another as [queries.., key, value], to q, k and v."""
+    heads_per_group = model.num_attention_heads // model.num_query_groups
+    grouped = weight.view(model.num_query_groups, heads_per_group + 2, model.kv_channels, -1)
+    q, k, v = grouped.split([heads_per_group, 1, 1], dim=1)
+    return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+
+
+def join_qkv(q: Tensor, k: Tensor, v: Tensor, model: ModelConfig) -> Tensor:
+    """Inverse of ``split_qkv``."""
+    shape = (model.num_query_groups, -1, model.kv_channels, model.hidden_size)
+    return torch.cat([x.view(shape) for x in (q, k, v)], dim=1).flatten(0, 2)
+
+
+def layer_to_hf(
+    layer: int, tensors: dict[str, Tensor], keep: Tensor, width: int, model: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """One layer of ours under its Hugging Face names.
+
+    Args:
+        tensors: the layer's, without the ``decoder.layers.N.`` before their names.
+        keep: indices of the neurons to take, in the order wanted.
+        width: of the FFN that comes out; what ``keep`` does not fill is zero, and a neuron of
+            zeros adds exactly zero to the layer's output.
+    """
+    prefix = f"model.layers.{layer}."
+    for ours, name in renamed_in_layer(model).items():
+        yield prefix + name, tensors[ours]
+    for name, part in zip(_QKV_PARTS, split_qkv(tensors[QKV], model), strict=True):
+        yield prefix + name, part
+    gate, up = tensors[FC1].chunk(2)
+    for name, part in zip(_FFN_PARTS, (gate, up, tensors[FC2].T), strict=True):
+        rows = part.new_zeros(width, part.shape[1])
+        rows[: len(keep)] = part[keep]
+        yield prefix + name, rows.T if name == _FFN_PARTS[2] else rows
+
+
+def ffn_names(layer: int) -> tuple[str, ...]:
+    """Gate, up and down of a layer, by their Hugging Face names."""
+    return tuple(f"model.layers.{layer}.{name}" for name in _FFN_PARTS)
+
+
+def qkv_names(layer: int) -> tuple[str, ...]:
+    return tuple(f"model.layers.{layer}.{name}" for name in _QKV_PARTS)
+
+
+def to_hf_config(
+    model: ModelConfig, widths: Sequence[int], seq_length: int, dtype: str, eod: int, compact: bool
+) -> dict[str, Any]:
+    """``config.json`` of a model whose layers have ``widths`` neurons.
+
+    Raises: ConfigError for a model that no stock class can hold.
+    """
+    heads = model.num_attention_heads
+    if not model.qk_layernorm and model.hidden_size % heads:
+        raise ConfigError(
+            f"LlamaForCausalLM needs a hidden_size that is a multiple of its heads; this model has "
+            f"{model.hidden_size} and {heads}. With model.qk_layernorm=true it would be a Qwen3, "
+            "which does not; the model has to be trained so"
+        )
+    kind, architecture = (
+        ("qwen3", "Qwen3ForCausalLM") if model.qk_layernorm else ("llama", "LlamaForCausalLM")
+    )
+    result: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "torch_dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": max(widths),
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_length,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "rope_theta": float(model.rotary_base),
+        # transformers 5 asks for this, 4 for the line above.
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "attention_bias": False,
+        "attention_dropout": model.attention_dropout,
+        "use_cache": True,
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+    }
+    if kind == "llama":
+        result |= {"mlp_bias": False, "pretraining_tp": 1}
+    if compact:
+        _to_block_configs(result, widths, model)
+    return result
+
+
+def _to_block_configs(config: dict[str, Any], widths: Sequence[int], model: ModelConfig) -> None:
+    """Turn a Llama's config into one with a width for each layer, as Nemotron-NAS models have it.
+
+    A block says its width as ``intermediate_size``; vLLM takes that where there is no ``ffn_mult``.
+    Other engines know ``ffn_mult`` alone, which can say multiples of 256 only: it is written when
+    every width is one.
+    """
+    if model.qk_layernorm:
+        raise ConfigError(
+            "--layout compact writes Nemotron-NAS blocks, which have no QK norm, and this model "
+            "was trained with model.qk_layernorm=true; --layout padded loads everywhere"
+        )
+    with_mult = all(width % _FFN_MULT_UNIT == 0 for width in widths)
+    blocks = []
+    for width in widths:
+        ffn: dict[str, Any] = {"intermediate_size": width}
+        if with_mult:
+            # Readers take int(2 ffn_mult hidden / 3), rounded up to 256: aim at the middle.
+            ffn["ffn_mult"] = 1.5 * (width - _FFN_MULT_UNIT // 2) / model.hidden_size
+        of_attention = {"n_heads_in_group": model.num_attention_heads // model.num_query_groups}
+        switches = {"no_op": False, "replace_with_linear": False}
+        blocks.append({"attention": of_attention | switches, "ffn": ffn | switches})
+    del config["intermediate_size"]
+    config |= {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": BLOCK_CONFIG_MODEL_TYPE,
+        "auto_map": {"AutoConfig": "configuration_nemotron_nas.NemotronNASConfig"},
+        "block_configs": blocks,
+    }
+
+
+_HEAD_DIM = {"qwen3": 128}  # where config.json leaves it out; Llama's follows from the hidden size
+
+
+def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """Read ``config.json`` as the ``model`` section of our configuration and one width a layer.
+
+    Raises: ConfigError that names all that is not supported.
+    """
+    kind = hf.get("model_type")
+    legal = ("llama", "qwen3", BLOCK_CONFIG_MODEL_TYPE)
+    if kind not in legal:
+        raise ConfigError(
+            f"config.json is of model_type {kind!r} ({', '.join(hf.get('architectures') or [])}); "
+            f"import reads dense {', '.join(legal)} models"
+        )
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [name for name in needed if not isinstance(hf.get(name), int)]
+    if missing:
+        raise ConfigError(f"config.json gives no whole number for {', '.join(missing)}")
+    faults = list(_unsupported(hf))
+    if faults:
+        raise ConfigError(f"this {kind} model has what ours has not: {'; '.join(faults)}")
+    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+    groups = hf.get("num_key_value_heads") or heads
+    if kind == BLOCK_CONFIG_MODEL_TYPE:
+        blocks = hf["block_configs"]
+        widths = [int(block["ffn"]["intermediate_size"]) for block in blocks]
+        (per_group,) = {block["attention"]["n_heads_in_group"] for block in blocks}
+        groups = heads // per_group
+    else:
+        widths = [int(hf["intermediate_size"])] * layers
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    model = {
+        "num_layers": layers,
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": max(widths),
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "kv_channels": hf.get("head_dim") or _HEAD_DIM.get(str(kind), hf["hidden_size"] // heads),
+        "vocab_size": hf["vocab_size"],
+        "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
+        "qk_layernorm": kind == "qwen3",
+        "rotary_base": int(hf.get("rope_theta") or rope.get("rope_theta") or 10000),
+        "layernorm_epsilon": float(hf.get("rms_norm_eps", 1e-6)),
+        "init_method_std": float(hf.get("initializer_range", 0.02)),
+        "attention_dropout": float(hf.get("attention_dropout") or 0.0),
+    }
+    return model, widths
+
+
+def _unsupported(hf: dict[str, Any]) -> Iterator[str]:
+    """What of a config.json our model cannot compute, with what would be legal."""
+    act = hf.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        yield f"hidden_act is {act!r} (legal: silu)"
+    for name in ("attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window"):
+        if hf.get(name):
+            yield f"{name} is true (legal: false)"
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name) or {}
+        how = rope.get("rope_type") or rope.get("type") or "default"
+        if how != "default":
+            yield f"{name} is of type {how!r} (legal: default, unscaled)"
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            yield f"{name}.partial_rotary_factor is {rope['partial_rotary_factor']} (legal: 1)"
+        if rope.get("rope_theta", 1) != int(rope.get("rope_theta", 1)):
+            yield f"{name}.rope_theta is {rope['rope_theta']} (legal: whole numbers)"
+    theta = hf.get("rope_theta") or 1
+    nested = (hf.get("rope_parameters") or {}).get("rope_theta", theta)
+    if theta != int(theta):
+        yield f"rope_theta is {theta} (legal: whole numbers)"
+    elif "rope_theta" in hf and nested != theta:  # transformers 4 reads one, 5 the other
+        yield f"rope_theta is {theta}, and {nested} in rope_parameters (legal: the same)"
+    if hf.get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"partial_rotary_factor is {hf['partial_rotary_factor']} (legal: 1)"
+    other = set(hf.get("layer_types") or ()) - {"full_attention"}
+    if other:
+        yield f"layer_types has {', '.join(sorted(other))} (legal: full_attention)"
+    if hf.get("quantization_config"):
+        yield "the weights are quantized (legal: fp32, bf16, fp16)"
+    if (hf.get("head_dim") or 2) % 2:
+        yield f"head_dim is {hf['head_dim']} (legal: even numbers)"
+    if hf["model_type"] == BLOCK_CONFIG_MODEL_TYPE:
+        yield from _unsupported_blocks(hf)
+
+
+def _unsupported_blocks(hf: dict[str, Any]) -> Iterator[str]:
+    blocks = hf.get("block_configs") or []
+    if len(blocks) != hf["num_hidden_layers"]:
+        yield f"block_configs has {len(blocks)} entries for {hf['num_hidden_layers']} layers"
+        return
+    if any(
+        b[part].get(word) for b in blocks for part in b for word in ("no_op", "replace_with_linear")
+    ):
+        yield "layers without attention or FFN (no_op, replace_with_linear)"
+    elif len({b["attention"].get("n_heads_in_group") for b in blocks}) > 1:
+        yield "n_heads_in_group differs between layers"
+    elif not all(b["ffn"].get("intermediate_size") for b in blocks):
+        yield "block_configs without ffn.intermediate_size"

@@ -1,0 +1,306 @@
+"""The exported model is the trained one: equal logits in stock transformers, from any layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hf import ours, read, some_tokens, theirs, trained
+from jobs import small
+from typer.testing import CliRunner
+
+from megatron_idea import checkpoint, cli
+from megatron_idea.config import ConfigError, replace
+from megatron_idea.data.tokenizer import DataError, load_tokenizer, train_tokenizer
+from megatron_idea.export import CheckpointTensors, byte_tokenizer_json, export_checkpoint
+from megatron_idea.hf_import import import_checkpoint
+from megatron_idea.testing import Workers, assert_close, assert_equal
+
+transformers = pytest.importorskip("transformers", reason="needs megatron-idea[export]")
+
+runner = CliRunner()
+TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def plain(workers: Workers, folder: Path) -> Path:
+    """A Llama that one process trained: untied, masked in the middle of its prune phase."""
+    trained(
+        workers, folder / "plain", 1, 6,
+        model={"qk_layernorm": False, "share_embeddings_and_output_weights": False},
+    )  # fmt: skip
+    return folder / "plain"
+
+
+MODELS = {
+    "llama_tied_gqa": {"qk_layernorm": False},
+    "llama_untied_mha": {
+        "qk_layernorm": False, "share_embeddings_and_output_weights": False,
+        "num_query_groups": 4, "rotary_base": 500, "layernorm_epsilon": 1e-3,
+    },
+    "qwen3_tied_wide_heads": {"kv_channels": 6, "num_query_groups": 2},
+    "qwen3_untied": {"share_embeddings_and_output_weights": False, "rotary_base": 1_000_000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_ours_from_a_tp2_pp2_checkpoint_in_mid_prune(
+    name: str, workers: Workers, tmp_path: Path
+) -> None:
+    """One ranking over all layers: they differ in live neurons, all of them masked, none gone."""
+    _, live = trained(
+        workers, tmp_path / "run", 4, 6, model=MODELS[name], parallel=TP2_PP2,
+        prune={"scope": "global", "alignment": 1},
+    )  # fmt: skip
+    assert sum(live) < 48
+    result = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert result.live == live and result.widths == [max(live)] * 2
+    logits, model = theirs(tmp_path / "out")
+    assert type(model).__name__.lower().startswith(name.split("_")[0])
+    assert_close(logits, ours(workers, tmp_path / "run"), "logits", 1e-5)
+    assert sum(p.numel() for p in model.parameters()) == result.parameters
+
+
+def test_layers_of_different_width_are_padded_with_zeros(workers: Workers, tmp_path: Path) -> None:
+    _, live = trained(
+        workers, tmp_path / "run", 2, 12, 
+        parallel={"tensor_model_parallel_size": 2},
+        prune={"scope": "global", "compact": True, "alignment": 1, "compaction_block": 2},
+    )  # fmt: skip
+    state = checkpoint.read_state(checkpoint.resolve(tmp_path / "run"))
+    assert list(state.widths) == live and live[0] != live[1], "the case needs unequal widths"
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    logits, model = theirs(tmp_path / "out")
+    assert_close(logits, ours(workers, tmp_path / "run"), "logits", 1e-5)
+    narrow = live.index(min(live))
+    mlp = model.model.layers[narrow].mlp
+    for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T):
+        assert weight.shape == (max(live), 16)
+        assert not weight[min(live) :].any() and weight[: min(live)].any(dim=1).all()
+
+
+def test_no_layout_changes_the_export(workers: Workers, tmp_path: Path) -> None:
+    """Tensor-parallel ranks hold neurons in another order; an export sorts them."""
+    for world_size, parallel in ((1, {}), (4, TP2_PP2)):
+        trained(
+            workers, tmp_path / f"run{world_size}", world_size, 4, parallel=parallel,
+            prune={"compact": True},
+        )  # fmt: skip
+        export_checkpoint(tmp_path / f"run{world_size}", tmp_path / f"out{world_size}")
+    one, four = (tmp_path / f"out{n}" for n in (1, 4))
+    assert (one / "pruning.json").read_text() == (four / "pruning.json").read_text()
+    assert (one / "config.json").read_text() == (four / "config.json").read_text()
+    assert_close(
+        theirs(one)[0], theirs(four)[0], "logits", 1e-4
+    )  # trained in another order of sums
+
+
+def test_a_bf16_run_gives_its_weights_or_its_main_weights(workers: Workers, tmp_path: Path) -> None:
+    trained(workers, tmp_path / "run", 2, 6, training={"precision": "bf16"})
+    for dtype in ("bf16", "fp32"):
+        export_checkpoint(tmp_path / "run", tmp_path / dtype, dtype=dtype)
+    export_checkpoint(tmp_path / "run", tmp_path / "default")
+    assert json.loads((tmp_path / "default/config.json").read_text())["torch_dtype"] == "bfloat16"
+    half, full = (read(tmp_path / dtype) for dtype in ("bf16", "fp32"))
+    name = "model.embed_tokens.weight"
+    main = CheckpointTensors(checkpoint.resolve(tmp_path / "run"))
+    key = "optimizer.main.embedding.word_embeddings.weight"
+    assert_equal(full[name], main.read([key])[key])
+    assert not torch.equal(full[name], full[name].bfloat16().float())
+    for tensor in half:
+        assert_equal(half[tensor], full[tensor].bfloat16(), tensor)
+    # bf16 activations are rounded in other places: the weights are equal, logits nearly.
+    expected = ours(workers, tmp_path / "run")
+    difference = theirs(tmp_path / "bf16", torch.bfloat16)[0] - expected
+    assert difference.norm() < 2e-2 * expected.norm()
+
+
+def test_large_models_are_split_over_files(plain: Path, tmp_path: Path) -> None:
+    export_checkpoint(plain, tmp_path / "one")
+    export_checkpoint(plain, tmp_path / "many", max_shard_bytes=8_000)
+    files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    whole = read(tmp_path / "one")
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    assert set(index["weight_map"].values()) == set(files)
+    assert_equal(theirs(tmp_path / "many")[0], theirs(tmp_path / "one")[0])
+
+
+def test_the_compact_layout_says_each_layers_width(workers: Workers, tmp_path: Path) -> None:
+    """transformers has no class for it: our own, from the folder's tensors and widths alone."""
+    _, live = trained(
+        workers, tmp_path / "run", 1, 6, model={"qk_layernorm": False},
+        prune={"scope": "global", "alignment": 1},
+    )  # fmt: skip
+    assert live[0] != live[1]
+    result = export_checkpoint(tmp_path / "run", tmp_path / "out", layout="compact")
+    assert result.widths == live
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert config.model_type == "nemotron-nas" and config.architectures == ["DeciLMForCausalLM"]
+    assert [block.ffn.intermediate_size for block in config.block_configs] == live
+    assert not hasattr(config.block_configs[0].ffn, "ffn_mult")
+    assert config.num_attention_heads // config.block_configs[0].attention.n_heads_in_group == 2
+    llama = transformers.LlamaConfig(**{k: v for k, v in json.loads(
+        (tmp_path / "out/config.json").read_text()).items() if k not in ("model_type", "auto_map",
+        "block_configs", "architectures")})  # fmt: skip
+    model = transformers.LlamaForCausalLM(llama).eval()
+    for layer, width in zip(model.model.layers, live, strict=True):
+        for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            part.weight = torch.nn.Parameter(torch.empty(width, 16))
+        layer.mlp.down_proj.weight = torch.nn.Parameter(torch.empty(16, width))
+    missing = model.load_state_dict(read(tmp_path / "out"), strict=False)
+    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys  # tied
+    with torch.no_grad():
+        logits = model(torch.from_numpy(some_tokens())).logits
+    assert_close(logits, ours(workers, tmp_path / "run"), "logits", 1e-5)
+
+
+def test_compact_widths_that_allow_it_are_said_as_ffn_mult_too() -> None:
+    from megatron_idea.huggingface import to_hf_config
+
+    model = small(model={"qk_layernorm": False, "hidden_size": 48}).model
+    widths = [256, 1024, 11_008]
+    blocks = to_hf_config(model, widths, 8, "float32", 0, compact=True)["block_configs"]
+    for width, block in zip(widths, blocks, strict=True):
+        for digits in (16, 6):  # some engines round it
+            wanted = int(2 * round(block["ffn"]["ffn_mult"], digits) * 48 / 3)
+            assert -(-wanted // 256) * 256 == width == block["ffn"]["intermediate_size"]
+
+
+TEXTS = ["def f(x):\n    return x  # Ünïcode ☃\n", "", "\x00\x7f\xa0 tab\t", "<a> [b] don't"]
+
+
+def test_both_kinds_of_tokenizer_give_the_ids_of_training(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    bpe = train_tokenizer([tmp_path / "text.txt"], 262, tmp_path / "bpe.json")
+    for given, mine in (("", load_tokenizer("byte")), (str(tmp_path / "bpe.json"), bpe)):
+        out = tmp_path / f"out_{mine.vocab_size}"
+        export_checkpoint(plain, out, tokenizer=given)
+        loaded = transformers.AutoTokenizer.from_pretrained(out)
+        for text in TEXTS:
+            ids = mine.encode(text)
+            assert loaded(text)["input_ids"] == ids
+            assert loaded.decode(ids) == mine.decode(ids) == text
+            assert load_tokenizer(out).encode(text) == ids
+        assert loaded.eos_token_id == load_tokenizer(out).eod == mine.eod
+        settings = json.loads((out / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == mine.eod
+
+
+def test_the_byte_tokenizer_knows_every_byte() -> None:
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine.from_str(byte_tokenizer_json())
+    for character in map(chr, range(0x20, 0x3000, 7)):
+        assert engine.encode(character).ids == list(character.encode())
+
+
+def test_the_command_writes_a_folder_with_a_model_card(plain: Path, tmp_path: Path) -> None:
+    result = runner.invoke(cli.app, ["export", str(plain), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM" in result.stdout
+    card = (tmp_path / "out/README.md").read_text()
+    for said in ("576 of 1,152 (prune phase)", "step 6", "| FFN width when training began | 24 |"):
+        assert said in card
+    ids = json.loads((tmp_path / "out/pruning.json").read_text())["live_neuron_ids"]
+    assert ids["0"] == sorted(set(ids["0"])) and len(ids["0"]) < 24
+
+
+def test_what_cannot_be_exported_is_said_and_leaves_nothing(
+    plain: Path, tmp_path: Path, workers: Workers
+) -> None:
+    out = tmp_path / "out"
+
+    def refused(path: Path, says: str, kind: type = ConfigError, **options: Any) -> None:
+        with pytest.raises(kind, match=says):
+            export_checkpoint(path, options.pop("out", out), **options)
+        assert [p for p in tmp_path.iterdir() if p.name.startswith("out")] == []
+
+    refused(tmp_path / "nowhere", "neither a checkpoint nor a run")
+    refused(plain, "--layout is 'dense'; legal values: padded, compact", layout="dense")
+    refused(plain, "--dtype is 'fp16'; legal values: fp32, bf16", dtype="fp16")
+    refused(plain, "exists already", out=plain)
+    refused(plain, "must be positive", max_shard_bytes=0)
+    refused(plain, "no tokenizer at", DataError, tokenizer=str(tmp_path / "none.json"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(plain, damaged)
+    tensors = max(damaged.glob("checkpoints/*/*.distcp"), key=lambda p: p.stat().st_size)
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    refused(damaged, "cannot read checkpoint", checkpoint.CheckpointError)
+    config = small()
+    from megatron_idea.huggingface import to_hf_config
+
+    with pytest.raises(ConfigError, match="have no QK norm"):
+        to_hf_config(config.model, [24, 24], 8, "float32", 0, compact=True)
+    odd = replace(config, model={"qk_layernorm": False, "hidden_size": 18}).model
+    with pytest.raises(ConfigError, match="multiple of its heads"):
+        to_hf_config(odd, [24, 24], 8, "float32", 0, compact=False)
+
+
+LLAMA_CPP, LLAMA_CPP_PYTHON = (os.environ.get(name) for name in ("LLAMA_CPP", "LLAMA_CPP_PYTHON"))
+READ_GGUF = """
+import sys, numpy, llama_cpp
+path, out, text = sys.argv[1:]
+fp32 = 0  # of the cache; llama.cpp's own choice is fp16
+model = llama_cpp.Llama(path, n_ctx=64, logits_all=True, verbose=False, type_k=fp32, type_v=fp32)
+ids = model.tokenize(text.encode(), add_bos=False)
+model.eval(ids)
+numpy.savez(out, ids=ids, logits=model.scores[: len(ids)])
+"""
+
+
+@pytest.mark.skipif(
+    not (LLAMA_CPP and LLAMA_CPP_PYTHON),
+    reason="set LLAMA_CPP (a source tree) and LLAMA_CPP_PYTHON (a python that has llama_cpp)",
+)
+@pytest.mark.parametrize("case", ["llama padded", "qwen3 padded", "llama compact"])
+def test_gguf_logits_are_ours_with_the_script_of_the_docs(case: str, tmp_path: Path) -> None:
+    kind, layout = case.split()
+    docs = (Path(__file__).parents[1] / "docs/export.md").read_text()
+    (script,) = re.findall(r"runs this block -->\n```python\n(.*?)```", docs, re.DOTALL)
+    (tmp_path / "to_gguf.py").write_text(script)
+    bpe = train_tokenizer([Path(__file__)], 262, tmp_path / "bpe.json")
+    torch.manual_seed(0)
+    config, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[kind]
+    made = model(
+        config(
+            vocab_size=264, hidden_size=64, intermediate_size=512, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+        )
+    ).eval()  # fmt: skip
+    narrow = made.model.layers[1].mlp
+    for weight in (narrow.gate_proj.weight, narrow.up_proj.weight, narrow.down_proj.weight.T):
+        weight.data[256:] = 0
+    made.save_pretrained(tmp_path / "hf")
+    shutil.copyfile(tmp_path / "bpe.json", tmp_path / "hf/tokenizer.json")
+    assert import_checkpoint(tmp_path / "hf", tmp_path / "run").widths == [512, 256]
+    export_checkpoint(tmp_path / "run", tmp_path / "out", layout=layout)
+    text = "def main(x):\n    return x + 1  # don't Ünï"
+    safe = os.environ | {"PYTHONSAFEPATH": "1"}
+    to_gguf = [sys.executable, "to_gguf.py", LLAMA_CPP, "out", "model.gguf"]
+    subprocess.run(to_gguf, cwd=tmp_path, env=safe, check=True, capture_output=True)
+    read_gguf = [LLAMA_CPP_PYTHON, "-c", READ_GGUF, "model.gguf", "read.npz", text]
+    subprocess.run(read_gguf, cwd=tmp_path, env=safe, check=True, capture_output=True)
+    found = np.load(tmp_path / "read.npz")
+    assert found["ids"].tolist() == bpe.encode(text)
+    with torch.no_grad():
+        expected = made(torch.tensor([bpe.encode(text)])).logits[0]
+    assert_close(torch.from_numpy(found["logits"]), expected, "logits", 1e-5)

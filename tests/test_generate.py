@@ -1,0 +1,114 @@
+"""Generation: a checkpoint and its export write the same text; the settings mean what they say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf import trained
+from typer.testing import CliRunner
+
+from megatron_idea.config import ConfigError
+from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.export import export_checkpoint
+from megatron_idea.generate import Sample, Writer, _continue, draw, sample
+from megatron_idea.testing import Workers
+
+pytest.importorskip("transformers", reason="needs megatron-idea[export]")
+
+
+def sample_job(
+    rendezvous: str, path: str, prompts: list[str], settings: dict[str, Any]
+) -> list[Sample]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    return sample(Path(path), prompts, **settings)
+
+
+def command_job(rendezvous: str, arguments: list[str]) -> tuple[int, str]:
+    from megatron_idea import cli
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    result = CliRunner().invoke(cli.app, arguments)
+    return result.exit_code, result.stdout
+
+
+@pytest.fixture(scope="module")
+def run(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over two ranks in the middle of its prune phase; its window is 8 tokens."""
+    folder = tmp_path_factory.mktemp("generated")
+    trained(workers, folder / "run", 2, 6, parallel={"tensor_model_parallel_size": 2})
+    export_checkpoint(folder / "run", folder / "export")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0}, {"temperature": 1.5, "top_k": 50, "seed": 3}, {"seed": 4}],
+    ids=["greedy", "top_k", "plain"],
+)
+def test_a_checkpoint_and_its_export_write_the_same(
+    settings: dict[str, Any], run: Path, workers: Workers
+) -> None:
+    """Past the window, too, where the export's cache is of no use."""
+    prompts = ["def", "", "a longer prompt than the window"]
+    settings = settings | {"max_new_tokens": 16}
+    (ours,) = workers.run(sample_job, 1, str(run), prompts, settings)
+    theirs = sample(run.with_name("export"), prompts, **settings)
+    assert [one.ids for one in ours] == [one.ids for one in theirs]
+    assert [one.text for one in ours] == [one.text for one in theirs]
+    assert all(1 <= len(one.ids) <= 16 for one in ours)
+    (alone,) = workers.run(sample_job, 1, str(run), prompts[2:], settings)
+    assert alone == ours[2:], "a prompt's text depends on the others"
+
+
+def test_draws_follow_the_settings() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0, -9.0])
+    generator = torch.Generator().manual_seed(0)
+    assert draw(logits, 0, 0, generator) == 1
+    assert draw(logits, 5.0, 1, generator) == 1
+    drawn = torch.tensor([draw(logits, 0.5, 3, generator) for _ in range(4000)])
+    counts = drawn.bincount(minlength=5) / 4000
+    wanted = torch.softmax(logits[[1, 3, 2]] / 0.5, 0)
+    assert counts[[0, 4]].tolist() == [0, 0]
+    assert torch.allclose(counts[[1, 3, 2]], wanted.float(), atol=0.02)
+
+
+def test_a_text_ends_with_its_document() -> None:
+    """Rows of the vocabulary beyond the tokenizer's are never drawn."""
+    tokenizer = load_tokenizer("byte")
+    told = [*b"ok", tokenizer.eod]
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        row = torch.zeros(264)
+        row[told[len(ids) - 1]] = 9.0
+        row[260] = 99.0
+        return row
+
+    written = _continue(Writer(logits, tokenizer, 8), "", 9, 0.0, 0, 0)
+    assert (written.text, written.ids) == ("ok", told)
+
+
+def test_the_command_prints_prompt_and_text(run: Path, workers: Workers) -> None:
+    arguments = ["generate", str(run), "--prompt", "def", "--max-new-tokens", "4",
+                 "--temperature", "0"]  # fmt: skip
+    ((code, out),) = workers.run(command_job, 1, arguments)
+    (expected,) = workers.run(
+        sample_job, 1, str(run), ["def"], {"max_new_tokens": 4, "temperature": 0}
+    )
+    assert code == 0
+    assert out == f"def{expected[0].text}\n"
+
+
+def test_what_cannot_be_sampled_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
+        sample(tmp_path, ["x"])
+    with pytest.raises(ConfigError, match="--temperature is -1; it must not be negative"):
+        sample(run, ["x"], temperature=-1)
+    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
+    with pytest.raises(ConfigError, match="transformers cannot load"):
+        sample(tmp_path, ["x"])

@@ -1,0 +1,281 @@
+"""A Hugging Face model becomes a run and comes back bit for bit; widened, it computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf import ours, read, theirs, trained
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+
+from megatron_idea import checkpoint, cli
+from megatron_idea import config as configuration
+from megatron_idea.config import Config, ConfigError, to_yaml
+from megatron_idea.export import byte_tokenizer_json, export_checkpoint
+from megatron_idea.hf_import import import_checkpoint, widen
+from megatron_idea.metrics import read_events
+from megatron_idea.testing import Workers, assert_close, assert_equal
+
+transformers = pytest.importorskip("transformers", reason="needs megatron-idea[export]")
+
+runner = CliRunner()
+SHAPE = {
+    "vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    "initializer_range": 0.2, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256,
+}  # fmt: skip
+MODELS = {
+    "llama_untied": {"rope_theta": 500_000.0},
+    "llama_tied_wide_heads": {"tie_word_embeddings": True, "head_dim": 6, "rms_norm_eps": 1e-3},
+    "qwen3_tied": {"tie_word_embeddings": True, "head_dim": 8},
+}
+
+
+def hf_model(folder: Path, name: str, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
+    """A random Llama or Qwen3 as transformers writes it, and a byte-level tokenizer."""
+    torch.manual_seed(0)
+    kinds = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    settings, model = kinds[name.split("_")[0]]
+    made = model(settings(**SHAPE | MODELS[name])).to(dtype)
+    for norm in (p for n, p in made.named_parameters() if "norm" in n):
+        norm.data.uniform_(0.5, 1.5)  # ones would hide an exchange
+    made.save_pretrained(folder, **saving)
+    (folder / "tokenizer.json").write_text(byte_tokenizer_json())
+    return folder
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    a, b = read(one), read(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert_equal(a[name], b[name], name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_stay_and_the_way_back_is_exact(name: str, workers: Workers, tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", name, max_shard_size="20KB")
+    assert (source / "model.safetensors.index.json").exists()
+    imported = import_checkpoint(source, tmp_path / "run")
+    assert imported.widths == [24, 24]
+    assert_close(ours(workers, tmp_path / "run"), theirs(source)[0], "logits", 1e-5)
+    export_checkpoint(tmp_path / "run", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source)
+    was, now = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back"))
+    for key in SHAPE.keys() - {"pad_token_id"}:
+        assert now[key] == SHAPE[key], key
+    for key in ("architectures", "head_dim", "rms_norm_eps", "tie_word_embeddings"):
+        assert now[key] == was[key], key
+    theta = MODELS[name].get("rope_theta", 10_000.0)
+    assert now["rope_theta"] == now["rope_parameters"]["rope_theta"] == theta
+    assert theta in (was.get("rope_theta"), was.get("rope_parameters", {}).get("rope_theta"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_comes_back_exactly(dtype: str, tmp_path: Path) -> None:
+    """bf16 stays bf16; fp16 becomes fp32, which holds all its values."""
+    source = hf_model(tmp_path / "hf", "llama_untied", getattr(torch, dtype))
+    import_checkpoint(source, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "back")
+    was, now = read(source), read(tmp_path / "back")
+    for name in was:
+        wanted = was[name] if dtype == "bfloat16" else was[name].float()
+        assert_equal(now[name], wanted, name)
+    # Before the first step a bf16 run has no main weights: fp32 of it is the same numbers.
+    export_checkpoint(tmp_path / "run", tmp_path / "fp32", dtype="fp32")
+    for name, tensor in read(tmp_path / "fp32").items():
+        assert_equal(tensor, now[name].float(), name)
+
+
+@pytest.mark.parametrize("layout", ["padded", "compact"])
+def test_an_export_with_different_widths_comes_back_with_them(
+    layout: str, workers: Workers, tmp_path: Path
+) -> None:
+    _, live = trained(
+        workers, tmp_path / "first", 1, 6, model={"qk_layernorm": False},
+        prune={"scope": "global", "alignment": 1},
+    )  # fmt: skip
+    assert live[0] != live[1]
+    export_checkpoint(tmp_path / "first", tmp_path / "one", layout=layout)
+    imported = import_checkpoint(
+        tmp_path / "one", tmp_path / "run", overrides=["prune.alignment=1", "prune.strategy=none"]
+    )
+    assert imported.widths == live, "zeros would never learn"
+    export_checkpoint(tmp_path / "run", tmp_path / "two", layout=layout)
+    assert_same_tensors(tmp_path / "one", tmp_path / "two")
+    assert_close(ours(workers, tmp_path / "run"), ours(workers, tmp_path / "first"), "", 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_widened_ffns_compute_the_same(name: str, workers: Workers, tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", name)
+    imported = import_checkpoint(
+        source, tmp_path / "run", overrides=["training.seq_length=32"], enlarge_ffn=2.667
+    )
+    assert imported.widths == [64, 64] and imported.widths_before == [24, 24]
+    config = configuration.load(imported.config_path)
+    assert (config.model.ffn_hidden_size, config.prune.target_ffn_hidden_size) == (64, 24)
+    assert_close(ours(workers, tmp_path / "run"), theirs(source)[0], "logits", 1e-5)
+    # Stock transformers says so, too.
+    export_checkpoint(tmp_path / "run", tmp_path / "wide")
+    assert_close(theirs(tmp_path / "wide")[0], theirs(source)[0], "logits", 1e-5)
+
+
+def test_new_neurons_learn() -> None:
+    """Down columns from the first step on, gate and up rows from the second."""
+    torch.manual_seed(0)
+    old = [torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 6)]
+    wide = widen(*old, width=16, generator=torch.Generator().manual_seed(0))
+    gate, up, down = (torch.nn.Parameter(x) for x in wide)
+    x, target = torch.randn(32, 8), torch.randn(32, 8)
+    optimizer = torch.optim.AdamW([gate, up, down], lr=1e-2)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        y = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        (y - target).square().mean().backward()
+
+    step()
+    for new, was in ((gate[:6], old[0]), (up[:6], old[1]), (down[:, :6], old[2])):
+        assert_equal(new, was)
+    assert not gate.grad[6:].any() and down.grad[:, 6:].any(dim=0).all()
+    for rows, like in ((gate, old[0]), (up, old[1])):
+        ratio = rows[6:].square().mean() / like.square().mean()
+        assert 0.7 < float(ratio) < 1.4
+    optimizer.step()
+    step()
+    for gradient in (gate.grad[6:], up.grad[6:], down.grad[:, 6:].T):
+        assert gradient.any(dim=1).all()
+    # No two are alike, as copies of one neuron would be.
+    assert torch.pdist(gate.grad[6:] / gate.grad[6:].norm(dim=1, keepdim=True)).min() > 1e-3
+
+
+def train_job(rendezvous: str, config: Config) -> list[dict[str, Any]]:
+    from megatron_idea.metrics import read_metrics
+    from megatron_idea.train import train
+
+    train(config, rendezvous)
+    return [*read_metrics(Path(config.run_dir))]
+
+
+def evaluate_job(rendezvous: str, path: str) -> float:
+    from megatron_idea.evaluate import evaluate_checkpoint
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    return evaluate_checkpoint(Path(path))["loss"]
+
+
+def test_a_widened_model_trains_on_and_is_pruned_back(
+    workers: Workers, tiny: Config, tmp_path: Path
+) -> None:
+    """Over two ranks, in fp32 and bf16: it begins with the loss of the model that was imported."""
+    source = hf_model(tmp_path / "hf", "qwen3_tied")
+    given = dict(OmegaConf.create(to_yaml(tiny)))
+    del given["model"], given["run_dir"]
+    given["prune"]["target_ffn_hidden_size"] = 24
+    given["parallel"]["tensor_model_parallel_size"] = 2
+    OmegaConf.save(OmegaConf.create(given), tmp_path / "run.yaml")
+
+    def imported(precision: str, *options: str) -> Path:
+        run = tmp_path / f"{precision}{''.join(options)}"
+        arguments = ["import", str(source), str(run), "--config", str(tmp_path / "run.yaml")]
+        setting = f"training.precision={precision}"
+        result = runner.invoke(cli.app, [*arguments, *options, setting])
+        assert result.exit_code == 0, result.output
+        assert f"megatron-idea train {run}/config.yaml" in result.stdout
+        assert ("rounded from float32" in result.stdout) == (precision == "bf16")
+        return run
+
+    plain = import_checkpoint(
+        source, tmp_path / "plain", tmp_path / "run.yaml", ["prune.strategy=none"]
+    )
+    (before,) = workers.run(evaluate_job, 1, str(plain.path))
+    losses = []
+    for precision in ("fp32", "bf16"):
+        run = imported(precision, "--enlarge-ffn=2.667")
+        records = workers.run(train_job, 2, configuration.load(run / "config.yaml"))[0]
+        assert len(records) == 24
+        assert records[0]["ffn_width"] == [64, 64] and records[-1]["ffn_width"] == [24, 24]
+        start = next(e["val_loss"] for e in read_events(run) if e["kind"] == "evaluated")
+        assert start == pytest.approx(before, abs=1e-5 if precision == "fp32" else 2e-2)
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == pytest.approx(losses[1], abs=3e-2), "bf16 began from other main weights"
+    assert losses[0][-1] < losses[0][0] - 0.3
+
+
+REFUSED = {
+    "model_type": ("mistral", "is of model_type 'mistral'.* import reads dense llama, qwen3"),
+    "hidden_act": ("gelu", r"hidden_act is 'gelu' \(legal: silu\)"),
+    "attention_bias": (True, r"attention_bias is true \(legal: false\)"),
+    "mlp_bias": (True, r"mlp_bias is true \(legal: false\)"),
+    "rope_scaling": ({"rope_type": "llama3", "factor": 8.0}, "rope_scaling is of type 'llama3'"),
+    "rope_parameters": (
+        {"rope_type": "yarn", "factor": 4.0}, r"rope_parameters is of type 'yarn' \(legal: default",
+    ),
+    "rope_theta": (1e4 + 0.5, "rope_theta is 10000.5"),
+    "vocab_size": (None, "gives no whole number for vocab_size"),
+    "layer_types": (["full_attention", "sliding_attention"], "layer_types has sliding_attention"),
+    "quantization_config": ({"bits": 4}, "the weights are quantized"),
+    "partial_rotary_factor": (0.5, r"partial_rotary_factor is 0.5 \(legal: 1\)"),
+    "hidden_size": (None, "gives no whole number for hidden_size"),
+    "num_hidden_layers": (3, "lacks 9 tensors, as model.layers.2"),
+    "num_attention_heads": (8, r"linear_proj.weight is \[16, 16\], wanted \[16, 32\]"),
+    "num_key_value_heads": (4, r"k_proj.weight is \[8, 16\]; config.json says 4 heads of 4"),
+    "intermediate_size": (20, "layer 0 has gate, up, down of .* config.json says 20 neurons"),
+}  # fmt: skip
+
+
+def test_what_our_model_cannot_compute_is_named(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", "llama_untied")
+    good = json.loads((source / "config.json").read_text())
+    for key, (value, says) in REFUSED.items():
+        bad = tmp_path / "bad"
+        shutil.copytree(source, bad, dirs_exist_ok=True)
+        (bad / "config.json").write_text(json.dumps(good | {key: value}))
+        with pytest.raises(ConfigError, match=says):
+            import_checkpoint(
+                bad, tmp_path / "run", overrides=["prune.alignment=4", "prune.strategy=none"]
+            )
+        assert not checkpoint.complete(tmp_path / "run"), key
+    (bad / "config.json").write_text(json.dumps(good | {"hidden_act": "gelu", "mlp_bias": True}))
+    with pytest.raises(ConfigError, match=r"hidden_act.*; mlp_bias"):
+        import_checkpoint(bad, tmp_path / "run")
+
+
+def test_what_the_user_asks_for_in_vain_is_said(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", "llama_untied")
+
+    def refused(says: str, *overrides: str, folder: Path = source, **options: Any) -> None:
+        with pytest.raises(ConfigError, match=says):
+            import_checkpoint(folder, tmp_path / "run", overrides=overrides, **options)
+        assert not checkpoint.complete(tmp_path / "run")
+
+    refused("factor of at least 1", enlarge_ffn=0.5)
+    refused("model.hidden_size is 32 in your configuration and 16", "model.hidden_size=32")
+    refused("24 FFN neurons, which is no multiple of TP x prune.alignment = 16",
+            "prune.alignment=16", "prune.strategy=none")  # fmt: skip
+    refused("cannot read .*config.json", folder=tmp_path)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    refused("has no model.safetensors; import reads safetensors")
+    (source / "model.safetensors").write_bytes(b"nothing")
+    refused("cannot read .*model.safetensors")
+    from safetensors.torch import save_file
+
+    (source / "pytorch_model.bin").rename(source / "model.safetensors")
+    tensors = read(source)
+    extra = tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}
+    save_file(extra, source / "model.safetensors")
+    refused("1 tensors that our model has no place for: model.layers.0.self_attn.q_proj.bias")
+    save_file(tensors, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "run")
+    with pytest.raises(ConfigError, match="has checkpoints already"):
+        import_checkpoint(source, tmp_path / "run")
