@@ -209,8 +209,8 @@ SAVING = [
     (checkpoint, "_sync_folder"), (storage, "remove"),
 ]  # fmt: skip
 COMPACTING = [
-    (compact, "fingerprint"), (compact, "_free_gradients"), (compact, "_stage"),
-    (compact, "release"), (compact, "assemble"), (compact, "_restore"), (compact, "check"),
+    (compact, "fingerprint"), (compact, "free_gradients"), (compact, "stage"),
+    (compact, "release"), (compact, "assemble"), (compact, "restore"), (compact, "check"),
 ]  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def _quiesce(trainable: Trainable) -> None:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def _free_gradients(trainable: Trainable) -> None:
+def free_gradients(trainable: Trainable) -> None:
     """Give the memory of gradients back; a pending step has been taken."""
     for chunk in trainable.chunks:
         chunk.offload_grad_buffers()
@@ -148,14 +148,14 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
 
     # The order keeps the peak down: gradients go first and come back last, old shards go one by
     # one while survivors are staged, and all of the old is gone before the new is built.
-    _free_gradients(trainable)
-    staged, owners = _stage(trainable, relocations)
+    free_gradients(trainable)
+    staged, owners = stage(trainable, relocations)
     release(trainable)
 
     fresh = assemble(trainable.config, groups, plan.widths, initialize=False, gradients=False)
     for name, parameter in named_parameters(fresh.chunks):
         assert _plain(parameter) == attributes[name], f"{name} lost an attribute in the rebuild"
-    _restore(fresh, staged, owners, step)
+    restore(fresh, staged, owners, step)
     for layer, mlp in fresh.mlps:
         source = relocations[layer].sources[groups.tp.rank()]
         mlp.neuron_ids.copy_(torch.stack(ids[layer])[source[:, 0], source[:, 1]])
@@ -200,7 +200,7 @@ def _plain(parameter: torch.nn.Parameter) -> dict[str, object]:
 
 
 @torch.no_grad()
-def _stage(
+def stage(
     trainable: Trainable, relocations: dict[int, Relocation]
 ) -> tuple[dict[str, Tensor], list[int]]:
     """The whole [3, numel] of the parameters that this rank owns, survivors only.
@@ -244,7 +244,7 @@ def _drop(trainable: Trainable, parameter: torch.nn.Parameter) -> None:
 
 
 @torch.no_grad()
-def _restore(fresh: Trainable, staged: dict[str, Tensor], owners: list[int], step: int) -> None:
+def restore(fresh: Trainable, staged: dict[str, Tensor], owners: list[int], step: int) -> None:
     """Hand the staged state to the rebuilt optimizer and refresh the model's weights from it."""
     # At the new widths ownership would be dealt out otherwise.
     shards = ShardExchange(fresh, owners)

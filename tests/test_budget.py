@@ -1,0 +1,198 @@
+"""Budgets: what does not fit is refused with a reason, estimates are sums that can be redone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import live_run, run_job
+from rich.console import Console
+
+from megatron_idea import budget as budgets
+from megatron_idea import checkpoint
+from megatron_idea import config as configs
+from megatron_idea.budget import GPUS, Assumptions, Budget, checkpoint_bytes, make_budget, suggest
+from megatron_idea.budget_view import draw_budget, render_budget, render_layouts
+from megatron_idea.config import Config, ConfigError
+from megatron_idea.testing import Workers
+from megatron_idea.train import step
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
+
+
+@pytest.fixture(scope="module")
+def paper() -> Config:
+    return configs.load(EXAMPLES / "2p8b_to_1p3b.yaml")
+
+
+@pytest.fixture(scope="module")
+def budget(paper: Config) -> Budget:
+    return make_budget(paper, 256, GPUS["h100"])
+
+
+def small(**sections: Any) -> Config:
+    """Four layers, 1M parameters, two compactions."""
+    config = configs.from_dict(
+        {
+            "model": {
+                "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 1024, "vocab_size": 2048,
+                "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
+            },
+            "training": {
+                "seq_length": 64, "micro_batch_size": 4, "global_batch_size": 16,
+                "precision": "bf16",
+            },
+            "schedule": {"total_tokens": 256 * 1024},
+            "prune": {"target_ffn_hidden_size": 512, "compaction_block": 256},
+        }
+    )  # fmt: skip
+    return configs.replace(config, **sections)
+
+
+def test_the_paper_run_fits_and_shrinks(budget: Budget) -> None:
+    totals = [stretch.total_bytes for stretch in budget.stretches]
+    assert budget.refusal == "" and budget.peak_bytes == totals[0] < budget.usable_bytes
+    assert totals == sorted(totals, reverse=True)
+    assert [stretch.width for stretch in budget.stretches][:: len(totals) - 1] == [16384, 6144]
+    # No compaction needs more than training does.
+    assert all(0 < s.compaction_peak_bytes < totals[0] for s in budget.stretches[1:])
+    # bf16 weights and fp32 gradients of 1.4B parameters; 12 bytes more of each over 128 ranks.
+    memory, parameters = budget.stretches[0].memory, budget.stages[0].parameters
+    assert memory.weights == pytest.approx(2 * parameters, rel=1e-3)
+    assert memory.gradients == pytest.approx(4 * parameters, rel=1e-3)
+    assert memory.main_weights + memory.moments == pytest.approx(12 * parameters / 128, rel=1e-3)
+
+
+def test_gpu_hours_are_flops_over_peak_times_mfu(budget: Budget) -> None:
+    per_hour = 3600 * 989e12 * 0.4
+    for phase in budget.phases:
+        assert phase.this_run == pytest.approx(phase.tokens * phase.flops_per_token / per_hour)
+        assert phase.target_from_scratch <= phase.this_run <= phase.masks_only
+    assert budget.days == pytest.approx(sum(p.this_run for p in budget.phases) / 256 / 24)
+
+
+def test_activations_between_two_widths_are_never_below_those_of_a_step() -> None:
+    config = small()
+    stretches = make_budget(config, 1, GPUS["h100"]).stretches
+    assert [stretch.width for stretch in stretches] == [1024, 760, 512]
+    wide = configs.replace(config, model={"ffn_hidden_size": 760})
+    exact = make_budget(wide, 1, GPUS["h100"]).stretches[0]
+    assert stretches[1].memory.weights == exact.memory.weights
+    assert exact.memory.activations <= stretches[1].memory.activations
+    assert stretches[1].memory.activations == pytest.approx(exact.memory.activations, rel=0.02)
+
+
+def test_a_pipeline_of_1024_gpus_is_worked_out_in_seconds(paper: Config) -> None:
+    config = configs.replace(
+        paper,
+        parallel={"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4},
+    )
+    begin = time.process_time()
+    made = make_budget(config, 1024, GPUS["h100"])
+    # 6 s of one core, imports apart.
+    assert time.process_time() - begin < 15
+    assert made.data_parallel == 32
+    first, last = made.stages
+    # The tied embedding is on both; the last stage has the final norm, too.
+    assert last.parameters - first.parameters == 2048
+    # Four micro-batches are in flight on the first stage, one on the last.
+    assert 2 < first.memory.activations / last.memory.activations < 4
+    assert made.stretches[0].stage == 0
+
+
+def test_what_does_not_fit_is_refused_with_a_reason(paper: Config) -> None:
+    masks_only = configs.replace(paper, prune={"compact": False})
+    refusal = make_budget(masks_only, 256, GPUS["a100-40"]).refusal
+    for part in ("46.8 GB", "36.0 of the 40 GB", "activations (38.3 GB)", "micro_batch_size below"):
+        assert part in refusal
+
+
+def test_unsharded_optimizer_state_is_refused_with_the_switch_that_shards_it() -> None:
+    memory = budgets.Memory(1, 2, 10**11, 2 * 10**11, 0, 5)
+    plain = configs.replace(small(), parallel={"use_distributed_optimizer": False})
+    assert "use_distributed_optimizer=true" in budgets.refusal(plain, memory, GPUS["h100"])
+    assert "more GPUs, or TP above 1" in budgets.refusal(small(), memory, GPUS["h100"])
+
+
+def test_suggestions_fit_and_are_ranked_and_the_rest_says_why_not() -> None:
+    config = small()
+    everything, none = suggest(config, 4, GPUS["h100"])
+    assert none == []
+    most = max(layout.total_bytes for layout in everything if layout.micro_batch_size == 1)
+    gpu = dataclasses.replace(GPUS["h100"], memory_bytes=(most - 1) / 0.9)
+    fitting, refused = suggest(config, 4, gpu)
+    assert 0 < len(fitting) < len(everything) and [x.total_bytes for x in refused] == [most]
+    assert all(layout.total_bytes < most for layout in fitting)
+    times = [layout.step_s for layout in fitting]
+    assert times == pytest.approx(sorted(times), rel=0.01)
+    for layout in fitting:
+        assert layout.tensor_parallel * layout.pipeline_parallel * layout.data_parallel == 4
+        assert layout.step_s == pytest.approx(sum(layout.seconds.values()))
+    assert all("too much" in layout.refusal for layout in refused)
+    best = fitting[0]
+    chosen = configs.replace(
+        config,
+        parallel={
+            "tensor_model_parallel_size": best.tensor_parallel,
+            "pipeline_model_parallel_size": best.pipeline_parallel,
+        },
+        training={"micro_batch_size": best.micro_batch_size},
+    )
+    exact = make_budget(chosen, 4, gpu)
+    assert exact.refusal == ""
+    # Activations are scaled up from a micro-batch of one: a little too high, never too low.
+    assert exact.stretches[0].total_bytes <= best.total_bytes * 1.001
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render_layouts(fitting, refused, gpu))
+    assert "fastest first" in capture.get() and "does not fit" in capture.get()
+
+
+def test_no_legal_layout_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="no TP x PP x DP is legal for 7 GPUs"):
+        suggest(small(), 7, GPUS["h100"])
+
+
+def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="known GPUs: a100-40, a100, h100"):
+        budgets.gpu_named("tpu")
+
+
+def test_the_tables_and_the_picture_say_what_is_assumed(budget: Budget, tmp_path: Path) -> None:
+    console = Console(width=110)
+    with console.capture() as capture:
+        console.print(render_budget(budget))
+    text = capture.get()
+    for shown in ("256 x H100", "assumed, not measured: MFU 0.4", "activations", "masks only"):
+        assert shown in text
+    draw_budget(budget, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plain_training_has_one_stretch_and_no_compactions() -> None:
+    made = make_budget(small(prune={"strategy": "none"}), 2, GPUS["h100"], Assumptions(mfu=0.5))
+    assert len(made.stretches) == 1 and made.assumptions.mfu == 0.5
+    console = Console(width=110)
+    with console.capture() as capture:
+        console.print(render_budget(made))
+    assert "Compactions" not in capture.get()
+
+
+def save_a_checkpoint(groups: Any, config: Config) -> int:
+    run, state = live_run(groups, config)
+    step(run, state)
+    folder = checkpoint.save(run.trainable, run.pruner, state)
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_checkpoint_has_the_size_that_was_planned(
+    workers: Workers, tmp_path: Path, precision: str
+) -> None:
+    config = small(training={"precision": precision}, run_dir=str(tmp_path))
+    (written,) = run_job(workers, save_a_checkpoint, 1, config)
+    # Masks, neuron ids, scores and names come on top; a model of 1M parameters shows them.
+    assert checkpoint_bytes(config, 1024) == pytest.approx(written, rel=0.05)

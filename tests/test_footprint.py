@@ -1,0 +1,256 @@
+"""Figures from paper against processes that really build, train and compact the same model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from jobs import backward, run_job
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_idea import config as configuration
+from megatron_idea import footprint
+from megatron_idea.config import Config
+from megatron_idea.distributed import start_distributed, stop_distributed
+from megatron_idea.estimate import flops_per_token, parameter_count
+from megatron_idea.meta import LiveBytes, on_paper
+from megatron_idea.model import named_parameters
+from megatron_idea.optim import Trainable, assemble, update
+from megatron_idea.prune import compact as compaction
+from megatron_idea.testing import Workers
+
+LAYERS, HIDDEN, WIDTH, VOCAB, SEQUENCE = 4, 64, 1024, 2048, 64
+NARROW = 512
+
+# Processes, precision and layout: each kind of parallelism alone and with the others, with and
+# without the distributed optimizer, several buckets, two chunks a stage.
+LAYOUTS: list[tuple[int, str, dict[str, Any]]] = [
+    (1, "bf16", {}),
+    (2, "bf16", {"tensor_model_parallel_size": 2}),
+    (2, "fp32", {"pipeline_model_parallel_size": 2}),
+    (
+        2,
+        "bf16",
+        {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 200_000},
+    ),
+    (2, "bf16", {"use_distributed_optimizer": False}),
+    (4, "bf16", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    (4, "bf16", {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+]
+
+
+def model(precision: str = "bf16", **parallel: Any) -> Config:
+    """1M parameters: enough to outweigh the tables and messages that go with them."""
+    return configuration.from_dict(
+        {
+            "model": {
+                "num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": WIDTH,
+                "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
+                "vocab_size": VOCAB, "qk_layernorm": True,
+            },
+            "training": {
+                "seq_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 8,
+                "precision": precision,
+            },
+            "prune": {"target_ffn_hidden_size": NARROW},
+            "parallel": parallel,
+        }
+    )  # fmt: skip
+
+
+@contextmanager
+def paper_model(config: Config, world: int, stage: int = 0) -> Iterator[tuple[Any, Trainable]]:
+    with on_paper(config, world, stage) as paper:
+        yield paper, footprint.build(config, paper, [WIDTH] * LAYERS)
+
+
+def ranks_on_paper(config: Config, world: int) -> dict[int, int]:
+    """Rank -> its pipeline stage, of the ranks that ``on_paper`` can be."""
+    stages = config.parallel.pipeline_model_parallel_size
+    return {stage * world // stages: stage for stage in range(stages)}
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> int:
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+def all_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+
+
+def train_a_step(groups: Any, config: Config) -> dict[str, Any]:
+    """What this rank measures: bytes kept by kind and in all, activations, its shard."""
+    gc.unfreeze()  # a worker's collections skip what it has imported; tensors may be there too
+    before = {id(x) for x in all_tensors()}
+    trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+    backward(trainable)
+    update(trainable.optimizer, config, lr=1e-3)
+    alive = [x for x in all_tensors() if id(x) not in before]
+    kept = footprint.kept_bytes(trainable)
+    with LiveBytes(alive) as live:
+        start = live.live
+        backward(trainable)
+    return {
+        "parameters": {name: p.numel() for name, p in named_parameters(trainable.chunks)},
+        "kept": kept,
+        "alive": storage_bytes(alive),
+        "activations": live.peak - start,
+        "shard": footprint.own_shard(trainable),
+    }
+
+
+@pytest.mark.parametrize(("world", "precision", "parallel"), LAYOUTS, ids=str)
+def test_paper_says_what_a_rank_measures(
+    workers: Workers, world: int, precision: str, parallel: dict[str, Any]
+) -> None:
+    config = model(precision, **parallel)
+    measured = run_job(workers, train_a_step, world, config)
+    stages = ranks_on_paper(config, world)
+    for rank, stage in stages.items():
+        with paper_model(config, world, stage) as (paper, trainable):
+            names = {name: p.numel() for name, p in named_parameters(trainable.chunks)}
+            kept = footprint.kept_bytes(trainable)
+            fullest = footprint.fullest_shard(trainable)
+            step = footprint.step(paper, trainable)
+        assert names == measured[rank]["parameters"]
+        assert kept == measured[rank]["kept"]
+        peers = measured[rank : rank + world // len(stages)]
+        assert fullest == max(peer["shard"] for peer in peers)
+        # Everything that is alive in the process: rotary tables and the last messages come on top.
+        assert sum(kept.values()) == pytest.approx(measured[rank]["alive"], rel=0.03)
+        # A CPU's attention kernel keeps other small things than a GPU's; so do gloo's messages.
+        assert step.activation_bytes == pytest.approx(measured[rank]["activations"], rel=0.05)
+
+
+def compact_really(groups: Any, config: Config, relocations: Any) -> dict[str, int]:
+    """The peak of a compaction on this rank, and the bytes it sends by all-to-all."""
+    from torch.distributed import all_to_all_single
+
+    trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+    backward(trainable)
+    update(trainable.optimizer, config, lr=1e-3)
+    sent = 0
+
+    def count(output: Any, given: Any, out_splits: Any, in_splits: Any, group: Any) -> Any:
+        nonlocal sent
+        row = given.numel() * given.element_size() // max(1, sum(in_splits))
+        sent += row * (sum(in_splits) - in_splits[group.rank()])
+        return all_to_all_single(output, given, out_splits, in_splits, group=group)
+
+    # No name for the tensors: the first to go must be free to go.
+    live = LiveBytes(t for of_kind in footprint.kept_tensors(trainable).values() for t in of_kind)
+    with mock.patch("torch.distributed.all_to_all_single", count), live:
+        compaction.free_gradients(trainable)
+        live.peak = live.live
+        staged, owners = compaction.stage(trainable, relocations)
+        compaction.release(trainable)
+        fresh = assemble(config, groups, [NARROW] * LAYERS, initialize=False, gradients=False)
+        compaction.restore(fresh, staged, owners, 1)
+        for chunk in fresh.chunks:
+            chunk.restore_grad_buffers()
+    return {"peak": live.peak, "sent": sent}
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (4, {"tensor_model_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_a_compaction_on_paper_peaks_where_a_real_one_does(
+    workers: Workers, world: int, parallel: dict[str, Any]
+) -> None:
+    config = model("bf16", **parallel)
+    chances = footprint.random_relocations(config, WIDTH, NARROW)
+    measured = run_job(workers, compact_really, world, config, chances)[0]
+    with paper_model(config, world) as (paper, trainable):
+        fresh, figures = footprint.compact(paper, trainable, NARROW, chances)
+        numel = sum(buffer.numel for chunk in fresh.chunks for buffer in chunk.buffers)
+        dp = paper.groups.dp.size()
+    assert figures.peak_bytes == pytest.approx(measured["peak"], rel=0.01)
+    # By all-to-all; and the new bf16 weights are gathered at the end.
+    assert figures.sent_bytes == measured["sent"] + 2 * numel * (dp - 1) // dp
+
+
+def test_messages_are_those_of_the_layout() -> None:
+    """TP 2 with sequence parallelism, PP 2, DP 2: bytes by hand."""
+    config = model("bf16", tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with paper_model(config, 8) as (paper, trainable):
+        numel = sum(b.numel for chunk in trainable.chunks for b in chunk.buffers)
+        sent = footprint.step(paper, trainable).sent_bytes
+    # fp32 gradients are scattered and bf16 weights gathered, half of each goes to the other.
+    assert sent["dp"] == numel * (4 + 2) // 2
+    # Each of 2 micro-batches' residual stream goes to the next stage: half of the tokens a rank.
+    tokens = 2 * SEQUENCE
+    assert sent["pp"] == 2 * tokens // 2 * HIDDEN * 2
+    assert sent["embedding"] == VOCAB // 2 * HIDDEN * 4
+    print(sent, 2 * tokens * HIDDEN * 2)
+
+
+def count_flops(groups: Any, config: Config) -> int:
+    trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+    # The plain formula of attention is made of products that the counter knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backward(trainable)
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_counted_in_a_training_step(workers: Workers) -> None:
+    config = model("fp32")
+    (counted,) = run_job(workers, count_flops, 1, config)
+    linear = flops_per_token(config.model, [WIDTH] * LAYERS, 0)
+    causal = flops_per_token(config.model, [WIDTH] * LAYERS, SEQUENCE) - linear
+    # The plain formula computes the half above the diagonal, too.
+    assert counted == config.batch_tokens * (linear + 2 * causal)
+
+
+@pytest.mark.parametrize("widths", [[16384] * 24, [6144] * 24])
+def test_the_paper_model_is_built_as_large_as_it_is_counted(widths: list[int]) -> None:
+    path = configuration.__file__.replace("megatron_idea/config.py", "examples/configs/")
+    config = configuration.load(f"{path}2p8b_to_1p3b.yaml")
+    with on_paper(config, 256) as paper:
+        trainable = footprint.build(config, paper, widths)
+        halves = {n for n, p in named_parameters(trainable.chunks) if p.tensor_model_parallel}
+        built = sum(
+            p.numel() * (2 if name in halves else 1)
+            for name, p in named_parameters(trainable.chunks)
+        )
+    assert built == parameter_count(config.model, widths).total
+
+
+def test_nothing_of_the_paper_job_is_left_even_after_an_error() -> None:
+    config = model()
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), paper_model(config, 1024):
+        raise ZeroDivisionError
+    assert not dist.is_initialized()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.zeros(2).device.type == "cpu"
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_process_can_train_after_it_has_planned() -> None:
+    config = model()
+    with paper_model(config, 4) as (paper, trainable):
+        footprint.step(paper, trainable)
+    del paper, trainable
+    groups = start_distributed(config.parallel, seed=1)
+    try:
+        trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+        backward(trainable)
+        assert 0 < update(trainable.optimizer, config, lr=1e-3) < float("inf")
+    finally:
+        stop_distributed()
