@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_idea import __version__, checkpoint, huggingface
+from megatron_idea import __version__, checkpoint, huggingface, storage
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError
@@ -141,6 +141,7 @@ def export_checkpoint(
         cannot be read, DataError for the tokenizer. ``out`` is complete or absent.
     """
     found = checkpoint.resolve(path)
+    storage.verify(found)
     config = configuration.load(found / "config.yaml")
     dtype = dtype or config.training.precision
     for what, value, legal in (("--layout", layout, LAYOUTS), ("--dtype", dtype, tuple(DTYPES))):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idea import checkpoint
+from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
 from megatron_idea.config import ConfigError, validate
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
@@ -125,6 +125,7 @@ def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configu
     Raises: ConfigError without a checkpoint, CheckpointError when it cannot be read.
     """
     found = checkpoint.resolve(path)
+    storage.verify(found)
     config = configuration.load(found / "config.yaml", checkpoint.ONE_PROCESS)
     config = configuration.replace(
         config, training={"global_batch_size": config.training.micro_batch_size}

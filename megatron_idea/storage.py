@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import queue
 import shutil
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -88,6 +90,35 @@ def describe(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "crc32": f"{crc:08x}"}
 
 
+_INDEX_FUNCTIONS = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads torch's ``.metadata``, a pickle, and refuses whatever torch does not write there."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _INDEX_FUNCTIONS or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if module.startswith("torch.distributed.checkpoint.") and "." not in name:
+            known = isinstance(super().find_class(module, name), type)
+        if not known:
+            raise DamagedError(f"it would run {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def check_index(path: Path) -> None:
+    """Make sure that reading a checkpoint's index runs nothing: torch unpickles it as it is.
+
+    Raises: DamagedError when it holds anything but torch's own records.
+    """
+    try:
+        with (path / ".metadata").open("rb") as stream:
+            _IndexReader(stream).load()
+    except Exception as error:  # of a pickle: any type
+        raise DamagedError(f"{path} is damaged: .metadata: {error}") from error
+
+
 def verify(path: Path, groups: ProcessGroups | None = None) -> None:
     """Compare every file of a checkpoint with the manifest, shared out over the ranks.
 
@@ -95,6 +126,7 @@ def verify(path: Path, groups: ProcessGroups | None = None) -> None:
     """
 
     def compare() -> None:
+        check_index(path)
         try:
             expected = json.loads((path / MANIFEST).read_text())["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:

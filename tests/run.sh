@@ -31,4 +31,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check
 ruff format --check
 mypy
-exec pytest --durations=10 "$@"
+# Files side by side: their processes wait for each other most of the time. -n0 among the arguments
+# runs one after the other, with output as it comes.
+exec pytest --numprocesses 2 --dist loadfile --durations=15 "$@"

@@ -18,7 +18,7 @@ from hf import ours, read, some_tokens, theirs, trained
 from jobs import small
 from typer.testing import CliRunner
 
-from megatron_idea import checkpoint, cli
+from megatron_idea import checkpoint, cli, storage
 from megatron_idea.config import ConfigError, replace
 from megatron_idea.data.tokenizer import DataError, load_tokenizer, train_tokenizer
 from megatron_idea.export import CheckpointTensors, byte_tokenizer_json, export_checkpoint
@@ -241,7 +241,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     shutil.copytree(plain, damaged)
     tensors = max(damaged.glob("checkpoints/*/*.distcp"), key=lambda p: p.stat().st_size)
     tensors.write_bytes(tensors.read_bytes()[:1000])
-    refused(damaged, "cannot read checkpoint", checkpoint.CheckpointError)
+    refused(damaged, "is damaged", storage.DamagedError)
     config = small()
     from megatron_idea.huggingface import to_hf_config
 
