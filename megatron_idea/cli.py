@@ -450,8 +450,9 @@ def generate(
         str, typer.Option(metavar="PATH|byte", help="In place of the model's own.")
     ] = "",
 ) -> None:
-    """Let a model go on from a prompt, in one process."""
-    from megatron_idea.generate import sample
+    """Let a model go on from a prompt, in one process; a run's report shows what it wrote."""
+    from megatron_idea.checkpoint import complete
+    from megatron_idea.generate import remember, sample
 
     samples = sample(
         path,
@@ -464,6 +465,8 @@ def generate(
     )
     for one in samples:
         _say(one.prompt + one.text)
+    if complete(path):
+        remember(path, samples)
 
 
 def _report(run_dir: Path) -> None:

@@ -7,6 +7,7 @@ whole text again for every token.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,15 @@ def sample(
             _continue(writer, prompt, max_new_tokens, temperature, top_k, seed)
             for prompt in prompts
         ]
+
+
+def remember(run_dir: Path, samples: Sequence[Sample]) -> None:
+    """Add samples of a run's latest checkpoint to ``samples.jsonl``: the report shows them."""
+    state = checkpoint.read_state(checkpoint.resolve(run_dir))
+    with (run_dir / "samples.jsonl").open("a") as file:
+        for one in samples:
+            record = {"step": state.step, "tokens": state.consumed_tokens}
+            file.write(json.dumps(record | {"prompt": one.prompt, "text": one.text}) + "\n")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from hf import trained
 from typer.testing import CliRunner
 
+from megatron_idea import checkpoint
 from megatron_idea.config import ConfigError
 from megatron_idea.data.tokenizer import load_tokenizer
 from megatron_idea.export import export_checkpoint
@@ -102,6 +104,9 @@ def test_the_command_prints_prompt_and_text(run: Path, workers: Workers) -> None
     )
     assert code == 0
     assert out == f"def{expected[0].text}\n"
+    (remembered,) = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+    assert remembered["step"] == checkpoint.read_state(checkpoint.resolve(run)).step
+    assert remembered["prompt"] + remembered["text"] == out.removesuffix("\n")
 
 
 def test_what_cannot_be_sampled_is_said(run: Path, tmp_path: Path) -> None:
