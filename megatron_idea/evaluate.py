@@ -1,9 +1,16 @@
-"""Held-out loss of a model in training, or of a checkpoint."""
+"""Held-out loss of a model in training, of a checkpoint, or of a Hugging Face folder.
+
+Measured is on an indexed dataset, in the sequences that training would read, or on text, document
+by document (``data/rolling.py``). Bytes are those of the text whose tokens were scored.
+"""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import functools
+import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +21,46 @@ from torch import Tensor
 
 from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
-from megatron_idea.config import Config, ConfigError, validate
+from megatron_idea.config import BlendEntry, Config, ConfigError, validate
 from megatron_idea.data.batches import Batches
-from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.data.documents import DataError
+from megatron_idea.data.indexed import check_dataset
+from megatron_idea.data.rolling import RollingBatches
+from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distributed import (
     ProcessGroups,
     start_distributed,
     stop_distributed,
     world_size_from_environment,
 )
+from megatron_idea.measure import Ledger, Measured, Rows, Step, add_up, micro_batches, sums_of
 from megatron_idea.model import build_model, transformer_config
+
+OWN_DATA = "data.validation"
+"""What a run's own held-out data is called in results."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is measured, whatever it is and on whatever."""
+
+    seq_length: int = 0
+    """Tokens in a row; 0: as in training, or as many as a folder's model takes."""
+    batch_size: int = 0
+    """Sequences at once on a rank; 0: as in training, or 8."""
+    limit: int = 0
+    """Sequences of a dataset, documents of a text; 0: all."""
+    tokenizer: str = ""
+    """In place of the model's own."""
+    resume: Path | None = None
+    """File that holds what is done; an interrupted call goes on from it."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value < 0:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} is {value}; it must not be negative")
 
 
 def open_batches(
@@ -62,15 +99,47 @@ def cache_dir(config: Config) -> Path:
 def _forward(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-    def add_up(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total = (losses.float() * batch["loss_mask"]).sum()
-        return total, {"sums": torch.stack([total.detach(), batch["loss_mask"].sum()]).double()}
-
-    return losses, add_up
+    return losses, lambda losses: (losses.sum(), {"sums": sums_of(losses, batch)})
 
 
-@torch.no_grad()
+def _length(rows: Rows, begin: int) -> int:
+    return rows.length(begin) if isinstance(rows, RollingBatches) else rows.seq_length
+
+
+def _megatron_step(
+    chunks: Sequence[torch.nn.Module],
+    groups: ProcessGroups,
+    token_bytes: Tensor | None,
+    rows: Rows,
+    begin: int,
+) -> Tensor:
+    """Collective over all ranks and equal on all of them."""
+    iterators = [micro_batches(rows, begin, token_bytes) for _ in chunks]
+    results = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=rows.num_microbatches,
+        seq_length=_length(rows, begin),
+        micro_batch_size=rows.micro_batch_size,
+        forward_only=True,
+    )
+    sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
+    if groups.is_last_stage and groups.tp.rank() == 0:
+        sums += sum(result["sums"] for result in results)
+    dist.all_reduce(sums)
+    return sums
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    for chunk in chunks:
+        chunk.eval()
+    yield
+    for chunk in chunks:
+        chunk.train()
+
+
 def held_out_loss(
     chunks: Sequence[torch.nn.Module], batches: Batches, groups: ProcessGroups
 ) -> tuple[float, int]:
@@ -78,62 +147,233 @@ def held_out_loss(
 
     Collective over all ranks and equal on all of them.
     """
-    for chunk in chunks:
-        chunk.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=groups.device)
-    for begin in range(0, batches.num_samples, batches.global_batch_size):
-        iterators = [batches.step(begin) for _ in chunks]
-        results = get_forward_backward_func()(
-            forward_step_func=_forward,
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=list(chunks),
-            num_microbatches=batches.num_microbatches,
-            seq_length=batches.seq_length,
-            micro_batch_size=batches.micro_batch_size,
-            forward_only=True,
-        )
-        if groups.is_last_stage and groups.tp.rank() == 0:
-            sums += sum(result["sums"] for result in results)
-    dist.all_reduce(sums)
-    for chunk in chunks:
-        chunk.train()
-    total, tokens = sums.tolist()
-    return total / tokens, int(tokens)
+    with _evaluating(chunks):
+        step = functools.partial(_megatron_step, chunks, groups, None)
+        nats, tokens, _ = add_up(step, batches)
+    return nats / tokens, int(tokens)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> dict[str, float | int]:
-    """Held-out loss of a checkpoint folder, or of the latest checkpoint of a run folder.
+    """Measure a checkpoint, or a run's latest, on the run's own held-out samples.
 
-    Takes the checkpoint's own configuration with ``overrides``, by default in one process; under
-    torchrun the overrides say how it is split.
-
-    Returns: ``loss`` in nats per token, ``perplexity``, ``tokens``; ``bits_per_byte`` when the
-        dataset knows the size of its text.
-    Raises: ConfigError without a checkpoint or without held-out data.
+    Returns: ``loss`` in nats per token, ``perplexity``, ``tokens``; with a byte-level tokenizer
+        ``bytes`` and ``bits_per_byte``.
+    Raises: as ``evaluate_model``.
     """
+    (measured,) = evaluate_model(path, overrides=overrides)
+    return measured.as_dict()
+
+
+def evaluate_model(
+    path: Path,
+    data: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    options: Options | None = None,
+) -> list[Measured]:
+    """Measure a checkpoint, a run's latest checkpoint, or a Hugging Face folder.
+
+    A checkpoint takes its own configuration with ``overrides``, by default in one process; under
+    torchrun the overrides say how it is split. A folder is read by transformers, in one process.
+
+    Args:
+        data: prefixes of indexed datasets, and text, JSONL or Parquet files or folders of them;
+            none: a run's own held-out samples.
+    Raises: ConfigError for a path that is neither, without held-out data, and for a file to resume
+        from that is of another measurement; DataError for data that cannot be read.
+    """
+    options = options or Options()
+    if is_hugging_face(path):
+        return _evaluate_folder(path, data, overrides, options)
     found = checkpoint.resolve(path)
     world_size = world_size_from_environment()
-    defaults = checkpoint.ONE_PROCESS if world_size == 1 else ()
-    config = configuration.load(found / "config.yaml", [*defaults, *overrides])
-    if world_size == 1:
-        config = configuration.replace(
-            config, training={"global_batch_size": config.training.micro_batch_size}
-        )
-    validate(config, world_size)
-    if not config.data.validation:
+    config = _config_of(found, overrides, options, world_size)
+    if not data and not config.data.validation:
         raise ConfigError("data.validation is empty: there is nothing to measure on")
+    if options.limit and not data:
+        raise ConfigError("without --data set evaluation.num_samples=N in place of --limit")
     state = checkpoint.read_state(found, config.parallel.tensor_model_parallel_size)
     groups = start_distributed(config.parallel, config.training.seed)
     try:
         storage.verify(found, groups)
-        batches = validation_batches(config, groups)
-        assert batches is not None
+        identity = _identity(found, data, config, options.limit)
+        ledger = Ledger(options.resume, identity, groups.world.rank() == 0)
+        words = load_tokenizer(config.data.tokenizer)
         chunks = build_model(config, transformer_config(config), state.widths, groups)
         checkpoint.load_weights(chunks, found, groups)
-        loss, tokens = held_out_loss(chunks, batches, groups)
+        sizes = _token_sizes(words, groups.device)
+        step = functools.partial(_megatron_step, chunks, groups, sizes)
+        with _evaluating(chunks), ledger:
+            return [
+                _measure(step, name, _rows(name, config, words, groups, options.limit), ledger)
+                for name in (data or [OWN_DATA])
+            ]
     finally:
         stop_distributed()
-    result: dict[str, float | int] = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
-    if batches.bytes_per_token:
-        result["bits_per_byte"] = loss / math.log(2) / batches.bytes_per_token
-    return result
+
+
+def _config_of(found: Path, overrides: Sequence[str], options: Options, world_size: int) -> Config:
+    """A checkpoint's configuration for measuring it in so many processes."""
+    defaults = checkpoint.ONE_PROCESS if world_size == 1 else ()
+    config = configuration.load(found / "config.yaml", [*defaults, *overrides])
+    if options.seq_length:
+        config = configuration.replace(config, training={"seq_length": options.seq_length})
+    if options.tokenizer:
+        config = configuration.replace(config, data={"tokenizer": options.tokenizer})
+    micro = options.batch_size or config.training.micro_batch_size
+    if world_size == 1 or options.batch_size:
+        # One micro-batch for each rank; pipelines want as many as they have stages.
+        count = max(1, world_size // config.parallel.tensor_model_parallel_size)
+        sizes = {"micro_batch_size": micro, "global_batch_size": micro * count}
+        config = configuration.replace(config, training=sizes)
+    validate(config, world_size)
+    return config
+
+
+def _rows(
+    name: str, config: Config, words: Tokenizer, groups: ProcessGroups | None, limit: int
+) -> Rows:
+    """What ``name`` means, over the ranks of ``groups``, or for one process that has none."""
+    if name == OWN_DATA and config.data.validation and groups is not None:
+        return open_batches(config, groups, "validation", config.evaluation.num_samples)
+    training = config.training
+    common: dict[str, Any] = {
+        "model_vocab_size": config.model.vocab_size,
+        "seq_length": training.seq_length,
+        "micro_batch_size": training.micro_batch_size,
+        "global_batch_size": training.global_batch_size,
+    }
+    if groups is not None:
+        place = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size(), "device": groups.device}
+        common |= place
+    elif torch.cuda.is_available():
+        common["device"] = "cuda"
+    if Path(f"{name}.idx").is_file():
+        sequences = max(1, (check_dataset(name, words).tokens - 1) // training.seq_length)
+        return Batches(
+            [BlendEntry(name)],
+            words,
+            split="validation",
+            num_samples=min(limit or sequences, sequences),
+            seed=training.seed,
+            cache_dir=cache_dir(config),
+            **common,
+        )
+    if not Path(name).exists():
+        raise DataError(
+            f"--data {name}: there is neither a dataset {name}.idx nor a file or folder {name}"
+        )
+    parallel = config.parallel
+    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return RollingBatches([name], words, limit=limit, multiple=multiple, **common)
+
+
+def _measure(step: Step, name: str, rows: Rows, ledger: Ledger) -> Measured:
+    nats, tokens, text_bytes = add_up(step, rows, ledger, name)
+    return Measured(name, nats / tokens, int(tokens), int(text_bytes))
+
+
+def _token_sizes(tokenizer: Tokenizer, device: torch.device | str) -> Tensor | None:
+    """Bytes of text behind each token id; None when only their neighbours could tell."""
+    sizes = tokenizer.token_bytes()
+    return None if sizes is None else torch.tensor(sizes, device=device)
+
+
+def is_hugging_face(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _evaluate_folder(
+    path: Path, data: Sequence[str], overrides: Sequence[str], options: Options
+) -> list[Measured]:
+    if overrides:
+        raise ConfigError(f"{path} is a Hugging Face folder: {overrides[0]} has no meaning for it")
+    if world_size_from_environment() > 1:
+        raise ConfigError(f"{path} is a Hugging Face folder: measure it without torchrun")
+    if not data:
+        raise ConfigError(f"say what to measure {path} on: --data PREFIX_OR_TEXT")
+    model = load_folder(path)
+    tokenizer = options.tokenizer or _folder_tokenizer(path)
+    words = load_tokenizer(tokenizer)
+    batch_size = options.batch_size or 8
+    window = options.seq_length or model.config.max_position_embeddings
+    with tempfile.TemporaryDirectory() as cache:
+        config = configuration.replace(
+            Config(),
+            model={"vocab_size": model.get_input_embeddings().num_embeddings},
+            data={"cache_dir": cache, "tokenizer": tokenizer},
+            training={
+                "seq_length": window, "micro_batch_size": batch_size,
+                "global_batch_size": batch_size,
+            },
+        )  # fmt: skip
+        step = functools.partial(_folder_step, model, _token_sizes(words, model.device))
+        identity = _identity(path, data, config, options.limit)
+        with Ledger(options.resume, identity, speaks=True) as ledger:
+            return [
+                _measure(step, name, _rows(name, config, words, None, options.limit), ledger)
+                for name in data
+            ]
+
+
+def load_folder(path: Path) -> Any:
+    """A Hugging Face folder's model, in the precision it was saved in, on the GPU if there is one.
+
+    Raises: ConfigError when transformers is missing or cannot load it.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "a Hugging Face folder is read with transformers: pip install 'megatron-idea[export]'"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", local_files_only=True
+        ).eval()
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"transformers cannot load {path}: {reason}") from error
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def _folder_tokenizer(path: Path) -> str:
+    """What an export calls its tokenizer: ``byte`` is written as a tokenizer.json."""
+    from megatron_idea.export import byte_tokenizer_json
+
+    file = path / "tokenizer.json"
+    is_byte = file.is_file() and file.read_text(encoding="utf-8") == byte_tokenizer_json()
+    return "byte" if is_byte else str(path)
+
+
+def _folder_step(model: Any, token_bytes: Tensor | None, rows: Rows, begin: int) -> Tensor:
+    total = torch.zeros(3, dtype=torch.float64, device=model.device)
+    for batch in micro_batches(rows, begin, token_bytes):
+        logits = model(batch["tokens"], use_cache=False).logits.float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch["labels"], reduction="none"
+        )
+        total += sums_of(losses, batch)
+    return total
+
+
+def _identity(model: Path, data: Sequence[str], config: Config, limit: int) -> dict[str, Any]:
+    """What a partial result belongs to: another model, data or reading of them is another one."""
+    names = list(data) or [entry.prefix for entry in config.data.validation]
+    stamps = []
+    for name in names:
+        paths = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
+        stamps += [_stamp(path) for path in paths if path.exists()]
+    weights = sorted(model.glob("*.safetensors")) or [model / "state.json", model / "manifest.json"]
+    return {
+        "model": [_stamp(path) for path in weights if path.is_file()],
+        "data": stamps,
+        "tokenizer": config.data.tokenizer,
+        "seq_length": config.training.seq_length,
+        "num_samples": limit if data else config.evaluation.num_samples,
+    }
+
+
+def _stamp(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]

@@ -252,12 +252,14 @@ def react(run: Run, state: TrainState, loss: float) -> bool:
 def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     """Go on from the last checkpoint, with the data that comes after the spike."""
     config, groups, rollbacks = run.config, run.groups, state.watch.rollbacks + 1
+    stop = run.stop.received
     spike_at = state.step, state.consumed_tokens, state.skipped_samples
     run.progress.close()
     run.log.close()
     release(run.trainable)
     del run
     again, state = build(config, groups)
+    again.stop.received = stop
     window = (spike_at[1] - state.consumed_tokens) // config.training.seq_length
     state.skipped_samples = spike_at[2] + window
     state.watch = dataclasses.replace(state.watch, rollbacks=rollbacks)
@@ -268,7 +270,7 @@ def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
 
 
 def apply(run: Run, state: TrainState, plan: Plan) -> None:
-    """Mask or compact; a checkpoint comes first when neurons go for good, unless it is the last."""
+    """Mask or compact; before neurons go for good a checkpoint is made, unless we come from it."""
     compacts = plan.widths != run.trainable.widths
     if run.config.checkpoint.before_compaction and compacts and not state.plan_due:
         state.plan_due = True

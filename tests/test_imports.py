@@ -22,7 +22,9 @@ LAYERS = (
     {"checkpoint", "storage"},
     {
         "train",
+        "measure",
         "evaluate",
+        "harness",
         "export",
         "hf_import",
         "nemotron_nas_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,13 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``, special tokens spelled out."""
 
+    @abstractmethod
+    def token_bytes(self) -> list[int] | None:
+        """UTF-8 bytes of text that each id stands for, special tokens 0.
+
+        None where that depends on the tokens around it: only byte-level tokenizers can tell.
+        """
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
@@ -63,6 +71,9 @@ class ByteTokenizer(Tokenizer):
         eod = END_OF_DOCUMENT.encode()
         raw = b"".join(eod if i == self.eod else bytes((i,)) for i in ids)
         return raw.decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> list[int]:
+        return [1] * 256 + [0]
 
 
 class JsonTokenizer(Tokenizer):
@@ -104,6 +115,17 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
+
+    def token_bytes(self) -> list[int] | None:
+        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
+        if "ByteLevel" not in [d.get("type") for d in decoder.get("decoders", [decoder])]:
+            return None
+        sizes = [0] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            sizes[i] = len(token)  # a letter stands for a byte
+        for i, added in self._tokenizer.get_added_tokens_decoder().items():
+            sizes[i] = 0 if added.special else len(added.content.encode())
+        return sizes
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
