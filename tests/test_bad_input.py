@@ -166,7 +166,7 @@ def test_a_run_folder_is_not_continued_by_another_run(train: Any, tmp_path: Path
     )
     state = Path(checkpoint) / "state.json"
     state.write_text(state.read_text()[:20])
-    refused(train(), checkpoint, "is not a complete checkpoint")
+    refused(train(), checkpoint, "is damaged: state.json", "goes on from")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 

@@ -38,7 +38,7 @@ def curve(groups: ProcessGroups, config: Config, whose: str, dead: int = 0) -> t
     for step in range(STEPS):
         data = RandomBatches(config, groups, seed=step % 2)
         run = SimpleNamespace(config=config, trainable=trainable, data=data)
-        of_step = forward_backward(run, SimpleNamespace(consumed_tokens=0))
+        of_step = forward_backward(run, SimpleNamespace(consumed_tokens=0, skipped_samples=0))
         losses.append(float(torch.stack(of_step).mean()))
         update(trainable.optimizer, config, LR)
     return torch.tensor(losses, dtype=torch.float64)

@@ -148,9 +148,9 @@ def half_job(rendezvous: str, config: Config) -> None:
             if number == 3:
                 early = replace(config, run_dir=f"{config.run_dir}_early")
                 run.trainable.config = early
-                save(run, state)
+                save(run, state, wait=True)
                 run.trainable.config = config
-        save(run, state)
+        save(run, state, wait=True)
         run.log.close()
     finally:
         stop_distributed()

@@ -188,3 +188,29 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_its_own_ste
                 assert sums[0][name] == sums[1][name], f"{ours.name}/{name}"
     saved = [e for e in read_events(Path(config.run_dir)) if e["kind"] == "saved"]
     assert [e["step"] for e in saved] == [6, 16, 24]
+
+
+def abandoned_job(rendezvous: str, config: Config) -> None:
+    """A save that nobody finishes, one that is finished, and its checkpoint read again."""
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, save, step
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        run, state = build(config, groups)
+        for _ in range(14):
+            step(run, state)
+            if state.step == 2:
+                checkpoint.Saving(run.trainable, run.pruner, state)._writing.join()
+        assert run.trainable.widths[0] < 64, "the abandoned one had other sizes"
+        save(run, state, wait=True)
+        run.log.close()
+        build(config, groups)[0].log.close()
+    finally:
+        stop_distributed()
+
+
+def test_a_save_that_nobody_finished_does_not_get_into_the_next(
+    tiny: Config, workers: Workers
+) -> None:
+    workers.run(abandoned_job, 1, tiny)
