@@ -501,9 +501,9 @@ def _begin_tensors(
     tree: dict[str, Any], path: Path, groups: ProcessGroups
 ) -> tuple[_SaveTensors, AsyncRequest]:
     """What has to be written by this rank, in memory that is its own."""
-    # megatron-core collects what was written through one queue of a spawned manager process, seconds
-    # to start. Between threads a plain queue will do, and one for each checkpoint: what a save that
-    # nobody finished left in it would become the index of the next one.
+    # megatron-core collects what was written through one queue of a spawned manager process,
+    # seconds to start. Between threads a plain queue will do, and one for each checkpoint: what a
+    # save that nobody finished left in it would become the index of the next one.
     filesystem_async._results_queue = queue.Queue()
     cpu.install()
     # dist_checkpointing.save in its parts: what rank 0 writes alone must fail on every rank.
