@@ -316,15 +316,73 @@ def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> 
 @app.command()
 def evaluate(
     path: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A run takes its latest checkpoint.")
+        Path,
+        typer.Argument(metavar="MODEL", help="A checkpoint, a run (its latest), or an HF folder."),
     ],
     overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PREFIX_OR_TEXT", help="Indexed dataset, or text; default: the run's held-out."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness.")
+    ] = "",
+    suite: Annotated[
+        str, typer.Option(metavar="paper", help="What IDEA Prune reports; needs --data.")
+    ] = "",
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question; default: the task's.")
+    ] = None,
+    task_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder of further task files.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Sequences or documents of each; 0: all.")] = 0,
+    seq_length: Annotated[int, typer.Option(help="Tokens in a row; 0: as in training.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows at once; 0: as in training, or 8.")] = 0,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="PATH|byte", help="In place of the model's own.")
+    ] = "",
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keeps what is done; go on from it if it is there."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure the held-out loss of a checkpoint."""
-    from megatron_idea.evaluate import evaluate_checkpoint
+    """Measure a model: held-out loss, perplexity, bits per byte, and tasks of the harness."""
+    from megatron_idea.config import ConfigError
+    from megatron_idea.evaluate import Options, evaluate_model
+    from megatron_idea.harness import evaluate_tasks, tasks_of
 
-    for name, value in evaluate_checkpoint(path, overrides or []).items():
-        _say(f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value:.4f}")
+    names, num_fewshot = tasks_of(suite, tasks, num_fewshot, data or [])
+    if not names and (task_path or num_fewshot is not None):
+        raise ConfigError("--task-path and --num-fewshot are for tasks: give --tasks NAME,...")
+    if resume and names and not data:
+        raise ConfigError("--resume keeps held-out loss, not tasks: give --data, or leave it out")
+    options = Options(seq_length, batch_size, limit, tokenizer, resume)
+    scores = {}
+    if names:
+        scores = evaluate_tasks(
+            path, names, data or [], overrides or [], options, num_fewshot, task_path or []
+        )
+    measured = []
+    if data or not names:
+        measured = evaluate_model(path, data or [], overrides or [], options)
+    if _rank() != 0:
+        return
+    if as_json:
+        rows = [{"data": one.data} | one.as_dict() for one in measured]
+        typer.echo(json.dumps({"model": str(path), "held_out": rows, "tasks": scores}, indent=2))
+        return
+    for one in measured:
+        if data:
+            _say(one.data)
+        for name, value in one.as_dict().items():
+            _say(f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value:.4f}")
+    for name in names:
+        for metric, value in scores[name].items():
+            _say(f"{name:<14}{metric:<18}{value:.4f}")
 
 
 @app.command()

@@ -355,11 +355,13 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss: at the start, at every phase's end, and every so many tokens."""
+    """Held-out loss: at the start, at every phase's end, around compactions, and in between."""
 
     every_tokens: int = 0
     num_samples: int = 64
     """Held-out sequences in one evaluation, always the same ones."""
+    around_compaction: bool = True
+    """Also right before and after each compaction, with the plan's masks before: the two agree."""
 
     def __post_init__(self) -> None:
         _require(self.every_tokens >= 0, "evaluation.every_tokens must not be negative")

@@ -279,6 +279,7 @@ def _token_sizes(tokenizer: Tokenizer, device: torch.device | str) -> Tensor | N
 
 
 def is_hugging_face(path: Path) -> bool:
+    """Whether transformers can read it: an export, or another model."""
     return (path / "config.json").is_file()
 
 

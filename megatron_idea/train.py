@@ -37,6 +37,7 @@ from megatron_idea.metrics import Progress, RunLog, peak_flops
 from megatron_idea.optim import Trainable, assemble, update
 from megatron_idea.prune import moves
 from megatron_idea.prune.compact import release
+from megatron_idea.prune.mask import apply_mask
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.strategy import Plan
 from megatron_idea.schedule import crossed, keep_ratio, learning_rate, phase, phase_ended
@@ -275,11 +276,17 @@ def apply(run: Run, state: TrainState, plan: Plan) -> None:
     if run.config.checkpoint.before_compaction and compacts and not state.plan_due:
         state.plan_due = True
         save(run, state, wait=True)  # the compaction needs it complete, and its memory
+    measured = compacts and run.config.evaluation.around_compaction
+    if measured:
+        apply_mask(run.trainable.mlps, plan)
+        evaluate(run, state, "compaction_before")
     report = run.pruner.apply(run.trainable, plan)
     state.plan_due = False
     state.widths = run.trainable.widths
     if report is not None:
         run.log.event("compacted", step=state.step, tokens=state.consumed_tokens, **vars(report))
+    if measured:
+        evaluate(run, state, "compaction_after")
 
 
 def forward_backward(run: Run, state: TrainState) -> list[Tensor]:

@@ -65,7 +65,7 @@ def tiny(dataset: Path, tmp_path: Path) -> Config:
             },
             "prune": {"target_ffn_hidden_size": 24, "alignment": 4, "compaction_block": 8},
             "checkpoint": {"before_compaction": False},
-            "evaluation": {"num_samples": 4},
+            "evaluation": {"num_samples": 4, "around_compaction": False},
             "logging": {"tensorboard": False, "progress": False},
         }
     )  # fmt: skip

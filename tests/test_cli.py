@@ -282,17 +282,17 @@ def test_doctor_fails_when_something_required_is_missing(monkeypatch: pytest.Mon
 
 
 def test_evaluate_prints_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from megatron_idea import evaluate
+
     calls = []
 
-    def evaluate_checkpoint(path: Path, overrides: list[str]) -> dict[str, float]:
-        calls.append((path, overrides))
-        return {"loss": 2.5, "perplexity": 12.1825, "tokens": 16384}
+    def evaluate_model(path: Path, data: list[str], overrides: list[str], options: object) -> list:
+        calls.append((path, data, overrides, options))
+        return [evaluate.Measured("data.validation", 2.5, 16384, 0)]
 
-    module = types.ModuleType("megatron_idea.evaluate")
-    module.evaluate_checkpoint = evaluate_checkpoint  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "megatron_idea.evaluate", module)
+    monkeypatch.setattr(evaluate, "evaluate_model", evaluate_model)
     result = run("evaluate", tmp_path, "evaluation.num_samples=8")
-    assert calls == [(tmp_path, ["evaluation.num_samples=8"])]
+    assert calls == [(tmp_path, [], ["evaluation.num_samples=8"], evaluate.Options())]
     assert [line.split() for line in result.stdout.splitlines()] == [
         ["loss", "2.5000"],
         ["perplexity", "12.1825"],

@@ -1,10 +1,12 @@
-"""The held-out loss of a checkpoint is the one that its run has measured."""
+"""The held-out loss of a checkpoint is the one that its run has measured, and its export's."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_idea.config import Config, replace
+from megatron_idea.data.rolling import rows_of
+from megatron_idea.data.tokenizer import train_tokenizer
+from megatron_idea.export import export_checkpoint
 from megatron_idea.metrics import read_events
 from megatron_idea.testing import Workers
 
@@ -20,6 +25,9 @@ ONE_STEP = {
     "total_tokens": 8 * 128, "enlarged_fraction": 0.25, "prune_fraction": 0.5,
     "recover_fraction": 0.25, "prune_warmup_fraction": 0.25,
 }  # fmt: skip
+
+
+TEXTS = ["import os\n" * 9, "Grüße, 世界", "", "x", "def main(x):\n    return x + 1\n"]
 
 
 def train_and_evaluate(rendezvous: str, config: Config, overrides: list[str]) -> dict[str, Any]:
@@ -36,6 +44,12 @@ def train_and_evaluate(rendezvous: str, config: Config, overrides: list[str]) ->
         evaluate.start_distributed = start
 
 
+def train_job(rendezvous: str, config: Config) -> None:
+    from megatron_idea.train import train
+
+    train(config, rendezvous)
+
+
 def evaluate_alone(rendezvous: str, path: str, overrides: list[str]) -> dict[str, Any] | str:
     """As a user does: one process, no launcher, nothing in the environment."""
     from megatron_idea.evaluate import evaluate_checkpoint
@@ -48,6 +62,52 @@ def evaluate_alone(rendezvous: str, path: str, overrides: list[str]) -> dict[str
         return f"{type(error).__name__}: {error}"
 
 
+def measure_job(
+    rendezvous: str, path: str, data: list[str], overrides: list[str], options: dict[str, Any]
+) -> list[Any] | str:
+    """``evaluate_model`` over as many ranks as there are."""
+    from megatron_idea import evaluate
+
+    start = evaluate.start_distributed
+    if os.environ["WORLD_SIZE"] == "1":
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name)
+    else:
+        evaluate.start_distributed = lambda parallel, seed: start(parallel, seed, rendezvous)
+    try:
+        return evaluate.evaluate_model(Path(path), data, overrides, evaluate.Options(**options))
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        evaluate.start_distributed = start
+
+
+def interrupted_job(
+    rendezvous: str, path: str, data: list[str], options: dict[str, Any], steps: int
+) -> str:
+    """Measure until the process would be stopped, in a step after ``steps`` others."""
+    from megatron_idea import evaluate
+
+    real, taken = evaluate._folder_step, []
+
+    def step(*arguments: Any) -> Any:
+        taken.append(1)
+        if len(taken) > steps:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    evaluate._folder_step = step
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    try:
+        evaluate.evaluate_model(Path(path), data, options=evaluate.Options(**options))
+    except KeyboardInterrupt:
+        return "stopped"
+    finally:
+        evaluate._folder_step = real
+    return f"finished in {len(taken)} steps"
+
+
 def command(rendezvous: str, arguments: list[str]) -> tuple[int, str, str]:
     from megatron_idea import cli
 
@@ -55,6 +115,13 @@ def command(rendezvous: str, arguments: list[str]) -> tuple[int, str, str]:
         os.environ.pop(name, None)
     result = runner.invoke(cli.app, arguments)
     return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +169,8 @@ def test_one_process_measures_what_two_ranks_measured_in_training(
     assert alone["perplexity"] == pytest.approx(math.exp(alone["loss"]))
     # A byte-level token is a byte, but for the end of a document, which stands for none.
     bits = alone["loss"] / math.log(2)
-    assert bits < alone["bits_per_byte"] < 1.02 * bits
+    assert bits <= alone["bits_per_byte"] < 1.02 * bits
+    assert 0.98 * alone["tokens"] < alone["bytes"] <= alone["tokens"]
 
 
 def test_an_earlier_checkpoint_and_more_samples_can_be_asked_for(
@@ -124,7 +192,7 @@ def test_the_command_prints_the_measure(
     ((code, out, err),) = workers.run(command, 1, ["evaluate", config.run_dir])
     assert (code, err) == (0, "")
     printed = dict(line.split() for line in out.splitlines())
-    assert printed.keys() == {"loss", "perplexity", "tokens", "bits_per_byte"}
+    assert printed.keys() == {"loss", "perplexity", "tokens", "bytes", "bits_per_byte"}
     assert float(printed["loss"]) == pytest.approx(over_both["loss"], abs=6e-5)
 
 
@@ -144,3 +212,105 @@ def test_what_cannot_be_measured_is_said(
     assert code == 2
     assert err.startswith("error: ") and str(copy) in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 4), (4, 4), (5, 4), (11, 4), (12, 4), (7, 1)])
+def test_rows_score_every_token_once_with_the_longest_context(tokens: int, length: int) -> None:
+    rows = list(rows_of(0, tokens, length))
+    scored = [t for row in rows for t in range(row.end - row.scored, row.end)]
+    assert scored == list(range(tokens))
+    for row in rows:
+        assert row.end - row.begin == min(length, row.end)
+
+
+def test_text_is_measured_alike_over_ranks_and_in_any_batch(
+    run: tuple[Config, dict[str, Any]], workers: Workers, texts: str
+) -> None:
+    config, _ = run
+    two = workers.run(measure_job, 2, config.run_dir, [texts], [], {"batch_size": 3})
+    assert two[0] == two[1]
+    over_data = ["parallel.tensor_model_parallel_size=1"]
+    dp = workers.run(measure_job, 2, config.run_dir, [texts], over_data, {"batch_size": 2})
+    in_stages = [*over_data, "parallel.pipeline_model_parallel_size=2"]
+    pp = workers.run(measure_job, 2, config.run_dir, [texts], in_stages, {"batch_size": 1})
+    ((alone,),) = workers.run(measure_job, 1, config.run_dir, [texts], [], {})
+    for ((one,),) in ([two[0]], [dp[1]], [pp[0]]):
+        assert one.loss == pytest.approx(alone.loss, rel=1e-6)
+        assert (one.tokens, one.bytes) == (alone.tokens, alone.bytes)
+    # With the byte tokenizer every byte is a token, and the end of a document is none of them.
+    assert alone.tokens == alone.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert alone.bits_per_byte == pytest.approx(alone.loss / math.log(2))
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+def test_a_checkpoint_and_its_export_measure_the_same_and_go_on_where_they_stopped(
+    run: tuple[Config, dict[str, Any]], workers: Workers, texts: str, tmp_path: Path
+) -> None:
+    config, _ = run
+    folder = str(tmp_path / "out")
+    export_checkpoint(Path(config.run_dir), Path(folder))
+    data = [config.data.validation[0].prefix, texts]
+    options: dict[str, Any] = {"limit": 6, "batch_size": 2}
+    (ours,) = workers.run(measure_job, 1, config.run_dir, data, [], options)
+    (theirs,) = workers.run(measure_job, 1, folder, data, [], options)
+    for a, b, name in zip(ours, theirs, data, strict=True):
+        assert a.data == b.data == name
+        assert a.loss == pytest.approx(b.loss, abs=1e-5)
+        assert (a.tokens, a.bytes) == (b.tokens, b.bytes)
+    assert theirs[0].tokens == 6 * 32
+
+    options["resume"] = tmp_path / "partial.json"
+    (said,) = workers.run(interrupted_job, 1, folder, data, options, 4)
+    assert said == "stopped"
+    done = json.loads(options["resume"].read_text())["done"]
+    assert [part["rows"] for part in done.values()] == [6, 2]
+    (again,) = workers.run(measure_job, 1, folder, data, [], options)
+    assert again == theirs  # to the last bit
+    (said,) = workers.run(interrupted_job, 1, folder, data, options, 0)
+    assert said == "finished in 0 steps"
+    (said,) = workers.run(measure_job, 1, config.run_dir, data, [], options)
+    assert said.startswith("ConfigError: ") and "is of another model" in said
+
+
+def test_what_a_measurement_lacks_is_said(
+    run: tuple[Config, dict[str, Any]], workers: Workers, texts: str, tmp_path: Path
+) -> None:
+    config, _ = run
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    for path, data, overrides, options, says in (
+        (config.run_dir, ["nowhere"], [], {}, "neither a dataset nowhere.idx nor a file"),
+        (config.run_dir, [], [], {"limit": 3}, "set evaluation.num_samples=N"),
+        (config.run_dir, [texts], [], {"limit": -1}, "--limit is -1; it must not be negative"),
+        (str(tmp_path / "hf"), [], [], {}, "say what to measure"),
+        (str(tmp_path / "hf"), [texts], ["a.b=1"], {}, "a.b=1 has no meaning for it"),
+    ):
+        (said,) = workers.run(measure_job, 1, path, data, overrides, options)
+        assert says in said
+    ((code, out, err),) = workers.run(
+        command, 1, ["evaluate", config.run_dir, "--data", texts, "--json"]
+    )
+    assert (code, err) == (0, "")
+    assert json.loads(out)["held_out"][0]["data"] == texts
+
+
+def test_a_compaction_does_not_change_the_held_out_loss(
+    tiny: Config, workers: Workers, tmp_path: Path
+) -> None:
+    config = replace(tiny, schedule=ONE_STEP, evaluation={"around_compaction": True})
+    workers.run(train_job, 1, config)
+    events = [e for e in read_events(Path(config.run_dir)) if e["kind"] != "saved"]
+    compactions = [i for i, event in enumerate(events) if event["kind"] == "compacted"]
+    assert compactions
+    for i in compactions:
+        before, after = events[i - 1], events[i + 1]
+        assert (before["why"], after["why"]) == ("compaction_before", "compaction_after")
+        assert after["val_loss"] == pytest.approx(before["val_loss"], rel=1e-6)
+
+
+def test_bytes_of_tokens_add_up_to_the_text(tmp_path: Path) -> None:
+    bpe = train_tokenizer([Path(__file__)], 300, tmp_path / "bpe.json")
+    sizes = bpe.token_bytes()
+    assert sizes is not None and sizes[bpe.eod] == 0
+    for text in TEXTS:
+        assert sum(sizes[i] for i in bpe.encode(text)) == len(text.encode())
