@@ -139,7 +139,9 @@ def _blocks(start: int, end: int, length: int) -> Iterator[tuple[int, int, int, 
 def _losses(trainable: Trainable) -> Tensor:
     """Loss of each token of a fixed random text, computed as in training but without dropout."""
     config, groups = trainable.config, trainable.groups
-    length, chunks = config.training.seq_length, trainable.chunks
+    # Enough to see every layer at work; a multiple of TP, for sequence parallelism.
+    length = min(config.training.seq_length, 64 * groups.tp.size())
+    chunks = trainable.chunks
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(config.model.vocab_size, (1, length + 1), generator=generator)
     text = text.to(groups.device)
