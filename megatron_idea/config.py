@@ -373,6 +373,9 @@ class LoggingConfig:
     """metrics.jsonl and events.jsonl are always written."""
 
     tensorboard: bool = True
+    wandb: str = ""
+    """Weights & Biases project that gets the same numbers; empty: none. ``WANDB_MODE=offline`` in
+    the environment keeps them in the run folder."""
     progress: bool = True
     """One live line in a terminal; a line now and then elsewhere."""
 

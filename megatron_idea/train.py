@@ -224,6 +224,8 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
         "skipped": state.skipped,
     }
     run.progress.update(run.log.write(record))
+    if run.groups.is_writer and (scores := pruner.score_record(tokens)) is not None:
+        run.log.scores({"step": state.step, "tokens": tokens, **scores})
     if plan is not None:
         apply(run, state, plan)
     return record, stopping

@@ -127,7 +127,9 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
         trainable=trainable,
         pruner=Pruner(trainable),
         data=RandomBatches(config, groups),
-        log=SimpleNamespace(event=lambda *_, **__: None, write=lambda record: record),
+        log=SimpleNamespace(
+            event=lambda *_, **__: None, write=lambda record: record, scores=lambda record: None
+        ),
         progress=SimpleNamespace(update=lambda record: None),
         stop=SimpleNamespace(received=None),
         saving=None,

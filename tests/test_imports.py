@@ -17,7 +17,7 @@ PACKAGE = "megatron_idea"
 LAYERS = (
     {"config", "schedule", "guard", "kernels", "_C", "__init__"},
     {"distributed", "cpu"},
-    {"layers", "model", "data", "optim", "metrics", "estimate", "huggingface"},
+    {"layers", "model", "data", "optim", "metrics", "estimate", "huggingface", "trackers"},
     {"prune"},
     {"checkpoint", "storage"},
     {
@@ -30,6 +30,7 @@ LAYERS = (
         "nemotron_nas_config",
         "generate",
         "report",
+        "watch",
         "offline",
         "meta",
         "footprint",
@@ -49,6 +50,7 @@ MAY_PRINT = {"cli"}
 # Every other file in prune/ is a strategy: one method, which knows the protocol and nothing else.
 PRUNE_MACHINERY = {
     "strategy", "pruner", "units", "score", "legal", "mask", "moves", "compact", "verify",
+    "distribution",
 }  # fmt: skip
 STRATEGY_MAY_IMPORT = {"prune.strategy", "config", "schedule"}
 

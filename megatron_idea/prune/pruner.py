@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from megatron_idea.config import Config
 from megatron_idea.distributed import assert_same_on_all_ranks
 from megatron_idea.optim import Trainable
 from megatron_idea.prune.compact import CompactReport, compact
+from megatron_idea.prune.distribution import Decision, Distribution
 from megatron_idea.prune.idea import IdeaPrune
 from megatron_idea.prune.legal import due_widths
 from megatron_idea.prune.mask import apply_mask
@@ -46,6 +48,8 @@ class Pruner:
         self.strategy = build_strategy(config)
         self.scores = ScoreTracker(trainable.mlps, self.strategy, config.prune.history)
         self.alive = self._read_masks(trainable)
+        self.distribution = Distribution(config.schedule)
+        self.decision: Decision | None = None
 
     def _read_masks(self, trainable: Trainable) -> Tensor:
         masks = [mlp.mask.to(torch.int32) for _, mlp in trainable.mlps]
@@ -99,6 +103,7 @@ class Pruner:
             importance = self.strategy.importance(Stats(sums, model.hidden_size))
             budget = self.strategy.allocate(importance, alive, count)
             alive = select(importance, alive, budget)
+            self.decision = Decision(importance, self.alive, alive)
         widths = trainable.widths
         if config.prune.compact:
             widths = due_widths(
@@ -107,6 +112,11 @@ class Pruner:
         if widths == trainable.widths and bool((alive == self.alive).all()):
             return None
         return make_plan(alive, widths)
+
+    def score_record(self, tokens: int) -> dict[str, Any] | None:
+        """What the last plan's importances looked like, once a plan and at a bounded rate."""
+        decision, self.decision = self.decision, None
+        return self.distribution.record(decision, tokens) if decision else None
 
     def _mask_update_due(self, tokens: int) -> bool:
         """Every ``mask_interval_steps`` steps, and whenever the prune phase is over."""

@@ -1,0 +1,93 @@
+"""How a run's importances are spread and how much they move, as small records for its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idea.config import ScheduleConfig
+from megatron_idea.schedule import phase_ends
+
+# At most about this many records in a run, however long it is.
+MOST_RECORDS = 100
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a plan was made from: all [L, F], in original numbering."""
+
+    importance: Tensor
+    candidates: Tensor
+    """bool: alive before."""
+    kept: Tensor
+    """bool: alive after."""
+
+
+class Distribution:
+    """Sums up decisions, now and then; reads what it is given and changes nothing."""
+
+    def __init__(self, schedule: ScheduleConfig) -> None:
+        ends = phase_ends(schedule)
+        self._every_tokens = -(-(ends["prune"] - ends["enlarged"]) // MOST_RECORDS)
+        self._next_tokens = 0
+        self._previous: Tensor | None = None
+
+    def record(self, decision: Decision, tokens: int) -> dict[str, Any] | None:
+        """One record of lists with an entry a layer; None when the last one is too recent.
+
+        ``quantiles`` are of the importance of ``QUANTILES`` of the layer's candidates, ``cut`` is
+        the least importance that was kept, ``rank_correlation`` is Spearman's with the record
+        before, over the neurons alive now; null where there is none.
+
+        Cost: two sorts of [L, F] numbers on the CPU.
+        """
+        if tokens < self._next_tokens:
+            return None
+        self._next_tokens = (tokens // self._every_tokens + 1) * self._every_tokens
+        importance = decision.importance.float().cpu()
+        candidates, kept = decision.candidates.cpu(), decision.kept.cpu()
+        before, self._previous = self._previous, importance
+        layers = range(len(importance))
+        live = [importance[i][candidates[i]] for i in layers]
+        points = torch.tensor(QUANTILES)
+        return {
+            "quantiles": [_rounded(_quantiles(values, points)) for values in live],
+            "cut": _rounded(torch.stack([importance[i][kept[i]].min() for i in layers])),
+            "rank_correlation": [
+                None if before is None else spearman(live[i], before[i][candidates[i]])
+                for i in layers
+            ],
+        }
+
+
+def spearman(a: Tensor, b: Tensor) -> float | None:
+    """Rank correlation of two vectors, in [-1, 1]; None below two elements.
+
+    1 - 6 sum d^2 / (n (n^2 - 1)) with d the difference of ranks; equal values rank by index.
+    """
+    n = len(a)
+    if n < 2:
+        return None
+    difference = (_ranks(a) - _ranks(b)).double()
+    return round(1.0 - 6.0 * float(difference.square().sum()) / (n * (n * n - 1.0)), 6)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    ranks = torch.empty_like(values, dtype=torch.int64)
+    ranks[values.argsort(stable=True)] = torch.arange(len(values))
+    return ranks
+
+
+def _quantiles(values: Tensor, points: Tensor) -> Tensor:
+    """Nearest-rank quantiles: torch.quantile refuses more than 16M values."""
+    return values.sort().values[(points * (len(values) - 1)).round().long()]
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """To four figures: what a picture can show."""
+    return [float(f"{value:.4g}") for value in values.tolist()]
