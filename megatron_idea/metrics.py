@@ -1,16 +1,17 @@
 """What a run leaves behind and shows while it works.
 
 ``RunLog`` appends to ``metrics.jsonl`` (one record per optimizer step) and ``events.jsonl`` (things
-that happen now and then), and mirrors the scalars to TensorBoard. JSONL is the truth: the report
+that happen now and then), and mirrors the scalars to ``trackers``. JSONL is the truth: the report
 is drawn from it. ``Progress`` is the line a person watches; it stores nothing.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from megatron_idea.config import Config, ConfigError
+from megatron_idea.config import Config
 from megatron_idea.estimate import flops_per_token, human_count, remaining_flops
+from megatron_idea.trackers import Tracker, open_trackers, require_trackers
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+SCORES = "scores.jsonl"
+
+VERSIONS_OF = ("megatron-idea", "torch", "megatron-core", "transformer-engine", "triton", "numpy")
 
 # Dense bf16 FLOP/s of one device, by a part of its name; from NVIDIA's data sheets, SXM parts,
 # without sparsity. The first match counts: names of one family contain each other.
@@ -66,30 +71,27 @@ class RunLog:
 
         Args:
             peak_flops: FLOP/s of all devices of the job together; None: no ``mfu`` is recorded.
-        Raises: ConfigError, on every rank, when TensorBoard is asked for and not installed.
+        Raises: ConfigError, on every rank, when a tracker is asked for and not installed.
         """
-        if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError(
-                "logging.tensorboard is true but tensorboard is not installed: "
-                "pip install tensorboard, or set logging.tensorboard=false"
-            )
+        require_trackers(config)
         self.config = config
         self.is_writer = is_writer
         self.peak_flops = peak_flops
         if not is_writer:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        _truncate(run_dir / METRICS, keep=lambda record: record["step"] <= step)
+        for name in (METRICS, SCORES):
+            _truncate(run_dir / name, keep=lambda record: record["step"] <= step)
         _truncate(run_dir / EVENTS, keep=lambda event: True)
         # Line buffering: every record is with the operating system before the next step begins.
         self._metrics = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115  until close()
         self._events = open(run_dir / EVENTS, "a", buffering=1)  # noqa: SIM115  until close()
-        self._tensorboard: Any = None
-        if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import; not all want it
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        self.event("resumed" if step else "started", step=step)
+        self._scores_path = run_dir / SCORES
+        self._trackers: list[Tracker] = []
+        self.event("resumed" if step else "started", step=step, environment=environment())
+        started = [event["time"] for event in read_events(run_dir) if event["kind"] == "started"]
+        # A run that a checkpoint of another one began has no start of its own.
+        self._trackers = open_trackers(run_dir, config, step, started[-1] if started else 0.0)
 
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Append the record of one step.
@@ -103,23 +105,59 @@ class RunLog:
             record = {**record, "mfu": record["tokens_per_s"] * per_token / self.peak_flops}
         if self.is_writer:
             self._metrics.write(json.dumps(record) + "\n")
-            if self._tensorboard is not None:
-                for name, value in _scalars(record):
-                    self._tensorboard.add_scalar(name, value, record["step"])
+            self._track(record)
         return record
+
+    def scores(self, record: dict[str, Any]) -> None:
+        """Append how importances were spread at a mask update."""
+        if self.is_writer:
+            with open(self._scores_path, "a") as file:  # rarely, and not in every run
+                file.write(json.dumps(record) + "\n")
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append something that happened, with the time of day in seconds since 1970."""
         if self.is_writer:
             self._events.write(json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n")
+            if kind == "evaluated" and not fields.get("why", "").startswith("compaction"):
+                shown = ("step", "tokens", "val_loss")
+                self._track({name: fields[name] for name in shown if name in fields})
+
+    def _track(self, record: dict[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(record["step"], dict(_scalars(record)))
 
     def close(self) -> None:
         """Close the files; the log takes no records afterwards."""
         if self.is_writer:
             self._metrics.close()
             self._events.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+
+def environment() -> dict[str, Any]:
+    """What a run runs on: device, processes, and the versions of what computes."""
+    import torch  # metrics are also read where nothing is computed
+    import torch.distributed as dist
+
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def read_scores(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the score records of a run, oldest first; none where nothing was pruned."""
+    return [record for record, _ in _lines(run_dir / SCORES)]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
