@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_idea.config import Config, ConfigError
 
