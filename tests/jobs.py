@@ -127,6 +127,7 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
         trainable=trainable,
         pruner=Pruner(trainable),
         data=RandomBatches(config, groups),
+        held_out=None,
         log=SimpleNamespace(
             event=lambda *_, **__: None, write=lambda record: record, scores=lambda record: None
         ),
