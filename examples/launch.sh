@@ -299,7 +299,9 @@ run_here() {
 print_plan() {
     install_here
     say "no Slurm and no GPU here: nothing is started. The plan for $NODES x $NPROC_PER_NODE processes:"
-    megatron-idea plan "$CONFIG" --nproc "$((NODES * NPROC_PER_NODE))" "${overrides[@]}"
+    local processes=$((NODES * NPROC_PER_NODE)) on=--gpus # memory and GPU-hours as well
+    if ((GPUS_PER_NODE == 0)); then on=--nproc; fi
+    megatron-idea plan "$CONFIG" "$on" "$processes" "${overrides[@]}"
 }
 
 print_job() {
