@@ -13,7 +13,9 @@ from rich.text import Text
 
 from megatron_idea.budget import USABLE, Budget, Gpu, Layout
 from megatron_idea.estimate import human_count
-from megatron_idea.report import BLUE, GREEN, MUTED, ORANGE, RC, RED
+from megatron_idea.report.picture import MUTED, RC
+
+BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea580c", "#0f766e", "#be123c"
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -412,9 +412,38 @@ def compact(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Draw a run, finished or not, and print its closing table."""
-    _report(run)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For a comparison; default: report/ of the first."),
+    ] = None,
+) -> None:
+    """Draw runs, finished or not, as one HTML page and pictures; print the closing table."""
+    from megatron_idea.config import ConfigError
+
+    if len(runs) == 1:
+        if out is not None:
+            raise ConfigError("--out is for several runs; one is drawn into its own folder")
+        _report(runs[0])
+    else:
+        _compare(runs, out)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    once: Annotated[bool, typer.Option("--once", help="One look, for scripts.")] = False,
+    every_s: Annotated[
+        float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Between two looks.")
+    ] = 1.0,
+) -> None:
+    """Show a run live in the terminal: progress, loss, widths, speed, last events."""
+    from megatron_idea.watch import watch as show
+
+    show(run, once=once, every_s=every_s)
 
 
 @app.command()
@@ -532,7 +561,15 @@ def _report(run_dir: Path) -> None:
 
     paths = reports.report(run_dir)
     Console().print(reports.closing_table(run_dir))
-    _say(f"\nrun folder: {run_dir}\npicture:    {paths.picture}")
+    _say(f"\nrun folder: {run_dir}\npicture:    {paths.picture}\npage:       {paths.page}")
+
+
+def _compare(run_dirs: list[Path], out: Path | None) -> None:
+    from megatron_idea import report as reports
+
+    paths = reports.compare(run_dirs, out)
+    Console().print(reports.comparison_table(run_dirs))
+    _say(f"\npicture: {paths.picture}\npage:    {paths.page}")
 
 
 def _model_parallel_size(config: Config) -> int:

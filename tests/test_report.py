@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from megatron_idea import config as configs
-from megatron_idea import report as reports
 from megatron_idea.config import Config
-from megatron_idea.estimate import live_at_step, num_steps, width_plan
-from megatron_idea.report import closing_table, report
+from megatron_idea.estimate import (
+    flops_between,
+    flops_per_token,
+    live_at_step,
+    make_plan,
+    num_steps,
+    width_plan,
+)
+from megatron_idea.report import charts, closing_table, compare, comparison_table, report
+from megatron_idea.report import run as report_run
+from megatron_idea.report.chart import Axis, Chart, HeatMap, Series, fitted, tokens_axis
+from megatron_idea.report.cost import cost
+from megatron_idea.report.page import page
+from megatron_idea.report.recovery import WINDOW_STEPS, removals
+from megatron_idea.report.run import read_run
+from megatron_idea.report.svg import figure
 from megatron_idea.schedule import keep_ratio, learning_rate, phase, phase_ended
 
 BATCH = 8 * 256
@@ -88,7 +107,34 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
             if phase_ended(schedule, before, tokens) or step % 50 == 0:
                 evaluated(step, loss, "phase_end")
             file.write(json.dumps(record) + "\n")
-    (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_lines(run_dir / "events.jsonl", events)
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def change_records(run_dir: Path, **fields: Any) -> None:
+    """Rewrite fields of all metrics: values, or functions of a record."""
+    path = run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record |= {k: v(record) if callable(v) else v for k, v in fields.items()}
+    write_lines(path, records)
+
+
+def write_scores(run_dir: Path, layers: int, count: int = 20) -> None:
+    records = [
+        {
+            "step": 200 + i,
+            "tokens": (200 + i) * BATCH,
+            "quantiles": [[1e-7 * (layer + 1) * 4**q for q in range(7)] for layer in range(layers)],
+            "cut": [3e-7] * layers,
+            "rank_correlation": [None if i == 0 else 0.9 - layer / 100 for layer in range(layers)],
+        }
+        for i in range(count)
+    ]
+    write_lines(run_dir / "scores.jsonl", records)
 
 
 def printed(table: object) -> str:
@@ -190,12 +236,31 @@ def test_plain_training_has_no_columns_of_pruning(tmp_path: Path) -> None:
     assert printed(closing_table(tmp_path)).split()[:2] == ["start", "end"]
 
 
-def test_a_long_run_is_drawn_from_every_nth_record(run_dir: Path, monkeypatch) -> None:
-    monkeypatch.setattr(reports, "MOST_POINTS", 50)
-    drawn = []
-    monkeypatch.setattr(reports, "_draw", lambda run, path: drawn.extend(run.records))
-    report(run_dir)
-    assert [record["step"] for record in drawn] == list(range(8, 401, 8))
+def test_a_long_run_is_thinned_and_ends_where_it_ends(run_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report_run, "MOST_POINTS", 50)
+    thinned = report_run.curve(read_run(run_dir), report_run.number("step"))
+    assert thinned.is_thinned and len(thinned.tokens) == 50
+    assert thinned.tokens[-1] == 400 * BATCH
+    assert (thinned.low[-1], thinned.middle[-1], thinned.high[-1]) == (393, 396.5, 400)
+
+
+def test_a_spike_survives_thinning(run_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report_run, "MOST_POINTS", 20)
+    change_records(run_dir, grad_norm=lambda r: 77.0 if r["step"] == 300 else 0.5)
+    drawn = charts.gradients([read_run(run_dir)])
+    assert max(v for band in drawn.bands for v in band.high) == 77.0
+    assert drawn.y.high > 77.0
+
+
+def test_a_page_of_100_000_steps_is_small(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    many = [
+        {**run.records[min(i // 250, 399)], "step": i + 1, "tokens": (i + 1) * 2048}
+        for i in range(100_000)
+    ]
+    total = {"total_tokens": 100_000 * 2048}
+    config = configs.replace(run.config, schedule=total)
+    assert len(page([dataclasses.replace(run, records=many, config=config)])) < 600_000
 
 
 def test_a_loss_that_is_not_a_number_leaves_a_gap(run_dir: Path) -> None:
@@ -215,3 +280,284 @@ def test_a_run_without_a_finished_step_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(synthetic_config(tmp_path)))
     with pytest.raises(ValueError, match="has not finished a step"):
         closing_table(tmp_path)
+
+
+# The page
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, "tags do not nest"
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+
+def slugs(text: str) -> list[str]:
+    return re.findall(r'data-slug="([^"]+)"', text)
+
+
+EVERY_CHART = [
+    "loss", "schedules", "widths", "speed", "cost", "step-time", "memory", "gradients",
+    "layer-widths",
+]  # fmt: skip
+
+
+def test_the_page_has_every_chart_and_needs_no_network(run_dir: Path) -> None:
+    text = report(run_dir).page.read_text()
+    assert slugs(text) == EVERY_CHART
+    parsed = Tags(text)
+    assert parsed.open == []
+    for _, attributes in parsed.tags:
+        assert not {"src", "href", "srcset", "data"} & set(attributes)
+    assert "url(" not in text.replace("url(#plot)", "")
+    assert "http" not in text
+
+
+def test_every_axis_has_a_label_and_loss_its_unit(run_dir: Path) -> None:
+    write_scores(run_dir, layers=4)
+    run = read_run(run_dir)
+    drawn = [*charts.overview([run]), *charts.details([run]), *charts.layers(run)]
+    for chart in drawn:
+        assert chart.title and chart.note and chart.x.label
+        for axis in (chart.values,) if isinstance(chart, HeatMap) else (chart.y, chart.right):
+            assert axis is None or axis.label
+    labels = {chart.slug: chart.y.label for chart in drawn if isinstance(chart, Chart)}
+    assert labels["loss"] == "loss (nats per token)"
+    assert labels["memory"] == "memory (GB)"
+    assert labels["cost"] == "compute (TFLOPs)"
+
+
+def test_what_a_run_says_cannot_become_markup(tmp_path: Path) -> None:
+    evil = tmp_path / "<img src=x onerror=alert(1)>"
+    write_synthetic_run(evil, synthetic_config(Path("<script>alert(2)</script>")), steps=40)
+    write_lines(
+        evil / "samples.jsonl",
+        [{"step": 1, "tokens": 5, "prompt": "<b>", "text": "</div><script>alert(3)</script>"}],
+    )
+    events = evil / "events.jsonl"
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    lines[0]["environment"] = {
+        "device": "<i>GPU</i>", "processes": 2, "threads": 1, "versions": {"<u>": "</table>"},
+    }  # fmt: skip
+    write_lines(events, lines)
+    run = read_run(evil)
+    for text in (page([run]), page([run, run])):
+        parsed = Tags(text)
+        names = [tag for tag, _ in parsed.tags]
+        assert not {"img", "u"} & set(names)
+        assert names.count("script") == 1
+        assert "</div><script>alert(3)</script>" in parsed.text
+        assert "<i>GPU</i>" in parsed.text
+
+
+def test_samples_and_configuration_are_shown(run_dir: Path) -> None:
+    broken = '{"text": "cut'
+    (run_dir / "samples.jsonl").write_text(
+        json.dumps({"step": 9, "tokens": 18432, "prompt": "def f", "text": "(x):"}) + f"\n{broken}"
+    )
+    text = Tags(page([read_run(run_dir)])).text
+    assert "def f(x):" in text and "after 18.4K tokens" in text
+    assert "target_ffn_hidden_size: 384" in text
+
+
+def test_scores_of_a_deep_model_are_drawn_for_a_few_layers(run_dir: Path) -> None:
+    write_scores(run_dir, layers=48)
+    drawn = charts.layers(read_run(run_dir))
+    fans = [chart.slug for chart in drawn if chart.slug.startswith("importance")]
+    assert len(fans) == 8 and fans[0] == "importance-0" and fans[-1] == "importance-47"
+    (churn,) = [chart for chart in drawn if chart.slug == "churn-by-layer"]
+    assert isinstance(churn, HeatMap) and len(churn.rows) == 48 and len(churn.rows[0]) == 19
+
+
+def test_layers_of_different_widths_are_told_apart(run_dir: Path) -> None:
+    change_records(run_dir, ffn_width=lambda r: [r["ffn_width"][0], 512, 256, 128])
+    run = read_run(run_dir)
+    drawn = charts.width_map(run)
+    assert drawn is not None and [row[-1] for row in drawn.rows] == [384, 512, 256, 128]
+    assert "384-512" not in printed(closing_table(run_dir)) and "128-512" in page([run])
+
+
+def test_skipped_steps_and_mfu_are_drawn_when_there_are_any(run_dir: Path) -> None:
+    change_records(
+        run_dir,
+        skipped=lambda r: int(r["step"] > 100),
+        grad_norm=lambda r: math.nan if r["step"] == 101 else 0.5,
+        mfu=0.41,
+    )
+    run = read_run(run_dir)
+    assert charts.gradients([run]).right is not None
+    (mfu,) = [chart for chart in charts.details([run]) if chart.slug == "mfu"]
+    assert mfu.series[-1].y[-1] == pytest.approx(41)
+
+
+@pytest.mark.parametrize("loss", [math.nan, 0.0, 3.0])
+def test_a_flat_or_broken_loss_can_be_drawn(run_dir: Path, loss: float) -> None:
+    change_records(run_dir, loss=loss, grad_norm=0.0)
+    report(run_dir)
+
+
+# Numbers
+
+
+def test_flops_so_far_are_those_of_the_plan(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    sums, plan = cost(run), make_plan(run.config)
+    assert sums.this_run[-1] == flops_between(run.config, 0, run.tokens)
+    assert sums.masks_only[-1] == plan.cost.masks_only
+    assert sums.from_scratch[-1] == plan.cost.target_from_scratch
+    assert sums.from_scratch[-1] < sums.ideal[-1] < sums.this_run[-1] < sums.masks_only[-1]
+    full = flops_per_token(run.config.model, [1024] * 4, run.config.training.seq_length)
+    assert sums.this_run[0] == BATCH * full
+
+
+def test_a_loss_that_rises_at_a_compaction_and_comes_back_is_measured(run_dir: Path) -> None:
+    compacted = read_run(run_dir).compactions()
+    step = compacted[-1]["step"]
+    # 3.0 before, 3.5 for 30 steps after, then below: never mind the earlier compactions.
+    change_records(
+        run_dir, loss=lambda r: 3.0 if r["step"] <= step else 3.5 if r["step"] <= step + 30 else 2.9
+    )
+    found = removals(read_run(run_dir))
+    assert found[0].what == "all of the pruning"
+    assert [r.step for r in found if r.what == "compaction"] == [e["step"] for e in compacted]
+    last = found[-1]
+    assert last.loss_jump == pytest.approx(0.5) and last.noise == 0
+    # So many of the 16 steps of a window must be of 2.9 for its mean to be 3.0.
+    below = next(n for n in range(16) if (n * 2.9 + (16 - n) * 3.5) / 16 <= 3.0)
+    assert last.recovery_tokens == (30 + below) * BATCH
+    assert found[1].recovery_tokens == 0
+
+
+def test_a_loss_that_has_not_come_back_says_so(run_dir: Path) -> None:
+    step = read_run(run_dir).compactions()[-1]["step"]
+    change_records(run_dir, loss=lambda r: 3.0 + (r["step"] > step))
+    assert removals(read_run(run_dir))[-1].recovery_tokens is None
+    assert "not yet" in page([read_run(run_dir)])
+
+
+def test_a_removal_in_the_last_steps_is_not_judged(tmp_path: Path) -> None:
+    config = synthetic_config(tmp_path)
+    step = width_plan(config)[0].tokens // BATCH
+    write_synthetic_run(tmp_path, config, steps=step + WINDOW_STEPS - 1)
+    assert removals(read_run(tmp_path))[-1].loss_jump is None
+
+
+def test_masks_that_fall_at_once_are_an_event(tmp_path: Path) -> None:
+    config = synthetic_config(tmp_path, schedule={"removal": "one_shot"}, prune={"compact": False})
+    write_synthetic_run(tmp_path, config)
+    found = [r for r in removals(read_run(tmp_path)) if r.what == "mask"]
+    assert [(r.before, r.after) for r in found] == [([1024] * 4, [384] * 4)]
+
+
+def test_two_runs_are_drawn_in_the_same_charts(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "small"
+    write_synthetic_run(other, synthetic_config(other, prune={"strategy": "none"}), steps=90)
+    paths = compare([run_dir, other])
+    assert paths.page == run_dir / "report" / "comparison.html"
+    text = paths.page.read_text()
+    for name in ("run: training, smoothed", "small: training, smoothed"):
+        assert f'data-name="{name}"' in text
+    assert row(comparison_table([run_dir, other]), "small")[:3] == ["184K", "(22%)", "2.03M"]
+    for picture in (paths.picture, paths.details):
+        with Image.open(picture) as image:
+            assert image.width == 1800
+    assert compare([run_dir, other], tmp_path / "out").page.parent == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("axis", "texts"),
+    [
+        (tokens_axis(0, 1_200_000), ["0", "200K", "400K", "600K", "800K", "1M", "1.2M"]),
+        (Axis("", 0, 2.3e-3, "scientific"), ["0", "5e-4", "1e-3", "1.5e-3", "2e-3"]),
+        (Axis("", 0, 20_000, "whole"), ["0", "5,000", "10,000", "15,000", "20,000"]),
+        (fitted("", [0.5, 30.0], is_log=True), ["0.5", "1", "2", "5", "10", "20"]),
+        (fitted("", [1e-7, 1e3], is_log=True), ["1e-07", "1e-05", "0.001", "0.1", "10", "1000"]),
+    ],
+)
+def test_ticks_are_round_numbers(axis: Axis, texts: list[str]) -> None:
+    assert [text for _, text in axis.ticks()] == texts
+
+
+def test_a_gap_in_a_curve_stays_a_gap() -> None:
+    axis = Axis("", 0, 4)
+    drawn = Chart(
+        "x", "x", "x", axis, axis, [Series("x", [0, 1, 2, 3], [1.0, math.nan, 2.0, 3.0], "blue")]
+    )
+    assert 'd="M0 7500M5000 5000L7500 2500"' in figure(drawn)
+
+
+# In a browser
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+PROBE = """<!doctype html><title>-</title><iframe id="f" width="WIDTH" height="800" src="PAGE">
+</iframe><script>
+f.onload = () => {
+  const page = f.contentDocument, root = page.documentElement;
+  const charts = [...page.querySelectorAll(".chart")];
+  const words = (chart, what) => [...chart.querySelectorAll(what)].map((e) => e.innerText.trim());
+  const plot = page.querySelector(".plot"), box = plot.getBoundingClientRect();
+  plot.dispatchEvent(new PointerEvent("pointermove",
+    { clientX: box.left + box.width / 2, clientY: box.top + 5, bubbles: true }));
+  document.title = JSON.stringify({
+    overflow: root.scrollWidth - root.clientWidth,
+    titles: charts.flatMap((chart) => words(chart, "h3")),
+    labels: charts.map((chart) => words(chart, ".label")),
+    heights: charts.map((chart) => chart.querySelector(".plot").clientHeight),
+    tip: page.querySelector(".tip").innerText,
+    cursors: page.querySelectorAll(".cursor").length,
+  });
+};
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = [path for name in BROWSERS if (path := shutil.which(name))]
+    if not found:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    return found[0]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_complaint(
+    run_dir: Path, browser: str, width: int
+) -> None:
+    write_scores(run_dir, layers=4)
+    written = report(run_dir).page
+    probe = run_dir / "probe.html"
+    probe.write_text(PROBE.replace("WIDTH", str(width)).replace("PAGE", written.as_uri()))
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            "--allow-file-access-from-files", f"--user-data-dir={run_dir / 'profile'}",
+            "--virtual-time-budget=5000", "--dump-dom", probe.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title and title[1] != "-", done.stderr
+    seen = json.loads(title[1])
+    assert seen["overflow"] == 0
+    assert len(seen["titles"]) == len(EVERY_CHART) + 2 + 4 and all(seen["titles"])
+    assert all(len(labels) >= 2 and all(labels) for labels in seen["labels"])
+    assert min(seen["heights"]) >= 100
+    assert seen["tip"].startswith("409.6K tokens") and "training, smoothed: 2." in seen["tip"]
+    assert seen["cursors"] == len(EVERY_CHART)  # scores are over tokens of their own

@@ -1,0 +1,181 @@
+"""A chart as a value: what is drawn, in which units. ``svg`` and ``picture`` draw it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_idea.estimate import human_count
+
+# Names of colours; each renderer has its own shades of them, the page one set for light and dark.
+COLOURS = ("blue", "orange", "green", "red", "violet", "teal", "pink", "olive")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve, or points."""
+
+    name: str
+    """In the legend and at the pointer; empty: in neither."""
+    x: Sequence[float]
+    y: Sequence[float]
+    """NaN leaves a gap."""
+    colour: str
+    style: str = "line"
+    """``line``, ``thin`` (faint, behind), ``dashed``, ``steps`` (holds until the next point),
+    ``points``."""
+    is_right: bool = False
+    """Measured on the axis at the right."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """The area between two curves over the same x."""
+
+    x: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    colour: str
+    name: str = ""
+    steps: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range, its unit, and how its numbers are written."""
+
+    label: str
+    low: float
+    high: float
+    kind: str = "plain"
+    """``plain``, ``count`` (2.8M), ``whole`` (18,432) or ``scientific`` (2e-3)."""
+    is_log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies, 0 at the low end and 1 at the high one; NaN stays NaN."""
+        if not self.is_log:
+            return (value - self.low) / (self.high - self.low)
+        if not value > 0:
+            return 0.0 if value == value else math.nan
+        low = math.log(self.low)
+        return (math.log(value) - low) / (math.log(self.high) - low)
+
+    def ticks(self, most: int = 6) -> list[tuple[float, str]]:
+        """Round values inside the range, and how they are written."""
+        values = _log_ticks(self, most) if self.is_log else _linear_ticks(self, most)
+        return [(value, self.write(value)) for value in values]
+
+    def write(self, value: float) -> str:
+        if self.kind == "count":
+            return human_count(value)
+        if self.kind == "whole":
+            return f"{value:,.0f}"
+        if self.kind == "scientific" and value:
+            mantissa, exponent = f"{value:.1e}".split("e")
+            return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+        return f"{value:.4g}"
+
+
+def _linear_ticks(axis: Axis, most: int) -> list[float]:
+    rough = (axis.high - axis.low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first = math.ceil(axis.low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(axis.high / step + 1e-9) + 1)]
+
+
+def _log_ticks(axis: Axis, most: int) -> list[float]:
+    exponents = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
+    for mantissas in ((1, 2, 5), (1, 3), (1,)):
+        values = [m * 10.0**e for e in exponents for m in mantissas]
+        inside = [v for v in values if axis.low <= v * (1 + 1e-9) and v <= axis.high * (1 + 1e-9)]
+        if len(inside) <= most:
+            return inside
+    return inside[:: -(-len(inside) // most)]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over consumed tokens."""
+
+    slug: str
+    """Its name in the page, and in other pictures."""
+    title: str
+    note: str
+    """A sentence on how to read it."""
+    x: Axis
+    y: Axis
+    series: Sequence[Series]
+    right: Axis | None = None
+    bands: Sequence[Band] = ()
+    phases: Sequence[tuple[str, float, float]] = ()
+    """Shaded stretches: name, first and last token."""
+    marks: Sequence[float] = ()
+    """Tokens at which the model was compacted."""
+    is_wide: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A value for each layer over consumed tokens, as shades."""
+
+    slug: str
+    title: str
+    note: str
+    x: Axis
+    values: Axis
+    """Range and unit of the shades."""
+    edges: Sequence[float]
+    """Tokens at which columns begin, and the end of the last one."""
+    rows: Sequence[Sequence[float]]
+    """A row a layer, from the first; NaN is left blank."""
+    phases: Sequence[tuple[str, float, float]] = ()
+    is_wide: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under headers; the first column names the row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def tokens_axis(low: float, high: float) -> Axis:
+    return Axis("consumed tokens", low, high if high > low else low + 1, "count")
+
+
+def fitted(
+    label: str,
+    values: Sequence[float],
+    *,
+    kind: str = "plain",
+    from_zero: bool = True,
+    is_log: bool = False,
+    headroom: float = 0.08,
+) -> Axis:
+    """An axis around the finite values."""
+    finite = [v for v in values if math.isfinite(v) and (v > 0 or not is_log)]
+    low, high = min(finite, default=1.0 if is_log else 0.0), max(finite, default=1.0)
+    if is_log:
+        if high / low < 1.5:
+            low, high = low / 1.5, high * 1.5
+        return Axis(label, low / 1.1, high * 1.1, kind, True)
+    if from_zero:
+        low = min(0.0, low)
+    span = (high - low) or abs(high) or 1.0
+    return Axis(label, low if from_zero else low - headroom * span, high + headroom * span, kind)
+
+
+def scaled(largest: float, unit: str) -> tuple[float, str]:
+    """A divisor and the unit with its prefix, so that the numbers of an axis stay short."""
+    for exponent, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G")):
+        if largest >= 10.0**exponent:
+            return 10.0**exponent, prefix + unit
+    return (1e6, "M" + unit) if largest >= 1e6 else (1.0, unit)
+
+
+Figure = Chart | HeatMap

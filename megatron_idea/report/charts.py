@@ -1,0 +1,468 @@
+"""The charts of one run, or of several in one picture, from what they recorded."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_idea.report.chart import (
+    COLOURS,
+    Axis,
+    Band,
+    Chart,
+    Figure,
+    HeatMap,
+    Series,
+    fitted,
+    scaled,
+    tokens_axis,
+)
+from megatron_idea.report.cost import cost
+from megatron_idea.report.run import MOST_POINTS, Run, curve, mean_of, number, smooth
+from megatron_idea.schedule import phase_ends
+
+# Of a heat map: fewer than pixels, so that a page of many layers stays light.
+MOST_COLUMNS = 240
+
+# Layers whose scores are drawn one by one; of more, as many spread evenly over the depth.
+MOST_LAYERS = 8
+
+
+def overview(runs: Sequence[Run]) -> list[Chart]:
+    """What everybody asks first: loss, the two schedules, widths, speed."""
+    return [loss(runs), schedules(runs), widths(runs), speed(runs)]
+
+
+def details(runs: Sequence[Run]) -> list[Chart]:
+    """Cost, time, memory and gradients, where they were recorded."""
+    charts = [costs(runs), step_time(runs), utilization(runs), memory(runs), gradients(runs)]
+    return [chart for chart in charts if chart.series]
+
+
+def layers(run: Run) -> list[Figure]:
+    """What differs between layers: widths, scores, churn."""
+    maps: list[Figure | None] = [width_map(run), churn_map(run), churn(run)]
+    return [figure for figure in maps if figure] + list(distributions(run))
+
+
+def _each(runs: Sequence[Run], alone: str) -> list[tuple[Run, str, str]]:
+    """Every run with its colour and the prefix of its names in legends."""
+    if len(runs) == 1:
+        return [(runs[0], alone, "")]
+    return [
+        (run, colour, f"{run.name}: ")
+        for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False)
+    ]
+
+
+def _chart(
+    runs: Sequence[Run],
+    slug: str,
+    title: str,
+    note: str,
+    y: Axis,
+    series: Sequence[Series],
+    **more: Any,
+) -> Chart:
+    """A chart over the tokens of all runs, with phases where the runs have the same ones."""
+    x = tokens_axis(0, max(run.tokens for run in runs))
+    marks = [event["tokens"] for event in runs[0].compactions()] if len(runs) == 1 else []
+    return Chart(slug, title, note, x, y, series, phases=_phases(runs, x.high), marks=marks, **more)
+
+
+def _phases(runs: Sequence[Run], last: float) -> list[tuple[str, float, float]]:
+    """Name, first and last token of the phases that were begun."""
+    ends = [phase_ends(run.config.schedule) for run in runs]
+    if not all(run.prunes for run in runs) or any(other != ends[0] for other in ends):
+        return []
+    phases = []
+    begin = 0.0
+    for name, end in ends[0].items():
+        if begin < min(end, last):
+            phases.append((name, begin, min(float(end), last)))
+            begin = float(end)
+    return phases
+
+
+def _measured(
+    runs: Sequence[Run],
+    value: Callable[[dict[str, Any]], float],
+    middle: Callable[[Sequence[float]], float],
+    name: str,
+    colour: str = "blue",
+) -> tuple[list[Series], list[Band], list[float]]:
+    """A noisy quantity, smoothed; with one run also every step of it, faintly.
+
+    Returns: series, bands and the smoothed values.
+    """
+    series: list[Series] = []
+    bands: list[Band] = []
+    values: list[float] = []
+    for run, shade, prefix in _each(runs, colour):
+        points = curve(run, value, middle)
+        if not any(map(math.isfinite, points.middle)):
+            continue
+        smoothed = smooth(points.middle, middle)
+        if len(runs) == 1 and points.is_thinned:
+            bands.append(Band(points.tokens, points.low, points.high, shade, "range of steps"))
+        elif len(runs) == 1:
+            series.append(Series("", points.tokens, points.middle, shade, "thin"))
+        series.append(Series((prefix + name).strip(), points.tokens, smoothed, shade))
+        values += [v for v in smoothed if math.isfinite(v)]
+    return series, bands, values
+
+
+def loss(runs: Sequence[Run]) -> Chart:
+    series, bands, smoothed = _measured(
+        runs, number("loss"), statistics.fmean, "training, smoothed"
+    )
+    held_out = [
+        Series(
+            f"{prefix}held-out",
+            [event["tokens"] for event in run.evaluations()],
+            [event["val_loss"] for event in run.evaluations()],
+            "red" if len(runs) == 1 else colour,
+            "points",
+        )
+        for run, colour, prefix in _each(runs, "blue")
+        if run.evaluations()
+    ]
+    y = _loss_axis(smoothed, [v for points in held_out for v in points.y if math.isfinite(v)])
+    shown = [_below(points, y.high) for points in held_out]
+    return _chart(
+        runs,
+        "loss",
+        "Loss",
+        "Training loss, and held-out loss where it was measured. The first fall is cut off.",
+        y,
+        [*series, *shown],
+        bands=bands,
+        is_wide=True,
+    )
+
+
+def _loss_axis(smoothed: Sequence[float], held_out: Sequence[float]) -> Axis:
+    """The fall from ln(vocab) would flatten everything after it; cut to where most steps are."""
+    ordered = sorted(smoothed)
+    if not ordered:
+        return fitted("loss (nats per token)", held_out)
+    low = min([ordered[0], *held_out])
+    high = ordered[int(0.97 * (len(ordered) - 1))]
+    span = max(high - low, 1e-3)
+    return Axis("loss (nats per token)", low - 0.08 * span, high + 0.25 * span)
+
+
+def _below(points: Series, high: float) -> Series:
+    kept = [(x, y) for x, y in zip(points.x, points.y, strict=True) if y <= high]
+    return Series(
+        points.name, [x for x, _ in kept], [y for _, y in kept], points.colour, points.style
+    )
+
+
+def schedules(runs: Sequence[Run]) -> Chart:
+    rates, ratios = [], []
+    for run, colour, prefix in _each(runs, "blue"):
+        lr, keep = curve(run, number("lr")), curve(run, number("keep_ratio"))
+        other = "orange" if len(runs) == 1 else colour
+        style = "line" if len(runs) == 1 else "dashed"
+        rates.append(Series(f"{prefix}learning rate", lr.tokens, lr.middle, colour))
+        ratios.append(
+            Series(f"{prefix}keep ratio", keep.tokens, keep.middle, other, style, is_right=True)
+        )
+    highest = max(value for series in rates for value in series.y)
+    return _chart(
+        runs,
+        "schedules",
+        "Learning rate and keep ratio",
+        "One learning-rate curve over all tokens, and the share of FFN neurons that live.",
+        Axis("learning rate", 0.0, 1.15 * (highest or 1.0), "scientific"),
+        [*rates, *ratios],
+        right=Axis("keep ratio", 0.0, 1.15),
+    )
+
+
+def widths(runs: Sequence[Run]) -> Chart:
+    series: list[Series] = []
+    bands: list[Band] = []
+    for run, colour, prefix in _each(runs, "green"):
+        width, live = curve(run, mean_of("ffn_width")), curve(run, mean_of("ffn_live"))
+        other = "orange" if len(runs) == 1 else colour
+        style = "line" if len(runs) == 1 else "dashed"
+        series.append(Series(f"{prefix}physical", width.tokens, width.middle, colour, "steps"))
+        series.append(Series(f"{prefix}live", live.tokens, live.middle, other, style))
+        if len(runs) == 1:
+            bands.append(
+                Band(
+                    width.tokens,
+                    live.middle,
+                    width.middle,
+                    colour,
+                    "masked, not yet removed",
+                    steps=True,
+                )
+            )
+    return _chart(
+        runs,
+        "widths",
+        "FFN width: live and physical",
+        "Neurons per layer, mean over layers. Masks take neurons out of the model step by step, "
+        "compactions take them out of memory in blocks.",
+        fitted("FFN neurons per layer", [v for s in series for v in s.y], kind="whole",
+               headroom=0.15),
+        series,
+        bands=bands,
+    )  # fmt: skip
+
+
+def speed(runs: Sequence[Run]) -> Chart:
+    series, bands, values = _measured(
+        runs, number("tokens_per_s"), statistics.median, "running median"
+    )
+    return _chart(
+        runs,
+        "speed",
+        "Training speed",
+        "Tokens of all processes together, per second of training steps; evaluations and saves "
+        "are not in it.",
+        fitted("tokens/s", values, kind="count", headroom=0.25),
+        series,
+        bands=bands,
+    )
+
+
+def step_time(runs: Sequence[Run]) -> Chart:
+    series, bands, values = _measured(
+        runs, number("step_s"), statistics.median, "running median", "teal"
+    )
+    return _chart(
+        runs,
+        "step-time",
+        "Step time",
+        "Seconds of one optimizer step.",
+        fitted("step time (s)", values, headroom=0.3),
+        series,
+        bands=bands,
+    )
+
+
+def utilization(runs: Sequence[Run]) -> Chart:
+    def percent(record: dict[str, Any]) -> float:
+        return 100.0 * number("mfu")(record)
+
+    series, bands, values = _measured(runs, percent, statistics.median, "running median", "violet")
+    return _chart(
+        runs,
+        "mfu",
+        "Model FLOPs utilization",
+        "FLOPs of the model at its physical width, per second, as a share of the devices' peak.",
+        fitted("MFU (% of peak)", values, headroom=0.25),
+        series,
+        bands=bands,
+    )
+
+
+def memory(runs: Sequence[Run]) -> Chart:
+    read = number("memory_bytes")
+    largest = max(
+        (read(r) for run in runs for r in run.records if r.get("memory_bytes")), default=0
+    )
+    divisor, unit = scaled(largest, "B")
+    series = []
+    for run, colour, prefix in _each(runs, "violet"):
+        points = curve(run, lambda record: read(record) / divisor, max)
+        if any(map(math.isfinite, points.middle)):
+            series.append(Series(f"{prefix}after each step", points.tokens, points.middle, colour))
+    peaks = [e for run in runs[:1] for e in run.compactions() if e.get("peak_bytes")]
+    if len(runs) == 1 and peaks:
+        series.append(
+            Series(
+                "peak of a compaction",
+                [event["tokens"] for event in peaks],
+                [event["peak_bytes"] / divisor for event in peaks],
+                "red",
+                "points",
+            )
+        )
+    return _chart(
+        runs,
+        "memory",
+        "Memory",
+        "Of the first process, between steps: allocated on a GPU, resident on a CPU.",
+        fitted(f"memory ({unit})", [v for s in series for v in s.y], headroom=0.25),
+        series,
+    )
+
+
+def gradients(runs: Sequence[Run]) -> Chart:
+    series, bands, values = _measured(
+        runs, number("grad_norm"), statistics.median, "running median", "olive"
+    )
+    extremes = [v for band in bands for v in (*band.low, *band.high)]
+    extremes += [v for s in series for v in s.y]
+    clip = runs[0].config.optimizer.clip_grad
+    last = max(run.tokens for run in runs)
+    if len(runs) == 1 and clip > 0 and values and min(values) < 3 * clip:
+        series.append(Series("clipped above", [0, last], [clip, clip], "red", "dashed"))
+    skipped = [
+        Series(f"{prefix}skipped steps", points.tokens, points.middle, "pink", "steps", True)
+        for run, _, prefix in _each(runs, "olive")
+        if (points := curve(run, number("skipped"), max)).middle[-1] > 0
+    ]
+    most = max((s.y[-1] for s in skipped), default=0)
+    return _chart(
+        runs,
+        "gradients",
+        "Gradient norm",
+        "Global norm before clipping, on a logarithmic scale. Steps whose gradient is not finite "
+        + ("are skipped." if skipped else "would be skipped; none was."),
+        fitted("gradient norm", extremes, is_log=True),
+        [*series, *skipped],
+        bands=bands,
+        right=Axis("skipped steps", 0, 1.2 * most) if skipped else None,
+    )
+
+
+def costs(runs: Sequence[Run]) -> Chart:
+    every = [(cost(run), colour, prefix) for run, colour, prefix in _each(runs, "blue")]
+    divisor, unit = scaled(max(sums.masks_only[-1] for sums, _, _ in every), "FLOPs")
+    series = []
+    for sums, colour, prefix in every:
+        stride = -(-len(sums.tokens) // MOST_POINTS)
+        curves = [(f"{prefix}this run" if not prefix else prefix[:-2], sums.this_run, colour,
+                   "line")]  # fmt: skip
+        if len(runs) == 1:
+            curves += [
+                ("masks only", sums.masks_only, "red", "dashed"),
+                ("ideal", sums.ideal, "green", "dashed"),
+                ("target from scratch", sums.from_scratch, "orange", "dashed"),
+            ]
+        # From the end backwards: the curve ends where the run does.
+        tokens = sums.tokens[::-stride][::-1]
+        series += [
+            Series(name, tokens, [v / divisor for v in values[::-stride][::-1]], colour, style)
+            for name, values, colour, style in curves
+        ]
+    return _chart(
+        runs,
+        "cost",
+        "Compute so far",
+        "Training FLOPs from the recorded widths, without evaluations and steps that were run "
+        "again after a stop. Ideal: no masked neuron is computed.",
+        fitted(f"compute ({unit})", [v for s in series for v in s.y]),
+        series,
+    )
+
+
+def width_map(run: Run) -> HeatMap | None:
+    """Every layer's width over tokens; live counts where nothing was compacted."""
+    compacted = run.records[0]["ffn_width"] != run.records[-1]["ffn_width"]
+    key, what = ("ffn_width", "FFN width") if compacted else ("ffn_live", "Live FFN neurons")
+    if not run.prunes:
+        return None
+    edges, rows = _columns(run, key)
+    return HeatMap(
+        "layer-widths",
+        f"{what} of each layer",
+        "Layers from the first (top) to the last.",
+        tokens_axis(0, run.tokens),
+        Axis("neurons", 0, max(map(max, rows)), "whole"),
+        edges,
+        rows,
+        phases=_phases([run], run.tokens),
+        is_wide=True,
+    )
+
+
+def _columns(run: Run, key: str) -> tuple[list[float], list[list[float]]]:
+    """Edges in tokens, and per layer the mean of a recorded list in each column."""
+    size = -(-len(run.records) // MOST_COLUMNS)
+    groups = [run.records[i : i + size] for i in range(0, len(run.records), size)]
+    edges = [0.0, *(float(group[-1]["tokens"]) for group in groups)]
+    count = len(run.records[0][key])
+    rows = [
+        [statistics.fmean(record[key][layer] for record in group) for group in groups]
+        for layer in range(count)
+    ]
+    return edges, rows
+
+
+def _scores_axis(run: Run) -> Axis:
+    tokens = [record["tokens"] for record in run.scores]
+    return tokens_axis(tokens[0], tokens[-1])
+
+
+def churn_map(run: Run) -> HeatMap | None:
+    records = [r for r in run.scores if None not in r["rank_correlation"]]
+    if len(records) < 2:
+        return None
+    rows = [list(row) for row in zip(*(r["rank_correlation"] for r in records), strict=True)]
+    tokens = [record["tokens"] for record in records]
+    low = min(map(min, rows))
+    return HeatMap(
+        "churn-by-layer",
+        "Stability of the ranking, by layer",
+        "Spearman rank correlation of a layer's importances with those of the record before: "
+        "1 is the same order, 0 is no relation. Layers from the first (top) to the last.",
+        tokens_axis(tokens[0], tokens[-1]),
+        Axis("rank correlation", min(0.0, low) if low < 0.2 else math.floor(low * 10) / 10, 1.0),
+        [*tokens, 2 * tokens[-1] - tokens[-2]],
+        rows,
+    )
+
+
+def churn(run: Run) -> Chart | None:
+    records = [r for r in run.scores if None not in r["rank_correlation"]]
+    if len(records) < 2:
+        return None
+    tokens = [record["tokens"] for record in records]
+    lowest = [min(record["rank_correlation"]) for record in records]
+    means = [statistics.fmean(record["rank_correlation"]) for record in records]
+    return Chart(
+        "churn",
+        "Stability of the ranking",
+        "Spearman rank correlation between neighbouring score records, over neurons still alive.",
+        tokens_axis(tokens[0], tokens[-1]),
+        Axis("rank correlation", min(0.0, *lowest), 1.05),
+        [
+            Series("mean over layers", tokens, means, "blue"),
+            Series("least stable layer", tokens, lowest, "orange", "dashed"),
+        ],
+    )
+
+
+def distributions(run: Run) -> list[Chart]:
+    """The spread of importance in each layer while neurons are removed."""
+    if len(run.scores) < 2:
+        return []
+    x = _scores_axis(run)
+    tokens = [record["tokens"] for record in run.scores]
+    every = [v for r in run.scores for layer in r["quantiles"] for v in layer[1:-1]]
+    y = fitted("importance", every, kind="scientific", is_log=True)
+    count = len(run.scores[0]["quantiles"])
+    shown = sorted({round(i * (count - 1) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
+    charts = []
+    for layer in shown if count > MOST_LAYERS else range(count):
+        # 0, 5, 25, 50, 75, 95, 100 %
+        columns = list(zip(*(r["quantiles"][layer] for r in run.scores), strict=True))
+        cut = [record["cut"][layer] for record in run.scores]
+        charts.append(
+            Chart(
+                f"importance-{layer}",
+                f"Importance of live neurons, layer {layer}",
+                "Before each recorded mask update; what lies below the cut was removed.",
+                x,
+                y,
+                [
+                    Series("median", tokens, columns[3], "blue"),
+                    Series("cut", tokens, cut, "red", "dashed"),
+                ],
+                bands=[
+                    Band(tokens, columns[1], columns[5], "blue", "5 to 95 %"),
+                    Band(tokens, columns[2], columns[4], "blue", "25 to 75 %"),
+                ],
+            )
+        )
+    return charts

@@ -1,0 +1,116 @@
+"""What removing neurons did to the training loss, and how long the run took to get over it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_idea.report.run import Run
+from megatron_idea.schedule import removal_window
+
+# Steps that are averaged on each side of a removal. More of them are less noisy and mix in more of
+# the loss's own fall.
+WINDOW_STEPS = 16
+
+# Share of the enlarged width that masks must take in one step for it to be an event of its own.
+SUDDEN = 0.02
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Neurons went at the end of a step."""
+
+    what: str
+    step: int
+    tokens: int
+    before: list[int]
+    after: list[int]
+    loss_jump: float | None
+    """Mean training loss of the steps after it minus that of the steps before; nats."""
+    noise: float | None
+    """Standard error of that difference."""
+    recovery_tokens: int | None
+    """Until as many steps as the window has are on average no worse than those before it; 0 when
+    they never were worse; None: not yet, or not known."""
+    compaction: dict[str, Any] | None = None
+    """The event, of a compaction."""
+
+
+def removals(run: Run) -> list[Removal]:
+    """The whole removal window, then each compaction and each sudden mask, in order of steps."""
+    found = []
+    for index, kind, before, after in _moments(run):
+        found.append(_measure(run, index, index, kind, before, after))
+    whole = _whole_window(run)
+    return [whole, *found] if whole else found
+
+
+def _moments(run: Run) -> list[tuple[int, str, list[int], list[int]]]:
+    compacted = {event["step"]: event for event in run.compactions()}
+    full = run.config.model.ffn_hidden_size
+    moments = []
+    live = run.records[0]["ffn_live"]
+    for index, record in enumerate(run.records):
+        event = compacted.get(record["step"])
+        if event:
+            moments.append((index, "compaction", event["widths_before"], event["widths_after"]))
+        elif statistics.fmean(live) - statistics.fmean(record["ffn_live"]) >= SUDDEN * full:
+            moments.append((index, "mask", live, record["ffn_live"]))
+        live = record["ffn_live"]
+    return moments
+
+
+def _whole_window(run: Run) -> Removal | None:
+    """All of the pruning as one removal: from its first token to its last."""
+    begin, end = removal_window(run.config.schedule)
+    inside = [i for i, record in enumerate(run.records) if begin <= record["tokens"] <= end]
+    if not run.prunes or len(inside) < 2:
+        return None
+    first, last = inside[0], inside[-1]
+    before, after = run.records[max(0, first - 1)]["ffn_live"], run.records[last]["ffn_live"]
+    return _measure(run, first, last, "all of the pruning", before, after)
+
+
+def _measure(
+    run: Run, begin: int, end: int, what: str, before: list[int], after: list[int]
+) -> Removal:
+    """Compare the losses of the steps up to ``begin`` with those after ``end``.
+
+    The step of a removal computes its loss before neurons go.
+    """
+    losses = [record["loss"] for record in run.records]
+    earlier = _finite(losses[max(0, begin + 1 - WINDOW_STEPS) : begin + 1])
+    later = _finite(losses[end + 1 : end + 1 + WINDOW_STEPS])
+    record = run.records[end]
+    jump = noise = recovered = None
+    if len(earlier) == len(later) == WINDOW_STEPS:
+        level = statistics.fmean(earlier)
+        jump = statistics.fmean(later) - level
+        variances = statistics.variance(earlier) + statistics.variance(later)
+        noise = math.sqrt(variances / WINDOW_STEPS)
+        recovered = _recovery(run, end, level)
+    compactions = {event["step"]: event for event in run.compactions()}
+    event = compactions.get(record["step"]) if what == "compaction" else None
+    return Removal(
+        what, record["step"], record["tokens"], before, after, jump, noise, recovered, event
+    )
+
+
+def _recovery(run: Run, index: int, level: float) -> int | None:
+    """Tokens from the removal to the first window of steps whose mean is at the level again."""
+    begin = run.records[index]["tokens"]
+    later = [(r["tokens"], r["loss"]) for r in run.records[index + 1 :] if math.isfinite(r["loss"])]
+    total = 0.0
+    for last, (tokens, loss) in enumerate(later):
+        total += loss - (later[last - WINDOW_STEPS][1] if last >= WINDOW_STEPS else 0.0)
+        if last >= WINDOW_STEPS - 1 and total / WINDOW_STEPS <= level:
+            # The window right behind the removal: the loss never rose.
+            return 0 if last == WINDOW_STEPS - 1 else tokens - begin
+    return None
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
