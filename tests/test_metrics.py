@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from megatron_idea import config as configs
-from megatron_idea import metrics
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.estimate import flops_per_token, remaining_flops
 from megatron_idea.metrics import (
@@ -21,6 +23,7 @@ from megatron_idea.metrics import (
     peak_flops,
     read_events,
     read_metrics,
+    read_scores,
 )
 
 QUIET = configs.from_dict({"logging": {"tensorboard": False}})
@@ -147,10 +150,115 @@ def test_without_tensorboard_no_folder_appears(tmp_path: Path) -> None:
 def test_asking_for_a_missing_tensorboard_fails_on_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for is_writer in (True, False):
         with pytest.raises(ConfigError, match=r"set logging\.tensorboard=false"):
             RunLog(tmp_path, Config(), is_writer)
+
+
+class FakeWandb(ModuleType):
+    """Stands for wandb: notes what it is told."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls: list[tuple[str, Any]] = []
+        self.fails = False
+
+    def Settings(self, **settings: Any) -> dict[str, Any]:
+        return settings
+
+    def init(self, **given: Any) -> Any:
+        if self.fails:
+            raise self.Error("no API key")
+        self.calls.append(("init", given))
+        note = lambda name: lambda *values, **_: self.calls.append((name, values))  # noqa: E731
+        return SimpleNamespace(
+            log=note("log"), finish=note("finish"), define_metric=note("define_metric")
+        )
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    return fake
+
+
+TRACKED = configs.replace(QUIET, logging={"wandb": "a-project"})
+
+
+def test_scalars_are_mirrored_to_weights_and_biases(tmp_path: Path, wandb: FakeWandb) -> None:
+    log = RunLog(tmp_path, TRACKED, is_writer=True)
+    log.write(record(1, ffn_width=[512, 256]))
+    log.event("evaluated", step=1, tokens=2048, val_loss=6.5, why="every")
+    log.close()
+    names = [name for name, _ in wandb.calls]
+    assert names == ["init", "define_metric", "log", "log", "finish"]
+    assert wandb.calls[0][1]["project"] == "a-project"
+    assert wandb.calls[0][1]["config"]["model"]["hidden_size"] == 128
+    first, second = (values[0] for name, values in wandb.calls if name == "log")
+    assert (first["step"], first["ffn_width"]) == (1, 384)
+    assert (second["tokens"], second["val_loss"]) == (2048, 6.5)
+
+
+def test_a_resumed_run_goes_on_in_its_own_curve(tmp_path: Path, wandb: FakeWandb) -> None:
+    for first in (1, 4):
+        log = RunLog(tmp_path, TRACKED, is_writer=True, step=first - 1)
+        log.write(record(first))
+        log.close()
+    RunLog(tmp_path / "other", TRACKED, is_writer=True).close()
+    ids = [given["id"] for name, given in wandb.calls if name == "init"]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_tracker_that_does_not_start_is_explained(tmp_path: Path, wandb: FakeWandb) -> None:
+    wandb.fails = True
+    with pytest.raises(ConfigError, match="no API key; run wandb login, or set WANDB_MODE=offline"):
+        RunLog(tmp_path, TRACKED, is_writer=True)
+
+
+def test_asking_for_a_missing_wandb_fails_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for is_writer in (True, False):
+        with pytest.raises(ConfigError, match="'a-project' but wandb is not installed"):
+            RunLog(tmp_path, TRACKED, is_writer)
+
+
+def test_nobody_who_did_not_ask_imports_wandb(tmp_path: Path, wandb: FakeWandb) -> None:
+    RunLog(tmp_path, QUIET, is_writer=True).close()
+    assert wandb.calls == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_the_real_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = RunLog(tmp_path, TRACKED, is_writer=True)
+    log.write(record(1))
+    log.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_scores_of_steps_that_are_run_again_are_dropped(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3)
+    assert read_scores(tmp_path) == []
+    log = RunLog(tmp_path, QUIET, is_writer=True, step=3)
+    for step in (4, 5, 6):
+        log.scores({"step": step, "cut": [0.1]})
+    log.close()
+    RunLog(tmp_path, QUIET, is_writer=True, step=5).close()
+    assert [r["step"] for r in read_scores(tmp_path)] == [4, 5]
+
+
+def test_a_start_says_what_the_run_runs_on(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 1)
+    environment = read_events(tmp_path)[0]["environment"]
+    assert environment["device"] and environment["processes"] == 1
+    assert {"python", "torch", "megatron-core"} <= set(environment["versions"])
 
 
 def test_mfu_is_recorded_when_the_peak_is_known(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def loss(runs: Sequence[Run]) -> Chart:
         if run.evaluations()
     ]
     y = _loss_axis(smoothed, [v for points in held_out for v in points.y if math.isfinite(v)])
-    shown = [_below(points, y.high) for points in held_out]
+    shown = [points for one in held_out if (points := _below(one, y.high)).x]
     return _chart(
         runs,
         "loss",
@@ -151,7 +151,7 @@ def _loss_axis(smoothed: Sequence[float], held_out: Sequence[float]) -> Axis:
         return fitted("loss (nats per token)", held_out)
     low = min([ordered[0], *held_out])
     high = ordered[int(0.97 * (len(ordered) - 1))]
-    span = max(high - low, 1e-3)
+    span = max(high - low, 0.02)
     return Axis("loss (nats per token)", low - 0.08 * span, high + 0.25 * span)
 
 
@@ -394,41 +394,50 @@ def _scores_axis(run: Run) -> Axis:
     return tokens_axis(tokens[0], tokens[-1])
 
 
+def _correlations(run: Run) -> tuple[list[float], list[list[float]]]:
+    """Tokens of the records that have them, the record before the first included, and a row each.
+
+    The first record has none, nor has the first after a resume.
+    """
+    known = [i for i, r in enumerate(run.scores) if None not in r["rank_correlation"]]
+    if not known:
+        return [], []
+    edges = [run.scores[i]["tokens"] for i in (max(0, known[0] - 1), *known)]
+    return edges, [run.scores[i]["rank_correlation"] for i in known]
+
+
 def churn_map(run: Run) -> HeatMap | None:
-    records = [r for r in run.scores if None not in r["rank_correlation"]]
-    if len(records) < 2:
+    edges, values = _correlations(run)
+    if len(values) < 2:
         return None
-    rows = [list(row) for row in zip(*(r["rank_correlation"] for r in records), strict=True)]
-    tokens = [record["tokens"] for record in records]
+    rows = [list(row) for row in zip(*values, strict=True)]
     low = min(map(min, rows))
     return HeatMap(
         "churn-by-layer",
         "Stability of the ranking, by layer",
         "Spearman rank correlation of a layer's importances with those of the record before: "
         "1 is the same order, 0 is no relation. Layers from the first (top) to the last.",
-        tokens_axis(tokens[0], tokens[-1]),
+        _scores_axis(run),
         Axis("rank correlation", min(0.0, low) if low < 0.2 else math.floor(low * 10) / 10, 1.0),
-        [*tokens, 2 * tokens[-1] - tokens[-2]],
+        edges,
         rows,
     )
 
 
 def churn(run: Run) -> Chart | None:
-    records = [r for r in run.scores if None not in r["rank_correlation"]]
-    if len(records) < 2:
+    edges, values = _correlations(run)
+    if len(values) < 2:
         return None
-    tokens = [record["tokens"] for record in records]
-    lowest = [min(record["rank_correlation"]) for record in records]
-    means = [statistics.fmean(record["rank_correlation"]) for record in records]
+    lowest = [min(row) for row in values]
     return Chart(
         "churn",
         "Stability of the ranking",
         "Spearman rank correlation between neighbouring score records, over neurons still alive.",
-        tokens_axis(tokens[0], tokens[-1]),
+        _scores_axis(run),
         Axis("rank correlation", min(0.0, *lowest), 1.05),
         [
-            Series("mean over layers", tokens, means, "blue"),
-            Series("least stable layer", tokens, lowest, "orange", "dashed"),
+            Series("mean over layers", edges[1:], [statistics.fmean(r) for r in values], "blue"),
+            Series("least stable layer", edges[1:], lowest, "orange", "dashed"),
         ],
     )
 

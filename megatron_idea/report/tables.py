@@ -164,7 +164,7 @@ def spent(run: Run) -> Table:
     processes = _processes(run)
     note = ""
     if processes:
-        seconds = sum(record["step_s"] for record in run.records)
+        seconds = sum(record.get("step_s", 0.0) for record in run.records)
         note = (
             f"Training steps took {human_duration(seconds)} on {processes} "
             f"{'process' if processes == 1 else 'processes'}."

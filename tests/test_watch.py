@@ -1,0 +1,199 @@
+"""The live view reads a run's folder in whatever state it finds it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from megatron_idea import cli
+from megatron_idea import config as configs
+from megatron_idea.config import ConfigError
+from megatron_idea.watch import SPARKS, Tail, View, describe, sparkline, watch
+
+CONFIG = configs.from_dict(
+    {"model": {"ffn_hidden_size": 1024}, "schedule": {"total_tokens": 100 * 2048}}
+)
+
+
+def record(step: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "tokens": step * 2048,
+        "phase": "enlarged",
+        "loss": 7.0 - step / 1000,
+        "lr": 1e-3,
+        "keep_ratio": 1.0,
+        "ffn_live": [1024] * 4,
+        "ffn_width": [1024] * 4,
+        "grad_norm": 0.5,
+        "tokens_per_s": 4096.0,
+        "step_s": 0.5,
+        "memory_bytes": 2 * 10**9,
+        "skipped": 0,
+        **fields,
+    }
+
+
+def append(run_dir: Path, name: str, *records: dict[str, Any]) -> None:
+    with open(run_dir / name, "a") as file:
+        file.writelines(json.dumps(one) + "\n" for one in records)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(CONFIG))
+    append(tmp_path, "events.jsonl", {"kind": "started", "time": time.time(), "step": 0})
+    append(tmp_path, "metrics.jsonl", *(record(step) for step in range(1, 41)))
+    return tmp_path
+
+
+def frame(run_dir: Path, width: int = 80, now: float | None = None) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    view = View(run_dir)
+    view.refresh()
+    console.print(view.render(time.time() if now is None else now, width))
+    return out.getvalue()
+
+
+def test_a_running_run_shows_where_it_is(run_dir: Path) -> None:
+    text = frame(run_dir)
+    for shown in (
+        "running", "enlarged", "40.0%", "81.9K of 205K tokens", "step 40", "ETA ", "4.1K",
+        "every layer", "1,024 of 1,024", "2.00 GB", "started at step 0",
+    ):  # fmt: skip
+        assert shown in text, shown
+    assert set(SPARKS) & set(text)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_frame_is_no_wider_than_the_terminal(run_dir: Path, width: int) -> None:
+    assert max(map(len, frame(run_dir, width).splitlines())) <= width
+
+
+def test_layers_of_different_widths_get_a_bar_each(run_dir: Path) -> None:
+    live = {"ffn_live": [100, 300, 500, 512], "ffn_width": [128, 384, 512, 512]}
+    append(run_dir, "metrics.jsonl", record(41, phase="prune", **live))
+    text = frame(run_dir)
+    assert "layer 0" in text and "100 of 128" in text and "layer 3" in text and "▒" in text
+
+
+def test_a_deep_model_shows_twelve_of_its_layers(run_dir: Path) -> None:
+    widths = [512 + 8 * i for i in range(48)]
+    append(run_dir, "metrics.jsonl", record(41, ffn_live=widths, ffn_width=widths))
+    text = frame(run_dir)
+    assert text.count("layer ") == 12 and "layer 0" in text and "layer 47" in text
+
+
+def test_a_finished_run_says_so_and_has_no_time_left(run_dir: Path) -> None:
+    append(run_dir, "metrics.jsonl", record(100, phase="recover"))
+    append(run_dir, "events.jsonl", {"kind": "finished", "time": 1.0, "step": 100})
+    text = frame(run_dir)
+    assert "finished" in text and "100.0%" in text and "ETA" not in text
+
+
+def test_a_stopped_and_a_silent_run_are_told_from_a_running_one(run_dir: Path) -> None:
+    assert "silent for 16m40s" in frame(run_dir, now=time.time() + 1000)
+    append(run_dir, "events.jsonl", {"kind": "signal", "time": 1.0, "step": 40, "name": "SIGTERM"})
+    assert "stopped, can be resumed" in frame(run_dir)
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+def test_a_folder_without_records_is_waited_for(tmp_path: Path, has_config: bool) -> None:
+    if has_config:
+        (tmp_path / "config.yaml").write_text(configs.to_yaml(CONFIG))
+    assert "waiting for " + ("its first step" if has_config else "config.yaml") in frame(tmp_path)
+
+
+@pytest.mark.parametrize("tail", ['{"step": 41, "lo', '{"step": 41}', "rubbish\n", "[1]\n"])
+def test_a_half_written_or_broken_line_does_no_harm(run_dir: Path, tail: str) -> None:
+    for name in ("metrics.jsonl",):
+        with open(run_dir / name, "a") as file:
+            file.write(tail)
+    assert "step 40" in frame(run_dir)
+
+
+def test_a_loss_that_is_not_a_number_is_said(run_dir: Path) -> None:
+    append(run_dir, "metrics.jsonl", *(record(40 + i, loss=float("nan")) for i in range(1, 21)))
+    assert "not a number" in frame(run_dir)
+
+
+def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == ([], False)
+    path.write_text('{"step": 1}\n{"st')
+    assert tail.read() == ([{"step": 1}], False)
+    assert tail.read() == ([], False)
+    with open(path, "a") as file:
+        file.write('ep": 2}\n')
+    assert tail.read() == ([{"step": 2}], False)
+
+
+def test_what_a_resumed_run_dropped_is_forgotten(run_dir: Path) -> None:
+    view = View(run_dir)
+    view.refresh()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    os.truncate(run_dir / "metrics.jsonl", len("".join(lines[:30])))
+    view.refresh()
+    assert view.recent[-1]["step"] == 30 and len(view.losses) == 30
+
+
+def test_a_long_run_keeps_a_bounded_number_of_losses(run_dir: Path) -> None:
+    steps = range(41, 20_001)
+    append(run_dir, "metrics.jsonl", *({**record(0), "step": s, "loss": float(s)} for s in steps))
+    view = View(run_dir)
+    view.refresh()
+    assert 1000 < len(view.losses) <= 4096
+    assert view.losses[-1] > 19_990
+
+
+def test_a_sparkline_falls_with_the_loss() -> None:
+    line = sparkline([8.0 - i / 100 for i in range(600)], 20)
+    assert len(line) == 20 and line[0] == "█" and line[-1] == "▁"
+    assert sorted(line, reverse=True) == list(line)
+    assert sparkline([], 10) == "" and sparkline([1.0], 10) == "▁"
+    assert sparkline([1.0, float("nan")], 2)[1] == " "
+
+
+def test_every_kind_of_event_has_its_words() -> None:
+    compacted = {
+        "kind": "compacted",
+        "step": 6,
+        "widths_before": [64, 64],
+        "widths_after": [48, 40],
+    }
+    assert describe(compacted) == "compacted 64 to 44 neurons per layer at step 6"
+    assert describe({"kind": "saved", "step": 6, "seconds": 0.21}) == "saved step 6 in 0.2 s"
+    assert describe({"kind": "damaged", "reason": "x"}) == "damaged"
+    rolled = {"kind": "rolled_back", "step": 4, "from_step": 9}
+    assert describe(rolled) == "rolled back from step 9 to step 4"
+
+
+def test_watching_ends_with_the_run(run_dir: Path) -> None:
+    def finish() -> None:
+        append(run_dir, "metrics.jsonl", record(100))
+        append(run_dir, "events.jsonl", {"kind": "finished", "time": 1.0, "step": 100})
+
+    timer = threading.Timer(0.3, finish)
+    timer.start()
+    out = io.StringIO()
+    watch(run_dir, every_s=0.1, console=Console(file=out, force_terminal=True, width=80))
+    timer.join()
+    assert "finished" in out.getvalue()
+
+
+def test_the_command_looks_once(run_dir: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["watch", str(run_dir), "--once"])
+    assert result.exit_code == 0 and "step 40" in result.output
+    with pytest.raises(ConfigError, match="is not a folder"):
+        watch(tmp_path / "nowhere", once=True)
