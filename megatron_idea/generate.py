@@ -21,6 +21,7 @@ from megatron_idea import config as configuration
 from megatron_idea.config import ConfigError, validate
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distributed import start_distributed, stop_distributed
+from megatron_idea.evaluate import load_folder
 from megatron_idea.model import build_model, transformer_config
 
 Logits = Callable[[list[int]], Tensor]
@@ -160,22 +161,7 @@ def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configu
 
 
 def _exported(path: Path, tokenizer: str) -> Writer:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            "an exported folder is read with transformers: pip install 'megatron-idea[export]'"
-        ) from error
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True
-        ).eval()
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"transformers cannot load {path}: {reason}") from error
-    if torch.cuda.is_available():
-        model = model.cuda()
+    model = load_folder(path)
     # With our own reader of tokenizer.json the same text gets the same ids as in training.
     words = load_tokenizer(tokenizer or path)
     return Writer(_Cached(model).logits, words, model.config.max_position_embeddings)

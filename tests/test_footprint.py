@@ -199,7 +199,6 @@ def test_messages_are_those_of_the_layout() -> None:
     tokens = 2 * SEQUENCE
     assert sent["pp"] == 2 * tokens // 2 * HIDDEN * 2
     assert sent["embedding"] == VOCAB // 2 * HIDDEN * 4
-    print(sent, 2 * tokens * HIDDEN * 2)
 
 
 def count_flops(groups: Any, config: Config) -> int:
