@@ -132,7 +132,7 @@ def _megatron_step(
 
 
 @contextlib.contextmanager
-def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     for chunk in chunks:
         chunk.eval()
     yield
@@ -147,7 +147,7 @@ def held_out_loss(
 
     Collective over all ranks and equal on all of them.
     """
-    with _evaluating(chunks):
+    with evaluating(chunks):
         step = functools.partial(_megatron_step, chunks, groups, None)
         nats, tokens, _ = add_up(step, batches)
     return nats / tokens, int(tokens)
@@ -202,7 +202,7 @@ def evaluate_model(
         checkpoint.load_weights(chunks, found, groups)
         sizes = _token_sizes(words, groups.device)
         step = functools.partial(_megatron_step, chunks, groups, sizes)
-        with _evaluating(chunks), ledger:
+        with evaluating(chunks), ledger:
             return [
                 _measure(step, name, _rows(name, config, words, groups, options.limit), ledger)
                 for name in (data or [OWN_DATA])
