@@ -362,10 +362,16 @@ class EvaluationConfig:
     """Held-out sequences in one evaluation, always the same ones."""
     around_compaction: bool = True
     """Also right before and after each compaction, with the plan's masks before: the two agree."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Texts that the model goes on from at each evaluation but those around compactions; an empty
+    text begins a document. ``samples.jsonl`` and the report have what it wrote."""
+    sample_tokens: int = 48
+    """Tokens written after each prompt at most; each costs a forward pass over the text so far."""
 
     def __post_init__(self) -> None:
         _require(self.every_tokens >= 0, "evaluation.every_tokens must not be negative")
         _require(self.num_samples > 0, "evaluation.num_samples must be positive")
+        _require(self.sample_tokens > 0, "evaluation.sample_tokens must be positive")
 
 
 @dataclass(frozen=True)

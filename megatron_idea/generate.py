@@ -1,4 +1,4 @@
-"""Let a checkpoint, or an exported folder, go on writing from a prompt.
+"""Let a model in training, a checkpoint, or an exported folder go on writing from a prompt.
 
 For looking at a model, not for serving it: one sequence at a time, and our own model reads the
 whole text again for every token.
@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
-from megatron_idea.config import ConfigError, validate
+from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_idea.distributed import start_distributed, stop_distributed
-from megatron_idea.evaluate import load_folder
+from megatron_idea.distributed import ProcessGroups, start_distributed, stop_distributed
+from megatron_idea.evaluate import evaluating, load_folder
+from megatron_idea.metrics import SAMPLES
 from megatron_idea.model import build_model, transformer_config
 
 Logits = Callable[[list[int]], Tensor]
@@ -35,6 +39,10 @@ class Sample:
     """What the model wrote after the prompt."""
     ids: list[int]
     """Its tokens; the last one is the end of the document when the model ended it."""
+
+
+LIVE_TEMPERATURE = 0.8
+"""Of samples in training: the likeliest token alone soon repeats itself in a small model."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,70 @@ def sample(
 def remember(run_dir: Path, samples: Sequence[Sample]) -> None:
     """Add samples of a run's latest checkpoint to ``samples.jsonl``: the report shows them."""
     state = checkpoint.read_state(checkpoint.resolve(run_dir))
-    with (run_dir / "samples.jsonl").open("a") as file:
+    with (run_dir / SAMPLES).open("a") as file:
         for one in samples:
             record = {"step": state.step, "tokens": state.consumed_tokens}
             file.write(json.dumps(record | {"prompt": one.prompt, "text": one.text}) + "\n")
+
+
+def sample_live(
+    chunks: Sequence[torch.nn.Module], config: Config, groups: ProcessGroups, tokenizer: Tokenizer
+) -> list[Sample]:
+    """Let a model in training go on from ``evaluation.sample_prompts``.
+
+    Collective over all ranks and equal on all of them. Each prompt draws from the same numbers at
+    every call: what changes from one call to the next is the model.
+    """
+    settings = config.evaluation
+    with evaluating(chunks):
+        writer = Writer(_live_logits(chunks, config, groups), tokenizer, config.training.seq_length)
+        return [
+            _continue(writer, prompt, settings.sample_tokens, LIVE_TEMPERATURE, 0, seed=0)
+            for prompt in settings.sample_prompts
+        ]
+
+
+def _live_logits(
+    chunks: Sequence[torch.nn.Module], config: Config, groups: ProcessGroups
+) -> Logits:
+    """Next-token logits of a model over TP x PP ranks; data-parallel peers all do the same.
+
+    Collective over all ranks.
+    """
+    # The whole batch must be divisible for the interleaved pipeline: it gets the same row again.
+    copies = groups.pp.size() if len(chunks) > 1 else 1
+    # Few different lengths: kernels are tuned, and rotary embeddings are kept, for each.
+    multiple = math.lcm(64, groups.tp.size())
+
+    def logits(ids: list[int]) -> Tensor:
+        length = min(-(-len(ids) // multiple) * multiple, config.training.seq_length)
+        row = torch.tensor([ids + [0] * (length - len(ids))], device=groups.device)
+        batch = row, torch.arange(length, device=groups.device).unsqueeze(0)
+        iterators = [iter([batch] * copies) for _ in chunks]
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=copies,
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=True,
+        )
+        found = torch.zeros(config.model.vocab_size, device=groups.device)
+        if groups.is_last_stage and groups.tp.rank() == 0 and groups.dp.rank() == 0:
+            found += outputs[0][0, len(ids) - 1].float()
+        dist.all_reduce(found)
+        return found.cpu()
+
+    return logits
+
+
+def _forward(
+    batches: Iterator[tuple[Tensor, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    tokens, positions = next(batches)
+    # No function of a loss: megatron-core then hands out what the last stage returns.
+    return model(tokens, positions, None, runtime_gather_output=True), None
 
 
 @torch.no_grad()

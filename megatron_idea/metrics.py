@@ -28,6 +28,7 @@ from megatron_idea.trackers import Tracker, open_trackers, require_trackers
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 SCORES = "scores.jsonl"
+SAMPLES = "samples.jsonl"
 
 VERSIONS_OF = ("megatron-idea", "torch", "megatron-core", "transformer-engine", "triton", "numpy")
 
@@ -80,13 +81,13 @@ class RunLog:
         if not is_writer:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, SCORES):
+        for name in (METRICS, SCORES, SAMPLES):
             _truncate(run_dir / name, keep=lambda record: record["step"] <= step)
         _truncate(run_dir / EVENTS, keep=lambda event: True)
         # Line buffering: every record is with the operating system before the next step begins.
         self._metrics = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115  until close()
         self._events = open(run_dir / EVENTS, "a", buffering=1)  # noqa: SIM115  until close()
-        self._scores_path = run_dir / SCORES
+        self._run_dir = run_dir
         self._trackers: list[Tracker] = []
         self.event("resumed" if step else "started", step=step, environment=environment())
         started = [event["time"] for event in read_events(run_dir) if event["kind"] == "started"]
@@ -110,8 +111,15 @@ class RunLog:
 
     def scores(self, record: dict[str, Any]) -> None:
         """Append how importances were spread at a mask update."""
+        self._append(SCORES, record)
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Append what the model wrote after a prompt."""
+        self._append(SAMPLES, record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
         if self.is_writer:
-            with open(self._scores_path, "a") as file:  # rarely, and not in every run
+            with open(self._run_dir / name, "a") as file:  # rarely, and not in every run
                 file.write(json.dumps(record) + "\n")
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -158,6 +166,11 @@ def environment() -> dict[str, Any]:
 def read_scores(run_dir: Path) -> list[dict[str, Any]]:
     """Read the score records of a run, oldest first; none where nothing was pruned."""
     return [record for record, _ in _lines(run_dir / SCORES)]
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """Read what a run's model wrote, oldest first: ``step``, ``tokens``, ``prompt``, ``text``."""
+    return [record for record, _ in _lines(run_dir / SAMPLES)]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

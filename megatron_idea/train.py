@@ -23,6 +23,7 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint import Saving, TrainState
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.batches import Batches
+from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distributed import (
     ProcessGroups,
     memory_bytes,
@@ -33,6 +34,7 @@ from megatron_idea.distributed import (
 )
 from megatron_idea.estimate import num_steps
 from megatron_idea.evaluate import held_out_loss, open_batches, validation_batches
+from megatron_idea.generate import sample_live
 from megatron_idea.metrics import Progress, RunLog, peak_flops
 from megatron_idea.optim import Trainable, assemble, update
 from megatron_idea.prune import moves
@@ -53,6 +55,7 @@ class Run:
     pruner: Pruner
     data: Batches
     held_out: Batches | None
+    tokenizer: Tokenizer
     log: RunLog
     progress: Progress
     stop: StopSignal
@@ -173,7 +176,8 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     if path is not None:
         done = state.consumed_tokens >= config.schedule.total_tokens
         progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
-    run = Run(config, groups, trainable, pruner, data, held_out, log, progress, StopSignal())
+    words = load_tokenizer(config.data.tokenizer)
+    run = Run(config, groups, trainable, pruner, data, held_out, words, log, progress, StopSignal())
     if state.plan_due:
         plan = pruner.plan(trainable, state.consumed_tokens)
         assert plan is not None, f"{path} was saved for a compaction, and none is due"
@@ -281,14 +285,14 @@ def apply(run: Run, state: TrainState, plan: Plan) -> None:
     measured = compacts and run.config.evaluation.around_compaction
     if measured:
         apply_mask(run.trainable.mlps, plan)
-        evaluate(run, state, "compaction_before")
+        measure(run, state, "compaction_before")
     report = run.pruner.apply(run.trainable, plan)
     state.plan_due = False
     state.widths = run.trainable.widths
     if report is not None:
         run.log.event("compacted", step=state.step, tokens=state.consumed_tokens, **vars(report))
     if measured:
-        evaluate(run, state, "compaction_after")
+        measure(run, state, "compaction_after")
 
 
 def forward_backward(run: Run, state: TrainState) -> list[Tensor]:
@@ -350,6 +354,15 @@ def share_loss(run: Run, losses: list[Tensor]) -> tuple[float, bool, bool]:
 
 
 def evaluate(run: Run, state: TrainState, why: str) -> None:
+    """Measure the held-out loss, and let the model write; log both."""
+    measure(run, state, why)
+    if run.config.evaluation.sample_prompts:
+        place = {"step": state.step, "tokens": state.consumed_tokens}
+        for one in sample_live(run.trainable.chunks, run.config, run.groups, run.tokenizer):
+            run.log.sample(place | {"prompt": one.prompt, "text": one.text})
+
+
+def measure(run: Run, state: TrainState, why: str) -> None:
     """Measure the held-out loss and log it; nothing without held-out data."""
     if run.held_out is None:
         return

@@ -9,14 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from hf import trained
+from hf import SOON, trained
+from jobs import live_run, run_job, small
 from typer.testing import CliRunner
 
 from megatron_idea import checkpoint
-from megatron_idea.config import ConfigError
+from megatron_idea import config as configuration
+from megatron_idea.config import Config, ConfigError
 from megatron_idea.data.tokenizer import load_tokenizer
 from megatron_idea.export import export_checkpoint
-from megatron_idea.generate import Sample, Writer, _continue, draw, sample
+from megatron_idea.generate import (
+    LIVE_TEMPERATURE,
+    Sample,
+    Writer,
+    _continue,
+    draw,
+    sample,
+    sample_live,
+)
 from megatron_idea.testing import Workers
 
 pytest.importorskip("transformers", reason="needs megatron-idea[export]")
@@ -66,6 +76,55 @@ def test_a_checkpoint_and_its_export_write_the_same(
     assert all(1 <= len(one.ids) <= 16 for one in ours)
     (alone,) = workers.run(sample_job, 1, str(run), prompts[2:], settings)
     assert alone == ours[2:], "a prompt's text depends on the others"
+
+
+def live_job(
+    groups: Any, config: Config, steps: int, writes: bool
+) -> tuple[list[float], list[Sample]]:
+    """Train some steps on random tokens; the losses, and what the model wrote at the end."""
+    from megatron_idea.train import step
+
+    run, state = live_run(groups, config)
+    tokenizer = load_tokenizer("byte")
+    losses, samples = [], []
+    for _ in range(steps):
+        losses.append(step(run, state)[0]["loss"])
+        if writes:
+            samples = sample_live(run.trainable.chunks, config, groups, tokenizer)
+    checkpoint.save(run.trainable, run.pruner, state)
+    return losses, samples
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    ],
+    ids=["tp2", "pp2 vp2", "dp2"],
+)
+def test_a_model_in_training_writes_what_its_checkpoint_does(
+    parallel: dict[str, Any], workers: Workers, tmp_path: Path
+) -> None:
+    """In the middle of pruning, over several ranks, past the window; training does not notice."""
+    prompts = ["def", "", "a longer prompt than the window"]
+    config = small(
+        run_dir=str(tmp_path / "run"),
+        model={"num_layers": 4, "vocab_size": 264, "init_method_std": 0.3},
+        prune={"target_ffn_hidden_size": 12},
+        schedule=SOON,
+        parallel=parallel,
+        evaluation={"sample_prompts": prompts, "sample_tokens": 12},
+    )
+    told = run_job(workers, live_job, 2, config, 8, True)
+    elsewhere = configuration.replace(config, run_dir=str(tmp_path / "quiet"))
+    quiet = run_job(workers, live_job, 2, elsewhere, 8, False)
+    assert told[0][0] == quiet[0][0], "writing has changed the training"
+    assert told[0][1] == told[1][1], "ranks have written different texts"
+    settings = {"max_new_tokens": 12, "temperature": LIVE_TEMPERATURE}
+    (written,) = workers.run(sample_job, 1, str(tmp_path / "run"), prompts, settings)
+    assert told[0][1] == written
 
 
 def test_draws_follow_the_settings() -> None:

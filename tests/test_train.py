@@ -14,7 +14,7 @@ import pytest
 
 from megatron_idea import checkpoint
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.metrics import read_events, read_metrics, read_samples
 from megatron_idea.schedule import keep_ratio, learning_rate, phase
 from megatron_idea.testing import Workers
 
@@ -78,7 +78,11 @@ def run(
     if not finished:
         folder = tmp_path_factory.mktemp("whole")
         config = replace(
-            tiny, run_dir=str(folder / "run"), data={"cache_dir": str(folder)}, parallel=TP2
+            tiny,
+            run_dir=str(folder / "run"),
+            data={"cache_dir": str(folder)},
+            parallel=TP2,
+            evaluation={"sample_prompts": ["def ", ""], "sample_tokens": 4},
         )
         assert workers.run(train_once, 2, config) == [(24, 24 * 128)] * 2
         finished["run"] = config
@@ -137,6 +141,16 @@ def test_a_run_tells_what_happened(run: Config) -> None:
     assert (Path(run.run_dir) / "config.yaml").is_file()
 
 
+def test_the_model_writes_at_each_evaluation(run: Config) -> None:
+    samples = read_samples(Path(run.run_dir))
+    events = read_events(Path(run.run_dir))
+    evaluated = [(e["step"], e["tokens"]) for e in events if e["kind"] == "evaluated"]
+    assert [(s["step"], s["tokens"], s["prompt"]) for s in samples] == [
+        (*place, prompt) for place in evaluated for prompt in ("def ", "")
+    ]
+    assert len({s["text"] for s in samples}) > 4, "training does not change what it writes"
+
+
 def test_a_finished_run_is_left_as_it_is(run: Config, workers: Workers) -> None:
     metrics = (Path(run.run_dir) / "metrics.jsonl").read_bytes()
     files = sorted((Path(run.run_dir) / "checkpoints").rglob("*"))
@@ -159,6 +173,7 @@ def test_an_interrupted_run_saves_and_goes_on_as_if_nothing_had_been(
     assert (event["step"], event["name"]) == (12, "SIGTERM")
     assert workers.run(train_once, 2, config) == [(24, 24 * 128)] * 2
     assert computed(config) == computed(run)
+    assert read_samples(tmp_path / "run") == read_samples(Path(run.run_dir))
     assert kinds(config)[-1] == "finished"
 
 
