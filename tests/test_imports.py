@@ -43,7 +43,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 MAY_IMPORT_MEGATRON_CORE = {
     "distributed", "cpu", "layers", "model", "data", "optim", "checkpoint", "storage", "train",
-    "evaluate", "meta", "prune.units", "prune.compact", "prune.verify",
+    "evaluate", "generate", "meta", "prune.units", "prune.compact", "prune.verify",
 }  # fmt: skip
 MAY_PRINT = {"cli"}
 
