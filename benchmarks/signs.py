@@ -54,7 +54,7 @@ SPIKE_RATIO = 4.0
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train; ``schedule`` is what it changes in IDEA Prune's."""
+    """One way to train; ``schedule`` and ``averaged`` are what it changes in IDEA Prune."""
 
     width: int
     """FFN width at the start; the arm prunes if it is the enlarged one and ``prunes``."""
@@ -62,6 +62,9 @@ class Arm:
     enlarged: float = 0.5
     """Share of the tokens before pruning; the prune phase is 0.3 of the rest."""
     schedule: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+    """The one removal is ranked by all of the prune warm-up: averages over half of it are what the
+    moving average gets. Else it is ranked by the last two or three steps, as every gradual one."""
     equal_compute: bool = False
     """Over so many tokens that its FLOPs are those of the arm ``idea``."""
 
@@ -72,6 +75,7 @@ ARMS = {
     "scratch": Arm(TARGET, prunes=False),
     "idea": Arm(ENLARGED, prunes=True),
     "idea-one-shot": Arm(ENLARGED, prunes=True, schedule=ONE_SHOT),
+    "idea-one-shot-averaged": Arm(ENLARGED, prunes=True, schedule=ONE_SHOT, averaged=True),
     "naive-one-shot": Arm(ENLARGED, prunes=True, schedule=NAIVE | ONE_SHOT),
     "naive-gradual": Arm(ENLARGED, prunes=True, schedule=NAIVE),
     "idea-early": Arm(ENLARGED, prunes=True, enlarged=0.3),
@@ -96,6 +100,7 @@ SIGNS = (
     Sign("idea", "naive-one-shot", "<"),
     Sign("idea", "naive-gradual", "<"),
     Sign("idea-one-shot", "idea", "spike"),
+    Sign("idea-one-shot-averaged", "idea", "spike"),
     Sign("idea", "scratch", "<"),
     Sign("idea-early", "scratch"),
     Sign("idea", "idea-one-shot"),
@@ -150,6 +155,7 @@ def arm_config(name: str, seed: int, steps: int, data: str, out: Path) -> Config
             },
             "prune": {
                 "strategy": "idea" if arm.prunes else "none", "target_ffn_hidden_size": TARGET,
+                "mask_interval_steps": every if arm.averaged else 1,
             },
             "checkpoint": {"before_compaction": False, "keep_last": 1},
             "evaluation": {"every_tokens": every * batch, "num_samples": CURVE_SAMPLES,
