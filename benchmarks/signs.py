@@ -54,7 +54,7 @@ SPIKE_RATIO = 4.0
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train; ``schedule`` and ``averaged`` are what it changes in IDEA Prune."""
+    """One way to train; ``lr``, ``schedule`` and ``averaged`` are what it changes in IDEA Prune."""
 
     width: int
     """FFN width at the start; the arm prunes if it is the enlarged one and ``prunes``."""
@@ -65,6 +65,8 @@ class Arm:
     averaged: bool = False
     """The one removal is ranked by all of the prune warm-up: averages over half of it are what the
     moving average gets. Else it is ranked by the last two or three steps, as every gradual one."""
+    lr: float = 1e-2
+    """Peak learning rate; the last one is a two-hundredth of it."""
     equal_compute: bool = False
     """Over so many tokens that its FLOPs are those of the arm ``idea``."""
 
@@ -81,6 +83,10 @@ ARMS = {
     "idea-early": Arm(ENLARGED, prunes=True, enlarged=0.3),
     "enlarged": Arm(ENLARGED, prunes=False),
     "scratch-equal-compute": Arm(TARGET, prunes=False, equal_compute=True),
+    "scratch-half-lr": Arm(TARGET, prunes=False, lr=5e-3),
+    "scratch-twice-lr": Arm(TARGET, prunes=False, lr=2e-2),
+    "idea-half-lr": Arm(ENLARGED, prunes=True, lr=5e-3),
+    "idea-twice-lr": Arm(ENLARGED, prunes=True, lr=2e-2),
 }
 
 
@@ -105,6 +111,8 @@ SIGNS = (
     Sign("idea-early", "scratch"),
     Sign("idea", "idea-one-shot"),
     Sign("idea", "scratch-equal-compute"),
+    Sign("idea-half-lr", "scratch-half-lr"),
+    Sign("idea-twice-lr", "scratch-twice-lr"),
     Sign("enlarged", "scratch"),
 )
 
@@ -146,7 +154,7 @@ def arm_config(name: str, seed: int, steps: int, data: str, out: Path) -> Config
                          "seed": seed},
             "schedule": {
                 "total_tokens": steps * batch,
-                "lr": 1e-2, "min_lr": 5e-5, "lr_warmup_fraction": 0.02,
+                "lr": arm.lr, "min_lr": arm.lr / 200, "lr_warmup_fraction": 0.02,
                 "enlarged_fraction": arm.enlarged, "prune_fraction": prune,
                 "recover_fraction": 1 - arm.enlarged - prune,
                 # Half a step less: the end must not depend on how a product is rounded.
