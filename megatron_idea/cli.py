@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
-import signal
-import sys
 import time
-import uuid
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
     from megatron_idea.config import Config
 
 USER_ERROR = 2
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, try again later
 LET_RANK_0_SPEAK_S = 3.0
 
 
@@ -185,6 +179,7 @@ def train(
     torchrun's. SIGTERM, SIGINT or SIGUSR1: finish the step, save, end with status 75.
     """
     from megatron_idea.config import load, to_yaml, validate
+    from megatron_idea.launcher import STOPPED, Job, launch
 
     loaded = load(config, overrides or [])
     if not _is_worker():
@@ -195,8 +190,11 @@ def train(
             return
         _check_nodes(nnodes, node_rank, master)
         if nnodes * nproc > 1:
-            job = _Job(nproc, nnodes, node_rank, master)
-            raise typer.Exit(_launch(job, ["train", str(config), *(overrides or [])]))
+            job = Job(nproc, nnodes, node_rank, master)
+            ended = launch(job, ["train", str(config), *(overrides or [])])
+            if ended.reason:
+                _say_error(ended.reason)
+            raise typer.Exit(ended.status)
     elif nproc is not None or nnodes > 1:
         raise typer.BadParameter(
             "the launcher has set the number of processes", param_hint="--nproc"
@@ -584,126 +582,6 @@ def _is_worker() -> bool:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """Processes to start here, and where this node's place is in the job."""
-
-    nproc: int
-    nnodes: int = 1
-    node_rank: int = 0
-    master: str = ""
-
-
-class _PassOn:
-    """Passes stop signals to the workers, who save and leave on their own.
-
-    torch's agent would kill them 30 s after a signal (a constant up to torch 2.11), a large
-    checkpoint unfinished. The same signal again is left to it: then 30 s are enough.
-    """
-
-    ECHO_S = 2.0  # as train.StopSignal's: what comes sooner is the same request
-
-    def __init__(self, run_id: str) -> None:
-        self.received: int | None = None
-        self._received_at = 0.0
-        self._run_id = run_id
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _PassOn:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        from torch.distributed.elastic.multiprocessing.api import SignalException
-
-        now = time.monotonic()
-        again = number == self.received and now - self._received_at > self.ECHO_S
-        if self.received is None:
-            self.received, self._received_at = number, now
-            again = not self._tell_workers(number)
-        if again:
-            name = signal.Signals(number)
-            raise SignalException(f"got {name.name}", name)
-
-    def _tell_workers(self, number: int) -> bool:
-        """Whether there was one to tell."""
-        import psutil
-
-        told = False
-        for child in psutil.Process().children():
-            try:
-                if child.environ().get("TORCHELASTIC_RUN_ID") == self._run_id:
-                    child.send_signal(number)
-                    told = True
-            except psutil.Error:  # it has just ended
-                continue
-        return told
-
-
-def _launch(job: _Job, arguments: list[str]) -> int:
-    """Run this command in the job's processes on this node, as torchrun does.
-
-    Returns: the exit status, the first failed worker's if one failed. torchrun itself ends with 1
-    whatever its workers said, and cuts their saving short.
-    """
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # As torchrun would, without its warning: ranks that share cores must not each take them all.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The working directory is not searched for modules: a folder there must not hide a package.
-    os.environ["PYTHONSAFEPATH"] = "1"
-    # A rank says itself what went wrong; torchrun's account of it would only push that away.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    launch = LaunchConfig(
-        min_nodes=job.nnodes,
-        max_nodes=job.nnodes,
-        nproc_per_node=job.nproc,
-        max_restarts=0,  # its default is 3: a mistake of the user would be made four times
-        # Several nodes: ranks in the order of the nodes, node 0 at an address that all know.
-        rdzv_backend="static" if job.master else "c10d",
-        rdzv_endpoint=job.master or "localhost:0",
-        rdzv_configs={"rank": job.node_rank} if job.master else {},
-        run_id=job.master or uuid.uuid4().hex,
-        monitor_interval=0.1,
-        signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours
-    )
-    with _PassOn(launch.run_id) as pass_on:
-        try:
-            elastic_launch(launch, sys.executable)("-m", "megatron_idea", *arguments)
-        except ChildFailedError as error:
-            return _status_of(*error.get_first_failure(), stopped_by=pass_on.received)
-        except SignalException as stopped:  # the workers have got it too
-            return STOPPED if stopped.sigval == pass_on.received else 128 + stopped.sigval
-        except DistError as error:
-            if not job.master:
-                raise
-            reason = str(error).splitlines()[0]
-            _say_error(f"node {job.node_rank} cannot meet the others at {job.master}: {reason}")
-            return 1
-    return 0
-
-
-def _status_of(rank: int, failure: Any, stopped_by: int | None) -> int:
-    """The exit status for how a worker ended; says it where the worker could not."""
-    if failure.exitcode > 0:
-        return failure.exitcode
-    if -failure.exitcode == stopped_by:  # asked before it could save, or asked twice
-        return STOPPED
-    said = f"rank {rank} was killed by {failure.signal_name()}"
-    if -failure.exitcode == signal.SIGKILL:
-        said += ", as the kernel does when memory runs out"
-    _say_error(said)
-    return 128 - failure.exitcode
 
 
 def _say_error(text: str) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -95,17 +94,14 @@ def assert_user_error(result: Any, *parts: str) -> None:
         assert part in line
 
 
-def test_help_is_instant_and_imports_no_torch() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, megatron_idea.cli as c\n"
         "try: c.app(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'megatron.core', 'matplotlib'} & set(sys.modules)"
     )
-    begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # 0.16 s on an idle core; the limit leaves room for a machine that is busy.
-    assert time.perf_counter() - begin < 3
     for command in ("corpus", "tokenize", "train", "plan", "evaluate", "report", "doctor"):
         assert command in done.stdout
 

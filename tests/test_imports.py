@@ -36,6 +36,7 @@ LAYERS = (
         "footprint",
         "budget",
         "budget_view",
+        "launcher",
     },
     {"cli", "__main__", "doctor", "testing"},
 )

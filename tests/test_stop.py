@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_idea import checkpoint, cli
+from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, replace
+from megatron_idea.launcher import STOPPED, PassOn
 from megatron_idea.metrics import read_events, read_metrics
 from megatron_idea.train import StopSignal
 
@@ -75,7 +76,7 @@ def test_a_stopped_run_saves_its_step_and_ends_with_status_75(
         process.send_signal(signal.SIGUSR1)
     launcher.send_signal(signal.SIGCONT)
     _, said = launcher.communicate(timeout=60)
-    assert launcher.returncode == cli.STOPPED, said
+    assert launcher.returncode == STOPPED, said
     assert "Traceback" not in said
     run_dir = Path(endless.run_dir)
     (event,) = (event for event in read_events(run_dir) if event["kind"] == "signal")
@@ -93,7 +94,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(launcher: psutil.Popen)
     _, said = launcher.communicate(timeout=60)
     # Two seconds on an idle machine, of Python's exit; without care it is the collectives' timeout.
     assert time.monotonic() - begin < 40
-    assert launcher.returncode != 0 and launcher.returncode != cli.STOPPED
+    assert launcher.returncode != 0 and launcher.returncode != STOPPED
     assert re.search(rf"rank {rank} was killed by SIGKILL", said), said
 
 
@@ -103,11 +104,11 @@ def test_a_second_signal_ends_a_job_that_does_not_answer_the_first(
     workers = launcher.children()
     workers[0].suspend()  # no step can be finished from here on
     launcher.send_signal(signal.SIGTERM)
-    time.sleep(cli._PassOn.ECHO_S + 0.5)
+    time.sleep(PassOn.ECHO_S + 0.5)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=60)
-    assert launcher.returncode == cli.STOPPED
+    assert launcher.returncode == STOPPED
     assert not any(worker.is_running() for worker in workers)
     assert "signal" not in {event["kind"] for event in read_events(Path(endless.run_dir))}
 
@@ -133,3 +134,14 @@ def test_an_echo_of_a_signal_is_not_a_second_one(monkeypatch: pytest.MonkeyPatch
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_failed_job_does_not_wait_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_idea import distributed
+
+    left: list[bool] = []
+    monkeypatch.setattr(distributed, "stop_distributed", lambda: left.append(True))
+    for cuda, expected in ((True, []), (False, [True])):
+        monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        distributed.abandon_distributed()
+        assert left == expected
