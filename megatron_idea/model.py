@@ -92,8 +92,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         # Frees an output once it was handed to send. gloo may still be reading it then: the next
         # stage would compute on freed memory. CUDA orders the two on the stream.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
-        gradient_accumulation_fusion=fused
-        or find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # apex's kernel: Transformer Engine brings its own, but the output layer insists on apex.
+        gradient_accumulation_fusion=torch.cuda.is_available()
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -181,12 +181,13 @@ def slot(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Slot | 
 def adam_step(optimizer: MegatronOptimizer, groups: ProcessGroups) -> int:
     """Steps that Adam has taken, the same for all parameters; 0 before the first.
 
-    torch keeps it with each parameter, Transformer Engine and apex with each parameter group. A
-    rank may own no shard at all, so the largest over all ranks counts.
+    torch keeps it with each parameter, Transformer Engine and apex with each parameter group; they
+    pass over a group of which this rank holds nothing, and its count stands still. A rank may own
+    no shard at all, so the largest over all ranks counts.
     """
     inner = optimizer.optimizer
     kept = [s["step"] for s in inner.state.values() if "step" in s]
-    kept += [group["step"] for group in inner.param_groups if "step" in group]
+    kept += [group["step"] for group in inner.param_groups if "step" in group and group["params"]]
     steps = {int(step) for step in kept}
     assert len(steps) <= 1, f"Adam's step count differs between parameters: {sorted(steps)}"
     word = torch.tensor([max(steps, default=0)], device=groups.device)

@@ -308,3 +308,19 @@ def test_a_token_does_not_see_later_ones(groups: ProcessGroups, config: Config) 
     before, after = chunk(tokens, positions, None), chunk(changed, positions, None)
     assert_equal(after[:, :5], before[:, :5])
     assert bool((after[:, 5:] != before[:, 5:]).any(-1).all())
+
+
+@pytest.mark.parametrize("apex", [True, False])
+def test_gradient_accumulation_is_fused_where_apex_is_and_not_by_transformer_engine_alone(
+    apex: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """megatron-core's output layer raises without apex, whatever else is installed."""
+    from megatron_idea import model
+
+    installed = {"transformer_engine", *(["fused_weight_gradient_mlp_cuda"] if apex else [])}
+    monkeypatch.setattr(model, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model, "TransformerConfig", dict)
+    assert model.transformer_config(small())["gradient_accumulation_fusion"] is apex  # type: ignore[index]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not model.transformer_config(small())["gradient_accumulation_fusion"]  # type: ignore[index]

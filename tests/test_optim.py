@@ -337,3 +337,17 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(
         for one, other in zip(after, before, strict=True):
             assert_equal(one, other)
     take_steps(trainable, 1)  # and the next step is an ordinary one
+
+
+@on_ranks(2)
+def test_a_group_of_which_a_rank_holds_nothing_does_not_count_steps(
+    groups: ProcessGroups, config: Config
+) -> None:
+    """As the fused Adam of Transformer Engine 2.9 keeps it: empty groups are passed over."""
+    from types import SimpleNamespace
+
+    from megatron_idea.optim import adam_step
+
+    held = [{"params": ["weight"], "step": 7}, {"params": [], "step": 3}]
+    inner = SimpleNamespace(state={}, param_groups=held if groups.dp.rank() else held[1:])
+    assert adam_step(SimpleNamespace(optimizer=inner), groups) == 7  # type: ignore[arg-type]
