@@ -215,6 +215,16 @@ def test_one_ranking_goes_on_after_a_resume_with_a_larger_unit() -> None:
     assert method.allocate(scores, alive, 12) == [16, 8]
 
 
+def test_one_ranking_takes_a_full_width_that_is_no_whole_number_of_blocks() -> None:
+    """Servers may want larger multiples at the end than training does at the start."""
+    method = strategy(4, scope="global")
+    scores = torch.arange(20.0).view(2, 10)
+    alive = torch.ones(2, 10, dtype=torch.bool)
+    assert method.allocate(scores, alive, 9) == [8, 10]
+    assert method.allocate(scores, alive, 8) == [8, 8]
+    assert method.allocate(scores, alive, 6) == [4, 8]
+
+
 def test_blocks_are_ranked_by_their_mean() -> None:
     scores, alive = table([[9.0, 9.0, 9.0, 0.0], [9.0, 9.0, 4.0, 4.0]])
     # The last blocks have means 4.5 and 4, smallest members 0 and 4.

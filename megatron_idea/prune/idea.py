@@ -8,6 +8,7 @@ lists them.
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_idea.config import PruneConfig
 from megatron_idea.prune.strategy import Stats, live_counts, ranked
@@ -50,13 +51,14 @@ class IdeaPrune:
         """Rank every layer's tail blocks of ``unit`` neurons against each other by their mean.
 
         Widths stay multiples of the unit at every moment and no layer falls below one unit, so
-        the last plan lands on legal widths whose mean is the target. After a resume with a larger
-        unit, what a layer has beyond a multiple of it goes first.
+        the last plan lands on legal widths whose mean is the target. What a layer has beyond a
+        multiple of the unit goes first: after a resume with a larger one, and at the full width.
         """
         unit = self._unit
         order = ranked(importance, alive)
         budget = live_counts(alive)
-        tails = importance.gather(1, order).unfold(1, unit, unit).mean(dim=2).tolist()
+        best_first = pad(importance.gather(1, order), (0, -order.shape[1] % unit))
+        tails = best_first.unfold(1, unit, unit).mean(dim=2).tolist()
 
         def rank(layer: int) -> tuple[bool, float, int]:
             live = budget[layer]
