@@ -62,6 +62,10 @@ from megatron_idea.prune.pruner import Pruner, ScoreState
 
 FORMAT = 2  # 1 had no manifest
 
+# Transformer Engine's modules, norms among them, keep their FP8 scales under this name, and nothing
+# without FP8. Not stored: a job without Transformer Engine could not write it for one with it.
+_EXTRA_STATE = "_extra_state"
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message says why and what stands."""
@@ -87,7 +91,7 @@ class TrainState:
     plan_due: bool = False
     """Saved right before a compaction: whoever goes on from here plans and compacts first."""
     layout: dict[str, int] = field(default_factory=dict)
-    """TP, PP and DP of the job that wrote it."""
+    """TP, PP and DP of the job that wrote it, and whether it had CUDA."""
 
     @staticmethod
     def fresh(config: Config) -> TrainState:
@@ -110,6 +114,24 @@ def latest(run_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, if there is one."""
     found = complete(run_dir)
     return found[-1] if found else None
+
+
+def complete_for_all(run_dir: str | Path, groups: ProcessGroups) -> list[Path]:
+    """``complete`` as rank 0 sees it; a shared disk may still show others an older state."""
+    found = [complete(run_dir) if groups.is_writer else []]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _tidy(run_dir: str | Path) -> None:
+    """Undo what a kill cut short: put back what was being replaced, drop what is half written."""
+    for rest in folder(run_dir).glob("step_*.replaced"):
+        if rest.with_suffix("").exists():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.rename(rest.with_suffix(""))
+    for rest in folder(run_dir).glob("step_*.partial"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def resolve(path: Path) -> Path:
@@ -163,7 +185,8 @@ def read_state(path: Path, tp: int = 1) -> TrainState:
 # What a resumed run may change: where and how it runs, not what it computes.
 _FREE = {
     "run_dir", "parallel", "checkpoint", "guard", "evaluation", "logging", "data.cache_dir",
-    "training.micro_batch_size", "training.kernel_implementation",
+    "training.micro_batch_size", "training.kernel_implementation", "prune.compaction_block",
+    "prune.placement",
 }  # fmt: skip
 
 
@@ -266,7 +289,9 @@ class Saving:
             together(lambda: self._complete(written), self.groups)
         if self.groups.is_writer:
             keep = self.config.checkpoint
-            known = [(path, _tokens(path)) for path in complete(self.config.run_dir)]
+            # Newer ones are damaged: this run was begun again before them. They must not count.
+            found = [path for path in complete(self.config.run_dir) if path <= self.path]
+            known = [(path, _tokens(path)) for path in found]
             storage.remove(storage.superfluous(known, keep.keep_last, keep.keep_every_tokens))
         return self.path
 
@@ -327,7 +352,8 @@ def choose(config: Config, groups: ProcessGroups) -> tuple[Path | None, list[str
     Raises: CheckpointError on every rank, saying which other checkpoint there is.
     """
     damage: list[str] = []
-    found = complete(config.run_dir)
+    together(lambda: _tidy(config.run_dir) if groups.is_writer else None, groups)
+    found = complete_for_all(config.run_dir, groups)
     while found:
         path, older = found.pop(), found[-1] if found else None
         try:
@@ -348,8 +374,8 @@ def choose(config: Config, groups: ProcessGroups) -> tuple[Path | None, list[str
 def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
     """Read a checkpoint into a model that was built at the checkpoint's widths; collective.
 
-    Random-number streams continue only in the layout that saved them; in another they start from
-    the seed again, which matters with dropout alone.
+    Random-number streams continue only in the layout that saved them, and on the same kind of
+    device; elsewhere they start from the seed again, which matters with dropout alone.
 
     Raises: CheckpointError on every rank when a file is missing or does not fit.
     """
@@ -394,7 +420,9 @@ def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> 
 
 def _take_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+        found = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        missing = [key for key in found.missing_keys if not key.endswith(_EXTRA_STATE)]
+        assert not missing and not found.unexpected_keys, found
     for _, mlp in prunable_mlps(chunks):
         mlp.refresh_mask()
 
@@ -402,10 +430,11 @@ def _take_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> 
 def _weight_tensors(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
     """Weights, masks and neuron ids with their place in the whole, keyed per layer."""
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.dp}
-    return {
-        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(chunks)
-    }
+    tree = {}
+    for index, chunk in enumerate(chunks):
+        state = unwrap(chunk).sharded_state_dict(metadata=metadata)
+        tree[f"model{index}"] = {k: v for k, v in state.items() if not k.endswith(_EXTRA_STATE)}
+    return tree
 
 
 @torch.no_grad()
@@ -414,10 +443,11 @@ def _load_optimizer(trainable: Trainable, loaded: dict[str, dict[str, Tensor]], 
     for name, parameter in _named(trainable):
         whole = None
         if shards.owns(parameter):
-            parts = loaded[name]
+            parts = loaded.pop(name)
             # fp32 training has no main copy: the model's own weight, loaded before, is it.
             main = parts.get("main", parameter.detach())
-            whole = torch.stack([x.view(-1) for x in (main, *(parts[m] for m in MOMENTS))])
+            states = (main, *(parts[m] for m in MOMENTS))
+            whole = torch.stack([x.view(-1).to(parameter.device) for x in states])
         part = shards.scatter(parameter, whole)
         if part is not None:
             moments = dict(zip(MOMENTS, part[1:], strict=True))
@@ -472,7 +502,7 @@ def _optimizer_tensors(
         if not wanted:
             continue
         if whole is None:
-            whole = torch.empty(3, parameter.numel(), device=parameter.device)
+            whole = torch.empty(3, parameter.numel())
         elif not empty:
             whole = whole.cpu()  # a whole layer's state at a time on the GPU, not all of it
         kinds = ("main", *MOMENTS) if has_main_copy(parameter) else MOMENTS
@@ -574,7 +604,8 @@ def _set_rng(streams: dict[str, Tensor]) -> None:
 
 
 def _layout(groups: ProcessGroups) -> dict[str, int]:
-    return {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
+    sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
+    return sizes | {"cuda": int(groups.device.type == "cuda")}
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -102,8 +103,7 @@ def start_distributed(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        # A gloo copy of each group is wanted beside NCCL only: a gloo job has it already.
-        create_gloo_process_groups=has_cuda,
+        create_gloo_process_groups=False,  # the optimizer is told not to use any
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
     torch.manual_seed(seed)
@@ -119,12 +119,31 @@ def stop_distributed() -> None:
         dist.destroy_process_group()
 
 
+def abandon_distributed() -> None:
+    """Leave a job in which something has failed.
+
+    With NCCL without a word: it ends a communicator when all ranks end it, and the others may be
+    waiting for this one. When this process is gone the launcher ends them.
+    """
+    if not torch.cuda.is_available():
+        stop_distributed()
+
+
 def forget_rotary_cache() -> None:
     """Let go of rotary modules: megatron-core's ``lru_cache`` on their class pins each for ever.
 
     Through hooks and process groups a pinned module keeps a whole model and gloo's threads alive.
     """
     RotaryEmbedding.forward.cache_clear()
+
+
+def forget_dummy_gradients() -> None:
+    """Let go of what Transformer Engine hands autograd where a gradient went to its buffer already.
+
+    It keeps one tensor for each shape of weight that it has seen, as large as the weight.
+    """
+    base = sys.modules.get("transformer_engine.pytorch.module.base")
+    getattr(base, "_dummy_wgrads", {}).clear()
 
 
 def any_rank(flag: bool, groups: ProcessGroups) -> bool:

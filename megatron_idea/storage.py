@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import queue
@@ -169,6 +170,11 @@ def superfluous(
 
 
 def remove(paths: Sequence[Path]) -> None:
-    """Delete checkpoints; one that cannot be deleted is left."""
+    """Delete checkpoints; one that cannot be deleted is left.
+
+    A kill in between leaves none that looks complete: what makes it so goes first.
+    """
     for path in paths:
+        with contextlib.suppress(OSError):
+            (path / "state.json").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -26,6 +26,7 @@ from megatron_idea.data.batches import Batches
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distributed import (
     ProcessGroups,
+    abandon_distributed,
     memory_bytes,
     start_distributed,
     stop_distributed,
@@ -100,9 +101,13 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
     # Modules stay: not visiting them takes 0.2 s off the collection that every compaction needs.
     gc.freeze()
     try:
-        return _train(config, rendezvous)
-    finally:
+        state = _train(config, rendezvous)
         stop_distributed()
+        return state
+    except BaseException:
+        abandon_distributed()
+        raise
+    finally:
         gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks at exit
 
 
@@ -202,12 +207,15 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
         finish_saving(run)
     step_s = time.perf_counter() - begin
     taken = math.isfinite(grad_norm)
+    calm = not state.watch.in_spike
     state.watch = guard.observe(config.guard, state.watch, loss, taken)
     plan = None
     if taken:
         pruner.record(observed)
         pausing = state.watch.in_spike and config.guard.on_spike == "pause_pruning"
-        plan = pruner.plan(trainable, tokens, pausing)
+        # A compaction would save this step, and the rollback that follows would go back to it.
+        if not (calm and state.watch.in_spike and config.guard.on_spike == "rollback"):
+            plan = pruner.plan(trainable, tokens, pausing)
     else:
         state.skipped += 1
     state.step += 1
@@ -253,20 +261,20 @@ def react(run: Run, state: TrainState, loss: float) -> bool:
             "guard.max_rollbacks allows; a lower schedule.lr may help"
         )
     finish_saving(run)
-    return checkpoint.latest(run.config.run_dir) is not None
+    return bool(checkpoint.complete_for_all(run.config.run_dir, run.groups))
 
 
 def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     """Go on from the last checkpoint, with the data that comes after the spike."""
     config, groups, rollbacks = run.config, run.groups, state.watch.rollbacks + 1
-    stop = run.stop.received
+    stop = run.stop  # may be told to stop until the new one takes over
     spike_at = state.step, state.consumed_tokens, state.skipped_samples
     run.progress.close()
     run.log.close()
     release(run.trainable)
     del run
     again, state = build(config, groups)
-    again.stop.received = stop
+    again.stop.received = again.stop.received or stop.received
     window = (spike_at[1] - state.consumed_tokens) // config.training.seq_length
     state.skipped_samples = spike_at[2] + window
     state.watch = dataclasses.replace(state.watch, rollbacks=rollbacks)

@@ -617,6 +617,8 @@ def test_layout_checkpoints_evaluation_and_logs_may_change(
         "logging": {"progress": True},
         "training": {"micro_batch_size": 1},
         "data": {"cache_dir": "elsewhere"},
+        # More tensor-parallel ranks want larger blocks.
+        "prune": {"compaction_block": 32, "placement": "ordered"},
     }
     assert changes(config, path, **sections) == ""
 
@@ -644,3 +646,68 @@ def test_widths_that_do_not_split_over_the_ranks_are_refused(
     for said in workers.run(build_or_say, 2, replace(config, parallel=TP2)):
         assert said.startswith("CheckpointError: ") and "49" in said
         assert "tensor_model_parallel_size" in said
+
+
+def go_on_with_other_parts(
+    rendezvous: str, config: Config, steps: int
+) -> tuple[Any, list[float], list[Any]]:
+    """``go_on`` where norms have an extra state, as those of Transformer Engine."""
+    from megatron_idea.layers import RMSNorm
+
+    RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign]
+    RMSNorm.set_extra_state = lambda self, state: None  # type: ignore[method-assign]
+    try:
+        return go_on(rendezvous, config, steps)
+    finally:
+        del RMSNorm.get_extra_state, RMSNorm.set_extra_state
+
+
+def test_a_checkpoint_without_transformer_engine_is_read_with_it_and_the_other_way(
+    source: Callable[[str], Source], workers: Workers, tmp_path: Path
+) -> None:
+    whole, step = source("tp1"), STOPS["masked"]
+    config = whole.killed_after(step, tmp_path / "moved")
+    losses = [workers.run(job, 1, config, 1)[0][1] for job in (go_on_with_other_parts, go_on)]
+    assert losses[0] == losses[1] == [curves(whole.config.run_dir, step)[0]["loss"]]
+    assert_same_tensors(
+        checkpoint_at(config.run_dir, step), checkpoint_at(whole.config.run_dir, step)
+    )
+
+
+def test_random_number_streams_of_another_kind_of_device_are_not_asked_for(
+    source: Callable[[str], Source], workers: Workers, tmp_path: Path
+) -> None:
+    """A CUDA job has a stream more, and its states have another length."""
+    config = source("tp1").killed_after(STOPS["masked"], tmp_path / "run")
+    path = checkpoint_at(config.run_dir, STOPS["masked"])
+    state = json.loads((path / "state.json").read_text())
+    state["layout"]["cuda"] = 1
+    (path / "state.json").write_text(json.dumps(state))
+    refresh_manifest(path)
+    asked = workers.run(streams_asked_for, 1, config)
+    assert asked == [[]]
+
+
+def refresh_manifest(path: Path) -> None:
+    from megatron_idea import storage
+
+    manifest = json.loads((path / storage.MANIFEST).read_text())
+    manifest["files"]["state.json"] = storage.describe(path / "state.json")
+    (path / storage.MANIFEST).write_text(json.dumps(manifest))
+
+
+def streams_asked_for(rendezvous: str, config: Config) -> list[str]:
+    from megatron_idea import checkpoint
+
+    read, asked = checkpoint._load_tensors, []
+
+    def noted(wanted: dict[str, Any], path: Path, groups: Any) -> dict[str, Any]:
+        asked.extend(wanted.get("rng", {}))
+        return read(wanted, path, groups)
+
+    checkpoint._load_tensors = noted
+    try:
+        build_or_say(rendezvous, config)
+    finally:
+        checkpoint._load_tensors = read
+    return asked

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from jobs import pack
+from jobs import on_ranks, pack
 
 from megatron_idea.config import Config, replace, validate
 from megatron_idea.testing import Workers
 
 if TYPE_CHECKING:
+    from megatron_idea.distributed import ProcessGroups
     from megatron_idea.train import Run
 
 
@@ -485,3 +486,24 @@ def test_a_plan_that_differs_between_ranks_is_refused_before_anything_changes(
         assert "16 neurons cannot hold 24 live ones" in rank["messages"][3]
         without, with_refusals = rank["records"]
         assert without == with_refusals
+
+
+@on_ranks(1)
+def test_releasing_a_model_empties_transformer_engines_stand_ins_for_gradients(
+    groups: ProcessGroups, config: Config
+) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    from megatron_idea.optim import assemble
+    from megatron_idea.prune.compact import release
+
+    kept = {(48, 16): torch.empty(48, 16)}
+    name = "transformer_engine.pytorch.module.base"
+    assert name not in sys.modules
+    sys.modules[name] = SimpleNamespace(_dummy_wgrads=kept)  # type: ignore[assignment]
+    try:
+        release(assemble(config, groups, [24, 24], initialize=True))
+    finally:
+        del sys.modules[name]
+    assert not kept

@@ -150,3 +150,45 @@ def test_rollbacks_are_limited(tiny: Config, workers: Workers) -> None:
     config = replace(config, checkpoint={"every_tokens": 4 * 128})
     with pytest.raises(RuntimeError, match="after 1 rollbacks"):
         workers.run(job, 1, config, {36: 30.0, 44: 60.0})
+
+
+def test_a_rollback_does_not_go_back_to_the_spike_when_a_compaction_is_due_with_it(
+    tiny: Config, workers: Workers
+) -> None:
+    config = guarded(tiny, on_spike="rollback")
+    config = replace(config, checkpoint={"before_compaction": True})
+    workers.run(job, 1, config, {36: 30.0})  # step 10; widths shrink at steps 9 and 10
+    (event,) = events(config, "rolled_back")
+    assert (event["step"], event["from_step"], event["skipped_samples"]) == (9, 10, 4)
+    records = read_metrics(Path(config.run_dir))
+    assert [r["step"] for r in records] == list(range(1, 25))
+    assert records[8]["ffn_width"] > records[9]["ffn_width"]
+    assert records[-1]["ffn_width"] == [24, 24]
+
+
+def signalled_job(rendezvous: str, config: Config, strange: dict[int, float]) -> None:
+    """``job`` that is told to stop in the middle of a rollback."""
+    import os
+    import signal
+
+    from megatron_idea import train as module
+
+    release = module.release
+
+    def told(trainable: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        release(trainable)
+
+    module.release = told
+    try:
+        job(rendezvous, config, strange)
+    finally:
+        module.release = release
+
+
+def test_a_signal_during_a_rollback_stops_the_run(tiny: Config, workers: Workers) -> None:
+    config = guarded(tiny, on_spike="rollback")
+    config = replace(config, checkpoint={"every_tokens": 4 * 128})
+    workers.run(signalled_job, 1, config, {36: 30.0})
+    assert [e["name"] for e in events(config, "signal")] == ["SIGTERM"]
+    assert len(read_metrics(Path(config.run_dir))) == 9

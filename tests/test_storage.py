@@ -214,3 +214,81 @@ def test_a_save_that_nobody_finished_does_not_get_into_the_next(
     tiny: Config, workers: Workers
 ) -> None:
     workers.run(abandoned_job, 1, tiny)
+
+
+def one_step(rendezvous: str, config: Config) -> None:
+    """Take up a run, save after its next step, and leave it there."""
+    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, save, step
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        run, state = build(config, groups)
+        step(run, state)
+        save(run, state, wait=True)
+        run.log.close()
+    finally:
+        stop_distributed()
+
+
+def names(config: Config) -> list[str]:
+    return [path.name for path in checkpoint.complete(config.run_dir)]
+
+
+def test_a_damaged_checkpoint_does_not_push_the_one_just_written_out(
+    run: Config, workers: Workers
+) -> None:
+    (newest,) = checkpoint.complete(run.run_dir)[-1:]
+    flip_a_bit(newest / "__0_0.distcp")
+    workers.run(one_step, 1, replace(run, checkpoint={"keep_last": 1, "on_damage": "previous"}))
+    assert names(run) == ["step_00000021", newest.name]
+
+
+def test_a_checkpoint_whose_replacement_was_cut_short_is_put_back(
+    run: Config, workers: Workers
+) -> None:
+    """Killed between the two renames of a second save of one step."""
+    found = checkpoint.complete(run.run_dir)
+    for path in found[:-2]:
+        shutil.rmtree(path)
+    path = found[-2]
+    shutil.copytree(path, path.with_name(f"{path.name}.partial"))
+    path.rename(path.with_name(f"{path.name}.replaced"))
+    shutil.rmtree(found[-1])
+    assert names(run) == []
+    workers.run(one_step, 1, run)
+    assert names(run) == ["step_00000020", "step_00000021"]
+    assert [p for p in checkpoint.folder(run.run_dir).iterdir() if p.suffix] == []
+
+
+def test_a_deletion_that_is_cut_short_leaves_nothing_that_looks_complete(
+    run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oldest = checkpoint.complete(run.run_dir)[0]
+
+    def killed(path: Path, **_: Any) -> None:
+        next(path.glob("*.distcp")).unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    storage.remove([oldest])
+    assert oldest not in checkpoint.complete(run.run_dir)
+
+
+def look(rendezvous: str, config: Config) -> list[str]:
+    """What each rank would go on from, when the disk shows rank 1 nothing."""
+    from megatron_idea.distributed import start_distributed, stop_distributed
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    complete = checkpoint.complete
+    if groups.world.rank() == 1:
+        checkpoint.complete = lambda run_dir: []
+    try:
+        path, _damage = checkpoint.choose(config, groups)
+        return [path.name] if path else []
+    finally:
+        checkpoint.complete = complete
+        stop_distributed()
+
+
+def test_all_ranks_go_on_from_what_the_first_one_sees(run: Config, workers: Workers) -> None:
+    assert workers.run(look, 2, run) == [["step_00000024"]] * 2

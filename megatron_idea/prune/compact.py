@@ -22,6 +22,7 @@ from megatron_idea.distributed import (
     PeakMemory,
     ProcessGroups,
     assert_same_on_all_ranks,
+    forget_dummy_gradients,
     forget_rotary_cache,
     together,
 )
@@ -106,6 +107,7 @@ def _let_go(trainable: Trainable) -> None:
     trainable.chunks = []
     del trainable.optimizer
     forget_rotary_cache()
+    forget_dummy_gradients()
 
 
 def release(trainable: Trainable) -> None:
