@@ -10,11 +10,6 @@ import pytest
 
 from megatron_idea.prune import moves
 
-BOTH = [
-    pytest.param("off", id="pytorch"),
-    pytest.param("require", id="extension"),
-]
-
 
 def needs_extension() -> None:
     """Skip where csrc/ was not built, unless the environment insists on it."""
@@ -30,3 +25,16 @@ def using(mode: str) -> Iterator[None]:
         moves.extension.cache_clear()
         yield
     moves.extension.cache_clear()
+
+
+@pytest.fixture(
+    name="implementation",
+    scope="module",
+    params=[pytest.param("off", id="pytorch"), pytest.param("require", id="extension")],
+)
+def each_implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For test files that import this: with PyTorch, then with the extension."""
+    if request.param == "require":
+        needs_extension()
+    with using(request.param):
+        yield

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from extension import BOTH, needs_extension, using
+from extension import each_implementation as each_implementation
+from extension import needs_extension, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,14 +26,6 @@ SPECIAL = {  # NaN with a payload, -0, the smallest number above 0, infinity
     torch.float32: (0x7FC00001, -(2**31), 1, 0x7F800000),
     torch.float64: (0x7FF8000000000001, -(2**63), 1, 0x7FF0000000000000),
 }
-
-
-@pytest.fixture(scope="module", params=BOTH)
-def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "require":
-        needs_extension()
-    with using(request.param):
-        yield
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

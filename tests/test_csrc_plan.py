@@ -8,13 +8,13 @@ import itertools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from extension import BOTH, needs_extension, using
+from extension import each_implementation as each_implementation
+from extension import needs_extension, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,14 +25,6 @@ from megatron_idea.prune.moves import Relocation, relocate
 
 PLACEMENTS = ("min", "ordered")
 Ranks = list[torch.Tensor]
-
-
-@pytest.fixture(scope="module", params=BOTH)
-def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "require":
-        needs_extension()
-    with using(request.param):
-        yield
 
 
 @pytest.fixture(scope="module")
