@@ -151,6 +151,7 @@ def export_checkpoint(
         raise ConfigError(f"--max-shard-gb is {max_shard_bytes / 1e9:g}; it must be positive")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; name a folder that does not, or is empty")
+    _make_way(out)
     safetensors()
     words = _tokenizer_of(config, tokenizer)
     state = checkpoint.read_state(found)
@@ -167,20 +168,21 @@ def export_checkpoint(
         words.eod,
         compact=layout == "compact",
     )
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = out.parent / f"{out.name}.partial"
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         writer = _Shards(partial, max_shard_bytes)
         for name, tensor in _all_tensors(config, weights, live, widths):
             writer.add(name, tensor)
         writer.close()
         _write_json(partial / "config.json", hf_config)
-        special = {"bos_token_id": words.eod, "eos_token_id": words.eod, "pad_token_id": words.eod}
-        _write_json(partial / "generation_config.json", special)
         if layout == "compact":
             _write_config_class(partial)
         _write_tokenizer(partial, words, config.training.seq_length)
+        ends = _ends_of_text(partial, words.eod)
+        special = {"bos_token_id": words.eod, "eos_token_id": ends, "pad_token_id": words.eod}
+        _write_json(partial / "generation_config.json", special)
         counts = [len(kept) for kept in live]
         ids = {str(layer): weights.ids(layer, kept) for layer, kept in enumerate(live)}
         _write_json(
@@ -188,13 +190,25 @@ def export_checkpoint(
             {"ffn_hidden_size": config.model.ffn_hidden_size, "live_neuron_ids": ids},
         )
         result = Exported(out, counts, widths, writer.parameters, writer.bytes)
-        (partial / "README.md").write_text(_model_card(config, state, result, layout, dtype))
-        if out.exists():
-            out.rmdir()
+        card = _model_card(config, state, result, layout, dtype)
+        (partial / "README.md").write_text(card + _added_tokens(partial))
         partial.rename(out)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return result
+
+
+def _make_way(out: Path) -> None:
+    """An empty folder has to go now, when it costs nothing to hear that it cannot."""
+    try:
+        if out.exists():
+            out.rmdir()
+    except OSError as error:  # the current folder, a link, a mounted volume
+        raise ConfigError(
+            f"{out} cannot be replaced ({error.strerror}); name a folder that does not exist"
+        ) from error
 
 
 def _all_tensors(
@@ -239,7 +253,10 @@ class _Shards:
 
     def _flush(self) -> None:
         part = self._folder / f"part-{len(self._files)}"
-        safetensors().torch.save_file(self._pending, part, metadata={"format": "pt"})
+        try:
+            safetensors().torch.save_file(self._pending, part, metadata={"format": "pt"})
+        except safetensors().SafetensorError as error:  # what it makes of an OSError
+            raise OSError(str(error)) from error
         part.chmod(0o644)  # safetensors leaves it to its owner alone
         self._files.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
@@ -307,6 +324,31 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_length: int) -> Non
                 "clean_up_tokenization_spaces": False,
             },
         )
+
+
+def _ends_of_text(folder: Path, eod: int) -> int | list[int]:
+    """Ids that end a generated text: training's, and the one that a chat model's settings name."""
+    from tokenizers import Tokenizer as Engine
+
+    named = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
+    if isinstance(named, dict):  # an AddedToken, spelled out
+        named = named.get("content")
+    other = Engine.from_file(str(folder / "tokenizer.json")).token_to_id(named) if named else None
+    return eod if other in (None, eod) else [eod, other]
+
+
+def _added_tokens(folder: Path) -> str:
+    """What the model card says of tokens that the tokenizer puts around a text."""
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine.from_file(str(folder / "tokenizer.json"))
+    if not engine.num_special_tokens_to_add(is_pair=False):
+        return ""
+    added = ", ".join(f"`{token}`" for token in engine.encode("").tokens)
+    return (
+        f"The tokenizer puts {added} around a text. Training by megatron-idea never did: give "
+        "`add_special_tokens=False`.\n"
+    )
 
 
 def byte_tokenizer_json() -> str:

@@ -125,8 +125,10 @@ class _Folder:
         index = folder / "model.safetensors.index.json"
         self._folder = folder
         if index.is_file():
-            places = _read_json(index)["weight_map"].values()
-            files = [folder / name for name in sorted(set(places))]
+            places = _read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise ConfigError(f"{index} has no weight_map: it says no tensor's file")
+            files = [folder / name for name in sorted(set(places.values()))]
         else:
             files = [folder / "model.safetensors"]
         absent = [file.name for file in files if not file.is_file()]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_idea.config import ConfigError, ModelConfig
+from megatron_idea.prune.legal import round_up
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -168,9 +169,9 @@ def to_hf_config(
 def _to_block_configs(config: dict[str, Any], widths: Sequence[int], model: ModelConfig) -> None:
     """Turn a Llama's config into one with a width for each layer, as Nemotron-NAS models have it.
 
-    A block says its width as ``intermediate_size``; vLLM takes that where there is no ``ffn_mult``.
-    Other engines know ``ffn_mult`` alone, which can say multiples of 256 only: it is written when
-    every width is one.
+    A block says its width as ``ffn_mult``, which all engines read, when every width is a multiple
+    of 256, and else as ``intermediate_size``, which vLLM alone reads. Never both: MLX takes no
+    words but those it knows.
     """
     if model.qk_layernorm:
         raise ConfigError(
@@ -181,9 +182,8 @@ def _to_block_configs(config: dict[str, Any], widths: Sequence[int], model: Mode
     blocks = []
     for width in widths:
         ffn: dict[str, Any] = {"intermediate_size": width}
-        if with_mult:
-            # Readers take int(2 ffn_mult hidden / 3), rounded up to 256: aim at the middle.
-            ffn["ffn_mult"] = 1.5 * (width - _FFN_MULT_UNIT // 2) / model.hidden_size
+        if with_mult:  # aim at the middle of what is rounded up to the width
+            ffn = {"ffn_mult": 1.5 * (width - _FFN_MULT_UNIT // 2) / model.hidden_size}
         of_attention = {"n_heads_in_group": model.num_attention_heads // model.num_query_groups}
         switches = {"no_op": False, "replace_with_linear": False}
         blocks.append({"attention": of_attention | switches, "ffn": ffn | switches})
@@ -194,6 +194,13 @@ def _to_block_configs(config: dict[str, Any], widths: Sequence[int], model: Mode
         "auto_map": {"AutoConfig": "configuration_nemotron_nas.NemotronNASConfig"},
         "block_configs": blocks,
     }
+
+
+def block_width(ffn: dict[str, Any], hidden_size: int) -> int:
+    """FFN width of a block; where ``ffn_mult`` is given, by the formula that engines have."""
+    if ffn.get("ffn_mult"):
+        return round_up(int(2 * ffn["ffn_mult"] * hidden_size / 3), _FFN_MULT_UNIT)
+    return int(ffn["intermediate_size"])
 
 
 _HEAD_DIM = {"qwen3": 128}  # where config.json leaves it out; Llama's follows from the hidden size
@@ -211,10 +218,13 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             f"config.json is of model_type {kind!r} ({', '.join(hf.get('architectures') or [])}); "
             f"import reads dense {', '.join(legal)} models"
         )
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in needed if not isinstance(hf.get(name), int)]
+    needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+    needed += [name for name in ("num_key_value_heads", "head_dim") if hf.get(name) is not None]
+    if kind != BLOCK_CONFIG_MODEL_TYPE:
+        needed.append("intermediate_size")
+    missing = [name for name in needed if not (isinstance(hf.get(name), int) and hf[name] > 0)]
     if missing:
-        raise ConfigError(f"config.json gives no whole number for {', '.join(missing)}")
+        raise ConfigError(f"config.json gives no whole number above 0 for {', '.join(missing)}")
     faults = list(_unsupported(hf))
     if faults:
         raise ConfigError(f"this {kind} model has what ours has not: {'; '.join(faults)}")
@@ -222,7 +232,7 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     groups = hf.get("num_key_value_heads") or heads
     if kind == BLOCK_CONFIG_MODEL_TYPE:
         blocks = hf["block_configs"]
-        widths = [int(block["ffn"]["intermediate_size"]) for block in blocks]
+        widths = [block_width(block["ffn"], hf["hidden_size"]) for block in blocks]
         (per_group,) = {block["attention"]["n_heads_in_group"] for block in blocks}
         groups = heads // per_group
     else:
@@ -293,5 +303,5 @@ def _unsupported_blocks(hf: dict[str, Any]) -> Iterator[str]:
         yield "layers without attention or FFN (no_op, replace_with_linear)"
     elif len({b["attention"].get("n_heads_in_group") for b in blocks}) > 1:
         yield "n_heads_in_group differs between layers"
-    elif not all(b["ffn"].get("intermediate_size") for b in blocks):
-        yield "block_configs without ffn.intermediate_size"
+    elif not all(b["ffn"].get("ffn_mult") or b["ffn"].get("intermediate_size") for b in blocks):
+        yield "block_configs without ffn.ffn_mult and ffn.intermediate_size"

@@ -17,15 +17,21 @@ class Block(dict):
             raise AttributeError(name) from None
 
 
+def _width(ffn, hidden_size):
+    if ffn.get("ffn_mult"):  # two thirds of so many hidden sizes, rounded up to 256
+        return -(-int(2 * ffn["ffn_mult"] * hidden_size / 3) // 256) * 256
+    return ffn["intermediate_size"]
+
+
 class NemotronNASConfig(LlamaConfig):
     """LlamaConfig and ``block_configs``: one ``{"attention": ..., "ffn": ...}`` for each layer."""
 
     model_type = "nemotron-nas"
 
     def __init__(self, block_configs=(), **kwargs):
-        widths = [block["ffn"]["intermediate_size"] for block in block_configs]
-        if widths:
-            kwargs["intermediate_size"] = max(widths)
+        if block_configs:
+            hidden_size = kwargs.get("hidden_size", 4096)
+            kwargs["intermediate_size"] = max(_width(b["ffn"], hidden_size) for b in block_configs)
         super().__init__(**kwargs)
         self.block_configs = [
             Block({part: Block(content) for part, content in block.items()})

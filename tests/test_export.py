@@ -170,8 +170,9 @@ def test_the_compact_layout_says_each_layers_width(workers: Workers, tmp_path: P
     assert_close(logits, ours(workers, tmp_path / "run"), "logits", 1e-5)
 
 
-def test_compact_widths_that_allow_it_are_said_as_ffn_mult_too() -> None:
-    from megatron_idea.huggingface import to_hf_config
+def test_compact_widths_that_allow_it_are_said_as_ffn_mult() -> None:
+    from megatron_idea.huggingface import block_width, to_hf_config
+    from megatron_idea.nemotron_nas_config import NemotronNASConfig
 
     model = small(model={"qk_layernorm": False, "hidden_size": 48}).model
     widths = [256, 1024, 11_008]
@@ -179,7 +180,10 @@ def test_compact_widths_that_allow_it_are_said_as_ffn_mult_too() -> None:
     for width, block in zip(widths, blocks, strict=True):
         for digits in (16, 6):  # some engines round it
             wanted = int(2 * round(block["ffn"]["ffn_mult"], digits) * 48 / 3)
-            assert -(-wanted // 256) * 256 == width == block["ffn"]["intermediate_size"]
+            assert -(-wanted // 256) * 256 == width == block_width(block["ffn"], 48)
+        assert set(block["ffn"]) == {"ffn_mult", "no_op", "replace_with_linear"}, "MLX's words"
+    read = NemotronNASConfig(block_configs=blocks, hidden_size=48, num_attention_heads=4)
+    assert read.intermediate_size == 11_008
 
 
 TEXTS = ["def f(x):\n    return x  # Ünïcode ☃\n", "", "\x00\x7f\xa0 tab\t", "<a> [b] don't"]
@@ -200,6 +204,62 @@ def test_both_kinds_of_tokenizer_give_the_ids_of_training(plain: Path, tmp_path:
         assert loaded.eos_token_id == load_tokenizer(out).eod == mine.eod
         settings = json.loads((out / "generation_config.json").read_text())
         assert settings["eos_token_id"] == mine.eod
+
+
+def test_a_text_ends_where_training_or_the_tokenizer_says(plain: Path, tmp_path: Path) -> None:
+    """A chat model's turns end with a token of their own."""
+    from tokenizers import AddedToken, processors
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine.from_str(byte_tokenizer_json())
+    engine.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    engine.post_processor = processors.TemplateProcessing(
+        "<|im_end|> $A", None, [("<|im_end|>", 257)]
+    )
+    (tmp_path / "chat").mkdir()
+    engine.save(str(tmp_path / "chat/tokenizer.json"))
+    for name, said in (
+        ("word", "<|im_end|>"),
+        ("token", {"content": "<|im_end|>"}),
+        ("none", None),
+    ):
+        (tmp_path / "chat/tokenizer_config.json").write_text(json.dumps({"eos_token": said}))
+        export_checkpoint(plain, tmp_path / name, tokenizer=str(tmp_path / "chat"))
+        settings = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == ([256, 257] if said else 256)
+    assert (
+        "The tokenizer puts `<|im_end|>` around a text" in (tmp_path / "word/README.md").read_text()
+    )
+    export_checkpoint(plain, tmp_path / "plain")
+    assert "around a text" not in (tmp_path / "plain/README.md").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_and_leaves_nothing(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, says in (
+        (Path("."), "cannot be replaced .*; name a folder that does not exist"),
+        (tmp_path / "link", "cannot be replaced .Not a directory"),
+        (tmp_path / "file/out", "cannot write .*out: .*Not a directory"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            export_checkpoint(plain, out)
+    export_checkpoint(plain, tmp_path / "here")  # empty, by its name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "link"]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(ConfigError, match=r"cannot write .*out: .*No space left"):
+        export_checkpoint(plain, tmp_path / "out")
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("out")]
 
 
 def test_the_byte_tokenizer_knows_every_byte() -> None:
@@ -252,6 +312,82 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
         to_hf_config(odd, [24, 24], 8, "float32", 0, compact=False)
 
 
+def uneven_model(kind: str, folder: Path, narrow: int, **shape: int) -> Any:
+    """A random model, also saved as ``hf``: layers of 512 neurons and of ``narrow``, then zeros."""
+    torch.manual_seed(0)
+    config, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[kind]
+    made = model(
+        config(
+            vocab_size=264, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=128, **shape,
+        )
+    ).eval()  # fmt: skip
+    mlp = made.model.layers[1].mlp
+    for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T):
+        weight.data[narrow:] = 0
+    made.save_pretrained(folder / "hf")
+    train_tokenizer([Path(__file__)], 262, folder / "hf/tokenizer.json")
+    return made
+
+
+READ_VLLM = """
+import json, sys, vllm
+folder, ids = sys.argv[1], json.loads(sys.argv[2])
+if __name__ == "__main__":
+    model = vllm.LLM(folder, dtype="float32", enforce_eager=True, trust_remote_code=True,
+                     max_model_len=128, max_num_seqs=1, max_logprobs=-1)
+    wanted = vllm.SamplingParams(temperature=0, max_tokens=32, prompt_logprobs=-1, ignore_eos=True)
+    (answer,) = model.generate({"prompt_token_ids": ids}, wanted)
+    rows = [[row[i].logprob for i in range(len(row))] for row in answer.prompt_logprobs[1:]]
+    json.dump([rows, list(answer.outputs[0].token_ids)], open("said.json", "w"))
+"""
+READ_MLX = """
+import json, sys, mlx.core as mx
+from mlx_lm import load
+from mlx_lm.generate import generate_step
+folder, ids = sys.argv[1], json.loads(sys.argv[2])
+model, _ = load(folder, tokenizer_config={"trust_remote_code": True})
+logits = model(mx.array([ids]))[0]
+rows = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[:-1].tolist()
+greedy = [int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=32)]
+json.dump([rows, greedy], open("said.json", "w"))
+"""
+ENGINES = {"VLLM_PYTHON": READ_VLLM, "MLX_PYTHON": READ_MLX}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", ["llama padded", "qwen3 padded", "llama compact"])
+@pytest.mark.parametrize("narrow", [256, 384])
+def test_an_engine_says_what_transformers_says(
+    engine: str, case: str, narrow: int, tmp_path: Path
+) -> None:
+    """Log probabilities of a prompt, and the 32 tokens that follow it greedily."""
+    kind, layout = case.split()
+    if not os.environ.get(engine):
+        pytest.skip(f"set {engine} to a python that has the engine")
+    if (engine, layout, narrow) == ("MLX_PYTHON", "compact", 384):
+        pytest.skip("MLX reads ffn_mult, which says multiples of 256 only")
+    expected = uneven_model(kind, tmp_path, narrow, hidden_size=128, head_dim=32)
+    assert import_checkpoint(tmp_path / "hf", tmp_path / "run").widths == [512, narrow]
+    export_checkpoint(tmp_path / "run", tmp_path / "out", layout=layout)
+    ids = some_tokens().reshape(-1).tolist()
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    (tmp_path / "read.py").write_text(ENGINES[engine])
+    command = [os.environ[engine], "read.py", "out", json.dumps(ids)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    rows, greedy = json.loads((tmp_path / "said.json").read_text())
+    text = list(ids)
+    with torch.no_grad():
+        for _ in range(32):
+            text.append(int(expected(torch.tensor([text])).logits[0, -1].argmax()))
+        wanted = expected(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    assert_close(torch.tensor(rows), wanted, "log probabilities", 2e-5)
+    assert greedy == text[len(ids) :]
+
+
 LLAMA_CPP, LLAMA_CPP_PYTHON = (os.environ.get(name) for name in ("LLAMA_CPP", "LLAMA_CPP_PYTHON"))
 READ_GGUF = """
 import sys, numpy, llama_cpp
@@ -274,23 +410,8 @@ def test_gguf_logits_are_ours_with_the_script_of_the_docs(case: str, tmp_path: P
     docs = (Path(__file__).parents[1] / "docs/export.md").read_text()
     (script,) = re.findall(r"runs this block -->\n```python\n(.*?)```", docs, re.DOTALL)
     (tmp_path / "to_gguf.py").write_text(script)
-    bpe = train_tokenizer([Path(__file__)], 262, tmp_path / "bpe.json")
-    torch.manual_seed(0)
-    config, model = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    }[kind]
-    made = model(
-        config(
-            vocab_size=264, hidden_size=64, intermediate_size=512, num_hidden_layers=2, head_dim=16,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
-        )
-    ).eval()  # fmt: skip
-    narrow = made.model.layers[1].mlp
-    for weight in (narrow.gate_proj.weight, narrow.up_proj.weight, narrow.down_proj.weight.T):
-        weight.data[256:] = 0
-    made.save_pretrained(tmp_path / "hf")
-    shutil.copyfile(tmp_path / "bpe.json", tmp_path / "hf/tokenizer.json")
+    made = uneven_model(kind, tmp_path, 256, hidden_size=64, head_dim=16)
+    bpe = load_tokenizer(tmp_path / "hf")
     assert import_checkpoint(tmp_path / "hf", tmp_path / "run").widths == [512, 256]
     export_checkpoint(tmp_path / "run", tmp_path / "out", layout=layout)
     text = "def main(x):\n    return x + 1  # don't Ünï"

@@ -19,6 +19,7 @@ from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, to_yaml
 from megatron_idea.export import byte_tokenizer_json, export_checkpoint
 from megatron_idea.hf_import import import_checkpoint, widen
+from megatron_idea.huggingface import from_hf_config
 from megatron_idea.metrics import read_events
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
@@ -32,6 +33,7 @@ SHAPE = {
 }  # fmt: skip
 MODELS = {
     "llama_untied": {"rope_theta": 500_000.0},
+    "llama_mqa": {"num_key_value_heads": 1},
     "llama_tied_wide_heads": {"tie_word_embeddings": True, "head_dim": 6, "rms_norm_eps": 1e-3},
     "qwen3_tied": {"tie_word_embeddings": True, "head_dim": 8},
 }
@@ -70,8 +72,9 @@ def test_logits_stay_and_the_way_back_is_exact(name: str, workers: Workers, tmp_
     export_checkpoint(tmp_path / "run", tmp_path / "back")
     assert_same_tensors(tmp_path / "back", source)
     was, now = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back"))
-    for key in SHAPE.keys() - {"pad_token_id"}:
-        assert now[key] == SHAPE[key], key
+    for key, value in (SHAPE | MODELS[name]).items():
+        if key not in ("pad_token_id", "rope_theta"):
+            assert now[key] == value, key
     for key in ("architectures", "head_dim", "rms_norm_eps", "tie_word_embeddings"):
         assert now[key] == was[key], key
     theta = MODELS[name].get("rope_theta", 10_000.0)
@@ -222,16 +225,69 @@ REFUSED = {
         {"rope_type": "yarn", "factor": 4.0}, r"rope_parameters is of type 'yarn' \(legal: default",
     ),
     "rope_theta": (1e4 + 0.5, "rope_theta is 10000.5"),
-    "vocab_size": (None, "gives no whole number for vocab_size"),
+    "vocab_size": (None, "gives no whole number above 0 for vocab_size"),
     "layer_types": (["full_attention", "sliding_attention"], "layer_types has sliding_attention"),
     "quantization_config": ({"bits": 4}, "the weights are quantized"),
     "partial_rotary_factor": (0.5, r"partial_rotary_factor is 0.5 \(legal: 1\)"),
-    "hidden_size": (None, "gives no whole number for hidden_size"),
+    "hidden_size": (None, "gives no whole number above 0 for hidden_size"),
+    "head_dim": ("4", "gives no whole number above 0 for head_dim"),
     "num_hidden_layers": (3, "lacks 9 tensors, as model.layers.2"),
     "num_attention_heads": (8, r"linear_proj.weight is \[16, 16\], wanted \[16, 32\]"),
     "num_key_value_heads": (4, r"k_proj.weight is \[8, 16\]; config.json says 4 heads of 4"),
-    "intermediate_size": (20, "layer 0 has gate, up, down of .* config.json says 20 neurons"),
+    "intermediate_size": (None, "gives no whole number above 0 for intermediate_size"),
+    "intermediate_size ": (20, "layer 0 has gate, up, down of .* config.json says 20 neurons"),
 }  # fmt: skip
+
+
+# What the config.json of public models says, less what only names and versions are.
+_SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False,
+    "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu",
+    "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536,
+    "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "use_cache": True, "vocab_size": 49152,
+}  # fmt: skip
+_LLAMA_3_2_1B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False,
+    "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+    "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    }, "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
+_QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+
+
+def test_configs_of_public_models_are_read_or_refused_by_name() -> None:
+    for hf, groups, head, theta, qk in (
+        (_SMOLLM2_135M, 3, 64, 100_000, False), (_QWEN3_06B, 8, 128, 1_000_000, True),
+    ):  # fmt: skip
+        model, widths = from_hf_config(hf)
+        assert widths == [hf["intermediate_size"]] * hf["num_hidden_layers"]
+        assert model["share_embeddings_and_output_weights"] and model["qk_layernorm"] == qk
+        found = (model["num_query_groups"], model["kv_channels"], model["rotary_base"])
+        assert found == (groups, head, theta)
+        five = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
+        five["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
+        assert from_hf_config(five) == (model, widths), "as transformers 5 writes it"
+    with pytest.raises(ConfigError, match=r"rope_scaling is of type 'llama3' \(legal: default"):
+        from_hf_config(_LLAMA_3_2_1B)
 
 
 def test_what_our_model_cannot_compute_is_named(tmp_path: Path) -> None:
@@ -240,7 +296,7 @@ def test_what_our_model_cannot_compute_is_named(tmp_path: Path) -> None:
     for key, (value, says) in REFUSED.items():
         bad = tmp_path / "bad"
         shutil.copytree(source, bad, dirs_exist_ok=True)
-        (bad / "config.json").write_text(json.dumps(good | {key: value}))
+        (bad / "config.json").write_text(json.dumps(good | {key.strip(): value}))
         with pytest.raises(ConfigError, match=says):
             import_checkpoint(
                 bad, tmp_path / "run", overrides=["prune.alignment=4", "prune.strategy=none"]
@@ -268,6 +324,10 @@ def test_what_the_user_asks_for_in_vain_is_said(tmp_path: Path) -> None:
     refused("has no model.safetensors; import reads safetensors")
     (source / "model.safetensors").write_bytes(b"nothing")
     refused("cannot read .*model.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text('{"weight_map": null}')
+    refused("index.json has no weight_map")
+    index.unlink()
     from safetensors.torch import save_file
 
     (source / "pytorch_model.bin").rename(source / "model.safetensors")
