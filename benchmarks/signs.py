@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_idea import config as configuration
-from megatron_idea.cli import STOPPED, quiet
+from megatron_idea.cli import quiet
 from megatron_idea.config import Config
 from megatron_idea.data.corpus import build_corpus
 from megatron_idea.data.indexed import check_dataset, tokenize
@@ -87,6 +87,8 @@ ARMS = {
     "scratch-twice-lr": Arm(TARGET, prunes=False, lr=2e-2),
     "idea-half-lr": Arm(ENLARGED, prunes=True, lr=5e-3),
     "idea-twice-lr": Arm(ENLARGED, prunes=True, lr=2e-2),
+    "naive-one-shot-half-lr": Arm(ENLARGED, prunes=True, schedule=NAIVE | ONE_SHOT, lr=5e-3),
+    "naive-one-shot-twice-lr": Arm(ENLARGED, prunes=True, schedule=NAIVE | ONE_SHOT, lr=2e-2),
 }
 
 
@@ -113,6 +115,9 @@ SIGNS = (
     Sign("idea", "scratch-equal-compute"),
     Sign("idea-half-lr", "scratch-half-lr"),
     Sign("idea-twice-lr", "scratch-twice-lr"),
+    Sign("idea-twice-lr", "scratch"),
+    Sign("idea-half-lr", "naive-one-shot-half-lr"),
+    Sign("idea-twice-lr", "naive-one-shot-twice-lr"),
     Sign("enlarged", "scratch"),
 )
 
@@ -200,9 +205,14 @@ def same_order(configs: Sequence[Config], steps: int) -> str:
     return digests.pop()
 
 
+def final_path(config: Config) -> Path:
+    """The file that a run has when it is finished and measured."""
+    return Path(config.run_dir) / "final.json"
+
+
 def final_loss(config: Config) -> float:
     """Held-out loss of a finished run in nats per token; kept in the run's folder."""
-    path = Path(config.run_dir) / "final.json"
+    path = final_path(config)
     if not path.exists():
         overrides = [f"evaluation.num_samples={FINAL_SAMPLES}"]
         path.write_text(json.dumps(evaluate_checkpoint(Path(config.run_dir), overrides)))
@@ -385,6 +395,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/signs"), help="run folders")
+    parser.add_argument("--no-train", action="store_true", help="figures of finished runs, only")
     parser.add_argument("--data", help="prefix of indexed bytes; default: text of this Python")
     parser.add_argument("--json", type=Path, default=measure.RESULTS / "signs-cpu.json")
     arguments = parser.parse_args()
@@ -398,9 +409,12 @@ def main() -> None:
         configs = {name: arm_config(name, seed, steps, data, out) for name in arguments.arms}
         orders[seed] = same_order(list(configs.values()), steps)
         for name, config in configs.items():
-            state = train(config)
-            if state.consumed_tokens < config.schedule.total_tokens:
-                sys.exit(STOPPED)
+            if not arguments.no_train:
+                state = train(config)
+                if state.consumed_tokens < config.schedule.total_tokens:
+                    sys.exit("stopped by a signal; the same call goes on from here")
+            elif not final_path(config).exists():
+                continue
             runs[name][seed] = found = figures(config)
             print(f"seed {seed}  {name:<22} {found['loss']:.4f}", flush=True)
     arms = summary(runs)
