@@ -139,10 +139,13 @@ class PrunableMLP(MLP):
         self.mask.copy_(mask)
         self.refresh_mask()
 
-    def refresh_mask(self) -> None:
-        """Derive the activation's factor from ``mask``; call it after the buffer was loaded."""
-        whole = bool(self.mask.all())
-        self._factor = None if whole else self.mask.to(self.linear_fc1.weight.dtype)
+    def refresh_mask(self, scale: float = 1.0) -> None:
+        """Derive the activation's factor from ``mask``; call it after the buffer was loaded.
+
+        ``scale`` multiplies what is alive, until the next call.
+        """
+        whole = bool(self.mask.all()) and scale == 1.0
+        self._factor = None if whole else self.mask.to(self.linear_fc1.weight.dtype) * scale
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any

@@ -129,3 +129,29 @@ def test_the_check_works_over_pipeline_stages(groups: Any, config: Config) -> No
         damages(trainable)["a mask"]()
     with pytest.raises(RuntimeError, match="nats per token"):
         check(before, fingerprint(trainable), trainable)
+
+
+@on_ranks(2, tensor_model_parallel_size=2)
+def test_what_rounding_may_change_is_measured_and_the_model_stays_as_it_was(
+    groups: Any, config: Config
+) -> None:
+    """In a deep bf16 model leaving masked neurons out changes losses by more than a fixed bound."""
+    import dataclasses
+
+    from megatron_idea.prune.verify import LAST_BITS, TOLERANCE, check, fingerprint
+
+    trainable = trained(groups, replace(config, training={"precision": "bf16"}))
+    before = fingerprint(trainable, last_bit=True)
+    assert 0 < before.last_bit < 0.1
+    assert check(before, fingerprint(trainable), trainable) == 0.0
+
+    deep = dataclasses.replace(before, last_bit=0.03)
+    for factor, fits in ((0.9, True), (1.1, False)):
+        change = factor * LAST_BITS * 0.03
+        assert change > TOLERANCE["bf16"]
+        after = dataclasses.replace(before, losses=before.losses + change)
+        if fits:
+            assert check(deep, after, trainable) == pytest.approx(change, rel=1e-4)
+        else:
+            with pytest.raises(RuntimeError, match="nats per token"):
+                check(deep, after, trainable)

@@ -144,7 +144,7 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
 
     relocations: dict[int, Relocation] = together(decide, groups)
     apply_mask(trainable.mlps, plan)
-    before = fingerprint(trainable)
+    before = fingerprint(trainable, last_bit=True)
     peak = PeakMemory()
     attributes = {name: _plain(p) for name, p in named_parameters(trainable.chunks)}
 
