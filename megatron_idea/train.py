@@ -109,6 +109,9 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
         raise
     finally:
         gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks at exit
+        # Model and process groups are garbage in cycles, and the groups' threads wake all the time:
+        # another run of this process would freeze them and keep them for good.
+        gc.collect()
 
 
 def _train(config: Config, rendezvous: str | None) -> TrainState:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_idea import checkpoint
@@ -160,6 +161,18 @@ def test_a_finished_run_is_left_as_it_is(run: Config, workers: Workers) -> None:
     assert sorted((Path(run.run_dir) / "checkpoints").rglob("*")) == files
     assert [path.stat().st_mtime_ns for path in files] == times
     assert kinds(run)[-3:] == ["finished", "resumed", "finished"]
+
+
+def count_threads(rendezvous: str, config: Config) -> tuple[int, int]:
+    """Before and after a run in this process."""
+    before = psutil.Process().num_threads()
+    train_once(rendezvous, config)
+    return before, psutil.Process().num_threads()
+
+
+def test_a_run_leaves_no_threads_behind(run: Config, workers: Workers) -> None:
+    for before, after in workers.run(count_threads, 2, run):
+        assert after - before < 10, "each process group has several; a run has about twenty groups"
 
 
 def test_an_interrupted_run_saves_and_goes_on_as_if_nothing_had_been(
