@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -474,8 +475,11 @@ def export(
     max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights.")] = 5.0,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: LlamaForCausalLM or Qwen3ForCausalLM."""
+    from megatron_idea.config import ConfigError
     from megatron_idea.export import export_checkpoint
 
+    if not math.isfinite(max_shard_gb):
+        raise ConfigError(f"--max-shard-gb is {max_shard_gb}; it must be a finite number")
     done = export_checkpoint(
         path,
         out,
