@@ -110,14 +110,17 @@ SIGNS = (
     Sign("idea-one-shot", "idea", "spike"),
     Sign("idea-one-shot-averaged", "idea", "spike"),
     Sign("idea", "scratch", "<"),
+    # The same at half and at twice the learning rate.
+    Sign("naive-one-shot-half-lr", "scratch-half-lr", ">"),
+    Sign("naive-one-shot-twice-lr", "scratch-twice-lr", ">"),
+    Sign("idea-half-lr", "naive-one-shot-half-lr", "<"),
+    Sign("idea-twice-lr", "naive-one-shot-twice-lr", "<"),
+    Sign("idea-half-lr", "scratch-half-lr", "<"),
+    Sign("idea-twice-lr", "scratch-twice-lr", "<"),
+    Sign("idea-twice-lr", "scratch"),
     Sign("idea-early", "scratch"),
     Sign("idea", "idea-one-shot"),
     Sign("idea", "scratch-equal-compute"),
-    Sign("idea-half-lr", "scratch-half-lr"),
-    Sign("idea-twice-lr", "scratch-twice-lr"),
-    Sign("idea-twice-lr", "scratch"),
-    Sign("idea-half-lr", "naive-one-shot-half-lr"),
-    Sign("idea-twice-lr", "naive-one-shot-twice-lr"),
     Sign("enlarged", "scratch"),
 )
 
@@ -331,7 +334,7 @@ def plus_minus(values: dict[str, Any] | None, signed: bool = False) -> str:
 
 def show(arms: dict[str, dict[str, Any]], signs: Sequence[dict[str, Any]]) -> None:
     console = Console()
-    console = Console(width=max(100, console.width))
+    console = Console(width=max(120, console.width))
     print("\nheld-out loss in nats per byte; ± is the standard deviation over seeds")
     table = Table(box=None, pad_edge=False)
     for header in ("arm", "seeds", "loss", "to scratch", "FLOPs", "rise at removal"):
