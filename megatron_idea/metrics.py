@@ -163,36 +163,57 @@ def environment() -> dict[str, Any]:
     }
 
 
-def read_scores(run_dir: Path) -> list[dict[str, Any]]:
+# Of these readers: ``broken`` takes the names of lines that are no record, for those who look at a
+# run; without it such a line raises ValueError. A last line that a kill cut short is left out.
+
+
+def read_scores(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
     """Read the score records of a run, oldest first; none where nothing was pruned."""
-    return [record for record, _ in _lines(run_dir / SCORES)]
+    return [record for record, _ in _lines(run_dir / SCORES, broken)]
 
 
-def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+def read_samples(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
     """Read what a run's model wrote, oldest first: ``step``, ``tokens``, ``prompt``, ``text``."""
-    return [record for record, _ in _lines(run_dir / SAMPLES)]
+    return [record for record, _ in _lines(run_dir / SAMPLES, broken)]
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the records of a run, oldest first; a line that a kill cut short is left out."""
-    return [record for record, _ in _lines(run_dir / METRICS)]
+def read_metrics(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
+    """Read the records of a run, oldest first.
+
+    Neighbours with equal widths share the list: of half a million steps of 24 layers most of the
+    memory would be these.
+    """
+    records = []
+    last: dict[str, Any] = {}
+    for record, _ in _lines(run_dir / METRICS, broken):
+        for key in ("ffn_live", "ffn_width"):
+            if key in record:
+                if record[key] == last.get(key):
+                    record[key] = last[key]
+                last[key] = record[key]
+        records.append(record)
+    return records
 
 
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
+def read_events(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
     """Read the events that belong to the run as it stands, oldest first.
 
     What a killed process did after the step from which the next one resumed is left out; the file
     itself keeps everything.
     """
     events: list[dict[str, Any]] = []
-    for event, _ in _lines(run_dir / EVENTS):
+    for event, _ in _lines(run_dir / EVENTS, broken):
         if event["kind"] in ("started", "resumed"):
             events = [earlier for earlier in events if earlier.get("step", 0) <= event["step"]]
         events.append(event)
     return events
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+# What every record of a file has, whatever else it has: a line without them is no record.
+FIELDS = {METRICS: {"step", "tokens"}, EVENTS: {"kind"}, SCORES: {"step"}, SAMPLES: {"step"}}
+
+
+def _lines(path: Path, broken: list[str] | None = None) -> Iterator[tuple[dict[str, Any], int]]:
     """Each record of a JSONL file, with the byte offset of its end."""
     if not path.is_file():
         return
@@ -205,8 +226,16 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON; remove that line") from error
-            yield record, end
+                if broken is None:
+                    message = f"{path}, line {number} is not JSON; remove that line"
+                    raise ValueError(message) from error
+                record = None
+            if isinstance(record, dict) and record.keys() >= FIELDS[path.name]:
+                yield record, end
+            elif broken is None:
+                raise ValueError(f"{path}, line {number} is not a record; remove that line")
+            else:
+                broken.append(f"{path.name}, line {number}")
 
 
 def _truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from megatron_idea.config import Config, ConfigError, load
 from megatron_idea.estimate import flops_per_token, human_count, remaining_flops
-from megatron_idea.metrics import EVENTS, METRICS, human_duration, read_events
+from megatron_idea.metrics import EVENTS, METRICS, SAMPLES, human_duration, read_events
 
 # Steps that speed and time left are averaged over.
 RECENT_STEPS = 20
@@ -31,6 +31,15 @@ MOST_LOSSES = 4096
 
 # A run that has written nothing for so many of its steps, or seconds if that is longer.
 SILENT_STEPS, SILENT_S = 10, 120.0
+
+# Wider frames are no easier to read.
+MOST_COLUMNS = 110
+
+# What a frame needs of a record; a line without it is none.
+NEEDED = {
+    "step", "tokens", "phase", "loss", "lr", "keep_ratio", "ffn_live", "ffn_width", "grad_norm",
+    "tokens_per_s", "step_s",
+}  # fmt: skip
 
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_STYLE = {"enlarged": "blue", "prune": "dark_orange", "recover": "green"}
@@ -79,8 +88,10 @@ class View:
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
         self.losses: list[float] = []
         self.events: list[dict[str, Any]] = []
+        self.sample: dict[str, Any] | None = None
         self._stride = 1
         self._metrics = Tail(run_dir / METRICS)
+        self._samples = Tail(run_dir / SAMPLES)
         self._events_size = -1
 
     def refresh(self) -> None:
@@ -92,6 +103,8 @@ class View:
             self.recent.clear()
             self.losses, self._stride = [], 1
         for record in records:
+            if not record.keys() >= NEEDED:
+                continue
             self.recent.append(record)
             if record["step"] % self._stride == 0:
                 self.losses.append(record["loss"])
@@ -100,14 +113,25 @@ class View:
         events = self.run_dir / EVENTS
         size = events.stat().st_size if events.is_file() else 0
         if size != self._events_size:
-            self.events, self._events_size = read_events(self.run_dir), size
+            self.events, self._events_size = read_events(self.run_dir, []), size
+        texts = [one for one in self._samples.read()[0] if "text" in one]
+        # Of several prompts the first: the same one at every look.
+        first = [one for one in texts if one.get("step") == texts[-1].get("step")]
+        self.sample = first[0] if first else self.sample
 
     @property
     def is_finished(self) -> bool:
         return bool(self.events) and any(e["kind"] == "finished" for e in self.events)
 
-    def render(self, now: float, width: int = 80) -> RenderableType:
-        """One frame. ``now``: seconds since 1970; ``width``: columns of the terminal."""
+    def render(self, now: float, width: int = 80, height: int = 40) -> RenderableType:
+        """One frame.
+
+        Args:
+            now: seconds since 1970.
+            width: columns of the terminal.
+            height: its rows; where there are few, layers and events are left out.
+        """
+        width = min(width, MOST_COLUMNS)
         inside = max(20, width - 4)
         parts: list[RenderableType] = []
         if self.config is None or not self.recent:
@@ -117,18 +141,20 @@ class View:
             parts += [
                 self._progress(self.config, inside),
                 Text(),
-                self._numbers(self.config),
+                self._numbers(inside),
                 Text(),
                 Text.assemble(("loss ", "bold"), self._sparkline(inside - 5)),
-                *self._widths(self.config, inside),
+                *self._widths(self.config, inside, most=max(3, min(12, height - 26))),
             ]
+        if self.sample and height >= 30:
+            parts += [Text(), self._sample(self.sample, 2 * inside)]
         if self.events:
-            parts += [Text(), self._last_events(now)]
+            parts += [Text(), self._last_events(now, most=6 if height >= 30 else 3)]
         return Panel(
             Group(*parts),
             title=Text.assemble((self.run_dir.resolve().name, "bold"), f"  {self._state(now)}"),
             title_align="left",
-            width=min(width, 110),
+            width=width,
         )
 
     def _state(self, now: float) -> str:
@@ -149,11 +175,13 @@ class View:
         last, total = self.recent[-1], config.schedule.total_tokens
         style = PHASE_STYLE.get(last["phase"], "blue")
         tokens = f"{human_count(last['tokens'])} of {human_count(total)} tokens"
-        head = Text.assemble(
-            (last["phase"], f"bold {style}"),
-            f"  {min(1.0, last['tokens'] / total):.1%}  {tokens}  step {last['step']:,}  ",
-            ("" if self.is_finished else f"ETA {human_duration(self._eta_s(config))}", "bold"),
-        )
+        is_done = self.is_finished or last["tokens"] >= total
+        left = "" if is_done else f"ETA {human_duration(self._eta_s(config))}"
+        share = f"  {min(1.0, last['tokens'] / total):.1%}  "
+        phase, more = (last["phase"], f"bold {style}"), f"{tokens}  step {last['step']:,}"
+        head = Text.assemble(phase, share, f"{more}  ", (left, "bold"))
+        if len(head) > width:
+            head = Text.assemble(phase, share, (left, "bold"), f"\n{more}")
         bar = ProgressBar(
             total, min(last["tokens"], total), width=width, complete_style=style,
             finished_style=style,
@@ -173,10 +201,10 @@ class View:
             return math.inf
         return remaining_flops(config, self.recent[-1]["tokens"]) * seconds / flops
 
-    def _numbers(self, config: Config) -> RenderableType:
+    def _numbers(self, width: int) -> RenderableType:
         last = self.recent[-1]
         losses = [r["loss"] for r in self.recent if math.isfinite(r["loss"])]
-        held_out = [e for e in self.events if e["kind"] == "evaluated"]
+        held_out = [e for e in self.events if e["kind"] == "evaluated" and "val_loss" in e]
         speed = statistics.median(record["tokens_per_s"] for record in self.recent)
         step_s = statistics.median(record["step_s"] for record in self.recent)
         cells = [
@@ -186,35 +214,38 @@ class View:
             ("keep ratio", f"{last['keep_ratio']:.3f}"),
             ("tokens/s", human_count(speed)),
             ("step", f"{step_s:.3g} s"),
-            ("memory", f"{last['memory_bytes'] / 1e9:.2f} GB"),
+            ("memory", f"{(last.get('memory_bytes') or math.nan) / 1e9:.2f} GB"),
             ("MFU", f"{last['mfu']:.1%}" if last.get("mfu") else "-"),
             ("gradient norm", f"{last['grad_norm']:.3g}"),
-            ("skipped steps", f"{last['skipped']:d}"),
+            ("skipped steps", f"{last.get('skipped', 0):d}"),
         ]
+        columns = 1 if width < 50 else 2 if width < 100 else 3
         table = Table.grid(padding=(0, 2))
-        for row in range(0, len(cells), 2):
-            (name, value), (other, second) = cells[row : row + 2]
-            table.add_row(Text(name, "dim"), value, Text(other, "dim"), second)
+        for row in _rows(cells, columns):
+            table.add_row(*(part for name, value in row for part in (Text(name, "dim"), value)))
         return table
 
     def _sparkline(self, width: int) -> Text:
         return Text(sparkline(self.losses, width), style="blue")
 
-    def _widths(self, config: Config, width: int) -> list[RenderableType]:
-        """Live and masked neurons of each layer as bars; one bar where all layers are alike."""
+    def _widths(self, config: Config, width: int, most: int) -> list[RenderableType]:
+        """Live and masked neurons of each layer as bars; one bar where all layers are alike.
+
+        ``most``: bars; of more layers so many are chosen evenly over the depth.
+        """
         last, full = self.recent[-1], config.model.ffn_hidden_size
         pairs = list(zip(last["ffn_live"], last["ffn_width"], strict=True))
         names = [f"layer {i}" for i in range(len(pairs))]
         if len(set(pairs)) == 1:
             pairs, names = pairs[:1], ["every layer"]
-        elif len(pairs) > 12:
-            chosen = [round(i * (len(pairs) - 1) / 11) for i in range(12)]
+        elif len(pairs) > most:
+            chosen = [round(i * (len(pairs) - 1) / (most - 1)) for i in range(most)]
             pairs, names = [pairs[i] for i in chosen], [names[i] for i in chosen]
         room = max(5, width - 12 - 24)
         lines = [Text("FFN neurons, live and masked", "bold")]
         for name, (live, physical) in zip(names, pairs, strict=True):
-            bars = round(room * live / full)
-            masked = round(room * physical / full) - bars
+            bars = min(room, round(room * live / full))
+            masked = min(room, round(room * physical / full)) - bars
             gone = room - bars - masked
             lines.append(
                 Text.assemble(
@@ -224,12 +255,24 @@ class View:
             )  # fmt: skip
         return [Text(), *lines]
 
-    def _last_events(self, now: float) -> RenderableType:
+    def _sample(self, sample: dict[str, Any], room: int) -> Text:
+        """The newest text on two lines."""
+        prompt, text = (" ".join(str(sample.get(key, "")).split()) for key in ("prompt", "text"))
+        begin = f"writes at step {sample.get('step', 0):,}: "
+        shown = Text.assemble((begin, "bold"), (prompt, "dim"), " " if prompt else "", text)
+        shown.truncate(room - 4, overflow="ellipsis")
+        return shown
+
+    def _last_events(self, now: float, most: int) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for event in self.events[-6:]:
+        for event in self.events[-most:]:
             ago = human_duration(max(0.0, now - event.get("time", now)))
             table.add_row(Text(f"{ago} ago", "dim"), Text(describe(event)))
         return table
+
+
+def _rows(cells: Sequence[tuple[str, str]], columns: int) -> list[Sequence[tuple[str, str]]]:
+    return [cells[i : i + columns] for i in range(0, len(cells), columns)]
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -256,7 +299,14 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def describe(event: dict[str, Any]) -> str:
-    """An event in a few words."""
+    """An event in a few words; one of another version, or half of one, by its name."""
+    try:
+        return _describe(event)
+    except (KeyError, TypeError, ValueError):
+        return str(event["kind"])
+
+
+def _describe(event: dict[str, Any]) -> str:
     kind, step = event["kind"], f"step {event.get('step', 0):,}"
     if kind == "evaluated":
         return f"held-out loss {event['val_loss']:.4f} at {step}"
@@ -267,6 +317,8 @@ def describe(event: dict[str, Any]) -> str:
         return f"saved {step} in {event['seconds']:.1f} s"
     if kind == "spike":
         return f"loss spike at {step}: {event['loss']:.3f}"
+    if kind == "signal":
+        return f"stopped by {event.get('name', 'a signal')} after {step}"
     if kind == "rolled_back":
         return f"rolled back from step {event['from_step']:,} to {step}"
     return f"{kind} at {step}" if "step" in event else kind
@@ -294,11 +346,13 @@ def watch(
     # Ctrl-C is how one leaves.
     try:
         with Live(
-            view.render(time.time(), console.width), console=console, auto_refresh=False
+            view.render(time.time(), console.width, console.height),
+            console=console,
+            auto_refresh=False,
         ) as live:
             while not view.is_finished:
                 time.sleep(every_s)
                 view.refresh()
-                live.update(view.render(time.time(), console.width), refresh=True)
+                live.update(view.render(time.time(), console.width, console.height), refresh=True)
     except KeyboardInterrupt:
         return

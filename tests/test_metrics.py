@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from records import record
 from rich.console import Console
 
 from megatron_idea import config as configs
@@ -27,25 +28,6 @@ from megatron_idea.metrics import (
 )
 
 QUIET = configs.from_dict({"logging": {"tensorboard": False}})
-
-
-def record(step: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "step": step,
-        "tokens": step * 2048,
-        "phase": "enlarged",
-        "loss": 7.0 - step / 1000,
-        "lr": 1e-3,
-        "keep_ratio": 1.0,
-        "ffn_live": [1024] * 4,
-        "ffn_width": [1024] * 4,
-        "grad_norm": 0.5,
-        "tokens_per_s": 4096.0,
-        "step_s": 0.5,
-        "memory_bytes": 10**9,
-        "skipped": False,
-        **fields,
-    }
 
 
 def write_steps(run_dir: Path, first: int, last: int, *, close: bool = True) -> None:
@@ -100,6 +82,22 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "rubbish\n" + json.dumps(record(2)) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
         read_metrics(tmp_path)
+    broken: list[str] = []
+    assert [one["step"] for one in read_metrics(tmp_path, broken)] == [1, 2]
+    assert broken == ["metrics.jsonl, line 2"]
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", '{"loss": 1.0}'])
+def test_json_that_is_not_a_record_is_a_broken_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not a record"):
+        read_metrics(tmp_path)
+
+
+def test_neighbours_with_equal_widths_share_their_list(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3)
+    first, second, _ = read_metrics(tmp_path)
+    assert first["ffn_width"] is second["ffn_width"] and first["ffn_live"] is second["ffn_live"]
 
 
 def test_events_keep_everything_and_are_read_without_what_was_superseded(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import random
@@ -27,13 +29,22 @@ from megatron_idea.estimate import (
     num_steps,
     width_plan,
 )
-from megatron_idea.report import charts, closing_table, compare, comparison_table, report
+from megatron_idea.report import charts, closing_table, compare, comparison_table, report, tables
 from megatron_idea.report import run as report_run
-from megatron_idea.report.chart import Axis, Chart, HeatMap, Series, fitted, tokens_axis
+from megatron_idea.report.chart import (
+    COLOURS,
+    Axis,
+    Chart,
+    HeatMap,
+    Series,
+    fitted,
+    shade,
+    tokens_axis,
+)
 from megatron_idea.report.cost import cost
 from megatron_idea.report.page import page
 from megatron_idea.report.recovery import WINDOW_STEPS, removals
-from megatron_idea.report.run import read_run
+from megatron_idea.report.run import Run, read_run
 from megatron_idea.report.svg import figure
 from megatron_idea.schedule import keep_ratio, learning_rate, phase, phase_ended
 
@@ -226,7 +237,7 @@ def test_a_run_of_one_step_can_be_drawn(tmp_path: Path) -> None:
 def test_masks_alone_are_told_apart_from_a_smaller_model(tmp_path: Path) -> None:
     config = synthetic_config(tmp_path, prune={"compact": False})
     write_synthetic_run(tmp_path, config)
-    assert "1024 (384 live)" in printed(closing_table(tmp_path))
+    assert "1024 (live 384)" in printed(closing_table(tmp_path))
     assert row(closing_table(tmp_path), "parameters") == ["2.03M"] * 4
 
 
@@ -298,7 +309,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -325,7 +336,8 @@ def test_the_page_has_every_chart_and_needs_no_network(run_dir: Path) -> None:
     parsed = Tags(text)
     assert parsed.open == []
     for _, attributes in parsed.tags:
-        assert not {"src", "href", "srcset", "data"} & set(attributes)
+        assert not {"href", "srcset", "data"} & set(attributes)
+        assert str(attributes.get("src", "data:image/png;base64,")).startswith("data:image/png;")
     assert "url(" not in text.replace("url(#plot)", "")
     assert "http" not in text
 
@@ -333,7 +345,8 @@ def test_the_page_has_every_chart_and_needs_no_network(run_dir: Path) -> None:
 def test_every_axis_has_a_label_and_loss_its_unit(run_dir: Path) -> None:
     write_scores(run_dir, layers=4)
     run = read_run(run_dir)
-    drawn = [*charts.overview([run]), *charts.details([run]), *charts.layers(run)]
+    drawn = [*charts.overview([run]), *charts.details([run])]
+    drawn += [*charts.layers(run), *charts.distributions(run)]
     for chart in drawn:
         assert chart.title and chart.note and chart.x.label
         for axis in (chart.values,) if isinstance(chart, HeatMap) else (chart.y, chart.right):
@@ -361,28 +374,79 @@ def test_what_a_run_says_cannot_become_markup(tmp_path: Path) -> None:
     for text in (page([run]), page([run, run])):
         parsed = Tags(text)
         names = [tag for tag, _ in parsed.tags]
-        assert not {"img", "u"} & set(names)
+        sources = [str(a["src"]) for tag, a in parsed.tags if tag == "img"]
+        assert "u" not in names and all(source.startswith("data:") for source in sources)
         assert names.count("script") == 1
         assert "</div><script>alert(3)</script>" in parsed.text
         assert "<i>GPU</i>" in parsed.text
 
 
 def test_samples_and_configuration_are_shown(run_dir: Path) -> None:
-    broken = '{"text": "cut'
-    (run_dir / "samples.jsonl").write_text(
-        json.dumps({"step": 9, "tokens": 18432, "prompt": "def f", "text": "(x):"}) + f"\n{broken}"
-    )
+    write_lines(run_dir / "samples.jsonl", [sample(9, "def f", "(x):\n\treturn")])
     text = Tags(page([read_run(run_dir)])).text
-    assert "def f(x):" in text and "after 18.4K tokens" in text
+    assert "def f" in text and "(x):\n\treturn" in text and "18.4K tokens, enlarged" in text
     assert "target_ffn_hidden_size: 384" in text
+
+
+def sample(step: int, prompt: str, text: str) -> dict[str, Any]:
+    return {"step": step, "tokens": step * BATCH, "prompt": prompt, "text": text}
+
+
+def test_of_each_prompt_the_newest_text_is_open_and_the_others_are_folded(run_dir: Path) -> None:
+    texts = [sample(s, p, f"{p}-{s}") for s in (0, 100, 230, 400) for p in ("a", "b")]
+    # Run again after a resume; and from a checkpoint that the run has not reached again.
+    texts += [sample(230, "a", "a-again"), sample(999, "a", "a-gone")]
+    write_lines(run_dir / "samples.jsonl", texts)
+    text = page([read_run(run_dir)])
+    for prompt in ("a", "b"):
+        begin = text.index(f"<q>{prompt}</q>")
+        card = text[begin : text.index("</section>", begin)]
+        newest, folded = card.split("<details>")
+        assert f"{prompt}-400" in newest and "recover, 384 neurons" in newest
+        assert "3 earlier" in folded
+        assert folded.index(f"{prompt}-100") < folded.index(f"{prompt}-0")
+    assert "a-again" in text and "a-230" not in text and "a-gone" not in text
+
+
+def test_many_and_long_samples_do_not_bury_the_page(run_dir: Path) -> None:
+    long = "x" * 700
+    texts = [sample(step, "p", f"{long}{step:03}") for step in range(1, 401)]
+    texts += [sample(1, f"other {i}", "text") for i in range(20)]
+    write_lines(run_dir / "samples.jsonl", texts)
+    text = Tags(page([read_run(run_dir)])).text
+    assert "13 more prompts in samples.jsonl" in text
+    assert text.count("other ") == 8
+    write_lines(run_dir / "samples.jsonl", texts[:400])
+    text = Tags(page([read_run(run_dir)])).text
+    assert "23 of 399 earlier" in text and "203 more characters" in text
+    assert "x001" in text and "x400" in text and text.count("more characters") == 24
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 3, "to', "rubbish\n", '{"step": 3, "tok{"step": 4}\n', "[1]\n", "{}\n"]
+)
+@pytest.mark.parametrize("name", ["metrics", "events", "scores", "samples"])
+def test_a_broken_line_is_left_out_and_named(run_dir: Path, name: str, line: str) -> None:
+    write_scores(run_dir, layers=4)
+    write_lines(run_dir / "samples.jsonl", [sample(9, "def f", "(x):")])
+    path = run_dir / f"{name}.jsonl"
+    before = page([read_run(run_dir)])
+    path.write_text(path.read_text() + line)
+    text = page([read_run(run_dir)])
+    if line.endswith("\n"):
+        last = len(path.read_text().splitlines())
+        warning = f"Left out 1 line that could not be read: {name}.jsonl, line {last}."
+        assert warning in text
+        text = text.replace(f'<p class="warning">{warning}</p>', "")
+    assert text == before
 
 
 def test_scores_of_a_deep_model_are_drawn_for_a_few_layers(run_dir: Path) -> None:
     write_scores(run_dir, layers=48)
-    drawn = charts.layers(read_run(run_dir))
-    fans = [chart.slug for chart in drawn if chart.slug.startswith("importance")]
+    run = read_run(run_dir)
+    fans = [chart.slug for chart in charts.distributions(run)]
     assert len(fans) == 8 and fans[0] == "importance-0" and fans[-1] == "importance-47"
-    (churn,) = [chart for chart in drawn if chart.slug == "churn-by-layer"]
+    (churn,) = [chart for chart in charts.layers(run) if chart.slug == "churn-by-layer"]
     assert isinstance(churn, HeatMap) and len(churn.rows) == 48 and len(churn.rows[0]) == 19
 
 
@@ -391,7 +455,8 @@ def test_layers_of_different_widths_are_told_apart(run_dir: Path) -> None:
     run = read_run(run_dir)
     drawn = charts.width_map(run)
     assert drawn is not None and [row[-1] for row in drawn.rows] == [384, 512, 256, 128]
-    assert "384-512" not in printed(closing_table(run_dir)) and "128-512" in page([run])
+    text = Tags(page([run])).text
+    assert "320[128-512] (live 384)" in text
 
 
 def test_skipped_steps_and_mfu_are_drawn_when_there_are_any(run_dir: Path) -> None:
@@ -425,6 +490,16 @@ def test_flops_so_far_are_those_of_the_plan(run_dir: Path) -> None:
     assert sums.from_scratch[-1] < sums.ideal[-1] < sums.this_run[-1] < sums.masks_only[-1]
     full = flops_per_token(run.config.model, [1024] * 4, run.config.training.seq_length)
     assert sums.this_run[0] == BATCH * full
+
+
+def test_a_jump_within_its_noise_is_marked(run_dir: Path) -> None:
+    step = read_run(run_dir).compactions()[-1]["step"]
+    change_records(
+        run_dir, loss=lambda r: 3.0 + 0.01 * (r["step"] > step) + 0.1 * (-1) ** r["step"]
+    )
+    assert removals(read_run(run_dir))[-1].is_noise
+    change_records(run_dir, loss=lambda r: 3.0 + (step < r["step"] < step + 50))
+    assert not removals(read_run(run_dir))[-1].is_noise
 
 
 def test_a_loss_that_rises_at_a_compaction_and_comes_back_is_measured(run_dir: Path) -> None:
@@ -472,13 +547,158 @@ def test_two_runs_are_drawn_in_the_same_charts(run_dir: Path, tmp_path: Path) ->
     paths = compare([run_dir, other])
     assert paths.page == run_dir / "report" / "comparison.html"
     text = paths.page.read_text()
-    for name in ("run: training, smoothed", "small: training, smoothed"):
-        assert f'data-name="{name}"' in text
+    for number, name in enumerate(("run", "small")):
+        assert f'data-name="training, smoothed" data-run="{number}"' in text
+        assert re.search(
+            rf'<li data-run="{number}" tabindex="0"><i class="[^"]+"></i>{name}</li>', text
+        )
     assert row(comparison_table([run_dir, other]), "small")[:3] == ["184K", "(22%)", "2.03M"]
-    for picture in (paths.picture, paths.details):
+    for picture, columns in ((paths.picture, 1), (paths.details, 2)):
         with Image.open(picture) as image:
-            assert image.width == 1800
+            assert image.width == 1800 * columns
     assert compare([run_dir, other], tmp_path / "out").page.parent == tmp_path / "out"
+
+
+def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
+    def names(*folders: str) -> list[str]:
+        return report_run.labels([fake(tmp_path / folder) for folder in folders])
+
+    def fake(run_dir: Path) -> Run:
+        return Run(run_dir, Config(), [], [], [], [])
+
+    assert names("a", "b") == ["a", "b"]
+    assert names("x/run", "y/run", "z") == ["x/run", "y/run", "z"]
+    assert names("x/a/run", "x/b/run") == ["a/run", "b/run"]
+    assert names("quickstart", "quickstart") == ["quickstart", "quickstart"]
+    assert names("2p8b_wide_lr1e-3_seed1", "2p8b_wide_lr2e-3_seed1") == ["…lr1e…", "…lr2e…"]
+    assert names("idea_prune_long_name", "idea_prune_long_name_2") == ["…name", "…name_2"]
+    assert names("run_1", "run_2") == ["run_1", "run_2"]  # too little in common to save anything
+
+
+def test_what_differs_between_runs_is_a_table(run_dir: Path, tmp_path: Path) -> None:
+    others = []
+    for name, sections in {
+        "masks": {"prune": {"compact": False}},
+        "short": {"prune": {"compact": True}, "optimizer": {"clip_grad": 0.5}},
+    }.items():
+        others.append(tmp_path / name)
+        write_synthetic_run(others[-1], synthetic_config(others[-1], **sections), steps=20)
+    runs = [read_run(path) for path in (run_dir, *others)]
+    table = tables.differences(runs)
+    assert table is not None
+    assert table.columns == ("run", "optimizer.clip_grad", "prune.compact")
+    assert [row[2] for row in table.rows] == ["True", "False", "True"]
+    assert tables.differences([runs[0], runs[0]]) is None
+    # More settings than runs: a column a run.
+    assert tables.differences(runs[:2]) is not None
+    plain = synthetic_config(tmp_path / "plain", prune={"strategy": "none", "scope": "global"})
+    write_synthetic_run(tmp_path / "plain", plain, steps=20)
+    turned = tables.differences([runs[0], read_run(tmp_path / "plain"), runs[2]])
+    assert turned is not None and turned.columns[0] in ("run", "setting")
+
+
+def test_colours_of_runs_are_told_apart_by_the_colour_blind() -> None:
+    css = (Path(report_run.__file__).parent / "page.css").read_text()
+    for theme in (css.split("@media")[0], css.split("@media")[1]):
+        shades = dict(re.findall(r"--(\w+): (#\w{6})", theme))
+        paper = shades["card"]
+        shown = [shades[name] for name in COLOURS]
+        # WCAG 1.4.11: graphics stand out from their ground by 3 to 1.
+        assert all(contrast(one, paper) >= 3.0 for one in shown)
+        for i, one in enumerate(shown):
+            for other in shown[:i]:
+                for sight in SIGHTS.values():
+                    # 2.3 is a difference that is just noticed; the colours before had 1.3.
+                    assert math.dist(lab(one, sight), lab(other, sight)) > 10.0
+
+
+# Linear RGB as it is seen: Machado, Oliveira and Fernandes 2009, severity 1.
+SIGHTS = {
+    "usual": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "deutan": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+    "protan": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+    "tritan": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+}
+
+
+def linear(shade: str) -> list[float]:
+    values = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+
+
+def contrast(one: str, other: str) -> float:
+    weights = (0.2126, 0.7152, 0.0722)
+    low, high = sorted(
+        sum(w * v for w, v in zip(weights, linear(shade), strict=True)) for shade in (one, other)
+    )
+    return (high + 0.05) / (low + 0.05)
+
+
+def lab(shade: str, sight: tuple[tuple[float, ...], ...]) -> tuple[float, float, float]:
+    """CIELAB of a colour as it is seen."""
+    r, g, b = (
+        min(1.0, max(0.0, sum(m * v for m, v in zip(row, linear(shade), strict=True))))
+        for row in sight
+    )
+    x = (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.95047
+    y = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    z = (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.08883
+    fx, fy, fz = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
+
+
+def test_a_heat_map_is_a_picture_whose_values_can_be_read_back(run_dir: Path) -> None:
+    change_records(run_dir, ffn_width=lambda r: [r["ffn_width"][0], 512, 256, 128])
+    drawn = charts.width_map(read_run(run_dir))
+    assert drawn is not None
+    text = figure(drawn)
+    (source,) = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    with Image.open(io.BytesIO(base64.b64decode(source))) as image:
+        assert image.height == 4
+        pixels = image.convert("RGB").load()
+        width = image.width
+    assert pixels is not None
+    levels = [float(v) for v in re.findall(r'data-levels="([^"]+)"', text)[0].split()]
+    (packed,) = re.findall(r'data-cells="([^"]+)"', text)
+    cells = base64.b64decode(packed)
+    assert len(cells) == 4 * width
+    assert [levels[cells[row * width + width - 1]] for row in range(4)] == [384, 512, 256, 128]
+    assert levels[cells[0]] == 1024 and pixels[0, 0] == shade(1.0)
+    assert pixels[width - 1, 3] == shade(128 / 1024)
+
+
+def test_incidents_are_listed(run_dir: Path) -> None:
+    with open(run_dir / "events.jsonl", "a") as file:
+        for event in (
+            {"kind": "spike", "step": 41, "loss": 9.5, "average": 4.2},
+            {"kind": "rolled_back", "step": 30, "from_step": 41},
+            {"kind": "signal", "step": 99, "name": "SIGTERM"},
+            {"kind": "resumed", "step": 99},
+        ):
+            file.write(json.dumps({"time": 1.0, **event}) + "\n")
+    change_records(run_dir, skipped=lambda r: 3 * (r["step"] > 200))
+    table = tables.incidents(read_run(run_dir))
+    assert table is not None
+    assert [row[0] for row in table.rows] == [
+        "loss spike", "rolled back to", "stopped by a signal", "resumed", "steps skipped in all",
+    ]  # fmt: skip
+    assert table.rows[0][2] == "loss 9.500, usual 4.200" and table.rows[-1][2] == "3"
+
+
+def test_every_chart_of_the_page_has_title_unit_and_legend(run_dir: Path) -> None:
+    write_scores(run_dir, layers=4)
+    other = run_dir.parent / "other"
+    write_synthetic_run(other, synthetic_config(other), steps=90)
+    for text in (page([read_run(run_dir)]), page([read_run(run_dir), read_run(other)])):
+        figures = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
+        assert len(figures) == len(slugs(text)) >= 8
+        for one in figures:
+            assert re.search(r"<h3>[^<]+</h3><p>[^<]+</p>", one)
+            assert re.search(r'<ul class="legend">.*?<li>', one)
+            for label in re.findall(r'<div class="label \w+">(.*?)</div>', one):
+                assert label
+            assert 'class="label y"' in one and ">consumed tokens<" in one
+            assert one.count('<div class="ticks') >= 2
 
 
 @pytest.mark.parametrize(

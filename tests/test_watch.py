@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import record
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -22,25 +23,6 @@ from megatron_idea.watch import SPARKS, Tail, View, describe, sparkline, watch
 CONFIG = configs.from_dict(
     {"model": {"ffn_hidden_size": 1024}, "schedule": {"total_tokens": 100 * 2048}}
 )
-
-
-def record(step: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "step": step,
-        "tokens": step * 2048,
-        "phase": "enlarged",
-        "loss": 7.0 - step / 1000,
-        "lr": 1e-3,
-        "keep_ratio": 1.0,
-        "ffn_live": [1024] * 4,
-        "ffn_width": [1024] * 4,
-        "grad_norm": 0.5,
-        "tokens_per_s": 4096.0,
-        "step_s": 0.5,
-        "memory_bytes": 2 * 10**9,
-        "skipped": 0,
-        **fields,
-    }
 
 
 def append(run_dir: Path, name: str, *records: dict[str, Any]) -> None:
@@ -56,12 +38,12 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def frame(run_dir: Path, width: int = 80, now: float | None = None) -> str:
+def frame(run_dir: Path, width: int = 80, now: float | None = None, height: int = 40) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width)
     view = View(run_dir)
     view.refresh()
-    console.print(view.render(time.time() if now is None else now, width))
+    console.print(view.render(time.time() if now is None else now, width, height))
     return out.getvalue()
 
 
@@ -75,9 +57,42 @@ def test_a_running_run_shows_where_it_is(run_dir: Path) -> None:
     assert set(SPARKS) & set(text)
 
 
-@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_a_frame_is_no_wider_than_the_terminal(run_dir: Path, width: int) -> None:
     assert max(map(len, frame(run_dir, width).splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_bar_and_no_heading_is_broken_in_two(run_dir: Path, width: int) -> None:
+    widths = [10_000 + 8 * i for i in range(48)]
+    append(run_dir, "metrics.jsonl", record(41, ffn_live=widths, ffn_width=widths))
+    lines = frame(run_dir, width).splitlines()
+    bars = [line for line in lines if line.startswith("│ layer")]
+    assert len(bars) == 12 and all(" of 10," in line for line in bars)
+    (sparks,) = [line for line in lines if set(SPARKS) - {"█"} & set(line) and "layer" not in line]
+    assert "loss " in sparks
+    assert any("ETA " in line and not line.rstrip(" │").endswith("ETA") for line in lines)
+
+
+def test_a_low_terminal_shows_fewer_layers(run_dir: Path) -> None:
+    widths = [512 + 8 * i for i in range(48)]
+    append(run_dir, "metrics.jsonl", record(41, ffn_live=widths, ffn_width=widths))
+    text = frame(run_dir, height=24)
+    assert text.count("layer ") == 3 and "layer 0" in text and "layer 47" in text
+    assert len(text.splitlines()) <= 24
+
+
+def test_the_newest_sample_is_shown(run_dir: Path) -> None:
+    texts = [
+        {"step": step, "tokens": 1, "prompt": prompt, "text": f"\tx = {step}\n{'y ' * 200}"}
+        for step in (10, 20)
+        for prompt in ("def f():", "another")
+    ]
+    append(run_dir, "samples.jsonl", *texts)
+    with open(run_dir / "samples.jsonl", "a") as file:
+        file.write('{"step": 30, "tex')
+    text = frame(run_dir)
+    assert "writes at step 20: def f(): x = 20 y y" in text and "another" not in text
 
 
 def test_layers_of_different_widths_get_a_bar_each(run_dir: Path) -> None:
@@ -114,12 +129,20 @@ def test_a_folder_without_records_is_waited_for(tmp_path: Path, has_config: bool
     assert "waiting for " + ("its first step" if has_config else "config.yaml") in frame(tmp_path)
 
 
-@pytest.mark.parametrize("tail", ['{"step": 41, "lo', '{"step": 41}', "rubbish\n", "[1]\n"])
+@pytest.mark.parametrize(
+    "tail", ['{"step": 41, "lo', '{"step": 41}', '{"step": 41}\n', "rubbish\n", "[1]\n"]
+)
 def test_a_half_written_or_broken_line_does_no_harm(run_dir: Path, tail: str) -> None:
-    for name in ("metrics.jsonl",):
+    before = frame(run_dir, now=1e9)
+    for name in ("metrics.jsonl", "events.jsonl", "scores.jsonl", "samples.jsonl"):
         with open(run_dir / name, "a") as file:
             file.write(tail)
-    assert "step 40" in frame(run_dir)
+    assert frame(run_dir, now=1e9) == before
+
+
+def test_an_event_without_its_fields_does_no_harm(run_dir: Path) -> None:
+    append(run_dir, "events.jsonl", {"kind": "evaluated"}, {"kind": "compacted", "step": 3})
+    assert "evaluated" in frame(run_dir)
 
 
 def test_a_loss_that_is_not_a_number_is_said(run_dir: Path) -> None:
@@ -175,6 +198,8 @@ def test_every_kind_of_event_has_its_words() -> None:
     assert describe(compacted) == "compacted 64 to 44 neurons per layer at step 6"
     assert describe({"kind": "saved", "step": 6, "seconds": 0.21}) == "saved step 6 in 0.2 s"
     assert describe({"kind": "damaged", "reason": "x"}) == "damaged"
+    stopped = {"kind": "signal", "step": 6, "name": "SIGTERM"}
+    assert describe(stopped) == "stopped by SIGTERM after step 6"
     rolled = {"kind": "rolled_back", "step": 4, "from_step": 9}
     assert describe(rolled) == "rolled back from step 9 to step 4"
 

@@ -36,8 +36,9 @@ def report(run_dir: Path) -> ReportPaths:
     folder.mkdir(exist_ok=True)
     paths = ReportPaths(folder / "report.html", folder / "run.png", folder / "details.png")
     paths.page.write_text(page([run]), "utf-8")
-    draw(charts.overview([run]), paths.picture, _title(run), is_titled=False)
-    draw([*charts.details([run]), *charts.layers(run)], paths.details, _title(run))
+    draw(charts.overview([run]), paths.picture, _title(run))
+    rest = [*charts.details([run]), *charts.layers(run), *charts.distributions(run)]
+    draw(rest, paths.details, _title(run), columns=2)
     return paths
 
 
@@ -50,10 +51,10 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
     folder = out or runs[0].run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(*(folder / f"comparison{end}" for end in (".html", ".png", "_details.png")))
-    title = " · ".join(run.name for run in runs)
+    title = f"{len(runs)} runs"
     paths.page.write_text(page(runs), "utf-8")
-    draw(charts.overview(runs), paths.picture, title, is_titled=False)
-    draw(charts.details(runs), paths.details, title)
+    draw(charts.overview(runs), paths.picture, title)
+    draw(charts.details(runs), paths.details, title, columns=2)
     return paths
 
 

@@ -12,6 +12,11 @@ from megatron_idea.estimate import human_count
 COLOURS = ("blue", "orange", "green", "red", "violet", "teal", "pink", "olive")
 
 
+def colours_of(count: int) -> list[str]:
+    """A colour for each of several runs, the same ones in charts and tables."""
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Series:
     """A curve, or points."""
@@ -23,10 +28,12 @@ class Series:
     """NaN leaves a gap."""
     colour: str
     style: str = "line"
-    """``line``, ``thin`` (faint, behind), ``dashed``, ``steps`` (holds until the next point),
-    ``points``."""
+    """``line``, ``thin`` (faint, behind), ``dashed``, ``dotted``, ``mixed`` (dashes and dots),
+    ``steps`` (bold, holds until the next point), ``count`` (the same, fine), ``points``."""
     is_right: bool = False
     """Measured on the axis at the right."""
+    run: int | None = None
+    """Which of several runs."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Band:
     colour: str
     name: str = ""
     steps: bool = False
+    is_inner: bool = False
+    """Lies within another one, whose shade adds to its own."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,18 @@ class Chart:
     marks: Sequence[float] = ()
     """Tokens at which the model was compacted."""
     is_wide: bool = False
+    runs: Sequence[str] = ()
+    """Names of several runs, in the order of ``Series.run``; empty for one."""
+
+    def entries(self) -> list[tuple[str, str, str]]:
+        """Of the legend, beside the runs: name, style and colour; ink where runs have the colours.
+
+        Of several runs each kind of curve has one entry.
+        """
+        if not self.runs:
+            return [(one.name, one.style, one.colour) for one in self.series if one.name]
+        kinds = {one.name: (one.name, one.style, "ink") for one in self.series if one.name}
+        return list(kinds.values())
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,22 @@ class HeatMap:
     is_wide: bool = False
 
 
+# Shades of a heat map from its low end to its high one: viridis, which also reads in grey and by
+# the colour-blind, cut at its darkest and brightest.
+SHADES = ("#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#e2e418")
+
+
+def shade(share: float) -> tuple[int, int, int]:
+    """Red, green and blue of a place between the ends, 0 to 1; between two shades their mixture."""
+    at = min(1.0, max(0.0, share)) * (len(SHADES) - 1)
+    first = min(int(at), len(SHADES) - 2)
+    low, high = (
+        [int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in SHADES[first : first + 2]
+    )
+    red, green, blue = (round(a + (at - first) * (b - a)) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
 @dataclass(frozen=True)
 class Table:
     """Cells of text under headers; the first column names the row."""
@@ -142,6 +179,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    colours: Sequence[str] = ()
+    """Of each row's curves elsewhere."""
 
 
 def tokens_axis(low: float, high: float) -> Axis:

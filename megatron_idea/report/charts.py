@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_idea.report.chart import (
-    COLOURS,
     Axis,
     Band,
     Chart,
     Figure,
     HeatMap,
     Series,
+    colours_of,
     fitted,
     scaled,
     tokens_axis,
 )
 from megatron_idea.report.cost import cost
-from megatron_idea.report.run import MOST_POINTS, Run, curve, mean_of, number, smooth
+from megatron_idea.report.run import MOST_POINTS, Run, curve, labels, mean_of, number, smooth
 from megatron_idea.schedule import phase_ends
 
-# Of a heat map: fewer than pixels, so that a page of many layers stays light.
-MOST_COLUMNS = 240
+# Of a heat map: about as many as it has pixels on a phone, and half as many as on a desk.
+MOST_COLUMNS = 400
 
 # Layers whose scores are drawn one by one; of more, as many spread evenly over the depth.
 MOST_LAYERS = 8
@@ -33,29 +34,37 @@ MOST_LAYERS = 8
 
 def overview(runs: Sequence[Run]) -> list[Chart]:
     """What everybody asks first: loss, the two schedules, widths, speed."""
-    return [loss(runs), schedules(runs), widths(runs), speed(runs)]
+    return list(_overview(tuple(runs)))
 
 
 def details(runs: Sequence[Run]) -> list[Chart]:
     """Cost, time, memory and gradients, where they were recorded."""
+    return list(_details(tuple(runs)))
+
+
+# Each is asked for twice: for the page and for the picture.
+@functools.lru_cache(maxsize=4)
+def _overview(runs: tuple[Run, ...]) -> list[Chart]:
+    return [loss(runs), schedules(runs), widths(runs), speed(runs)]
+
+
+@functools.lru_cache(maxsize=4)
+def _details(runs: tuple[Run, ...]) -> list[Chart]:
     charts = [costs(runs), step_time(runs), utilization(runs), memory(runs), gradients(runs)]
     return [chart for chart in charts if chart.series]
 
 
 def layers(run: Run) -> list[Figure]:
-    """What differs between layers: widths, scores, churn."""
+    """What differs between layers: widths, churn; ``distributions`` has the scores."""
     maps: list[Figure | None] = [width_map(run), churn_map(run), churn(run)]
-    return [figure for figure in maps if figure] + list(distributions(run))
+    return [figure for figure in maps if figure]
 
 
-def _each(runs: Sequence[Run], alone: str) -> list[tuple[Run, str, str]]:
-    """Every run with its colour and the prefix of its names in legends."""
+def _each(runs: Sequence[Run], alone: str) -> list[tuple[Run, str, int | None]]:
+    """Every run with its colour and its number; one alone has none."""
     if len(runs) == 1:
-        return [(runs[0], alone, "")]
-    return [
-        (run, colour, f"{run.name}: ")
-        for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False)
-    ]
+        return [(runs[0], alone, None)]
+    return list(zip(runs, colours_of(len(runs)), range(len(runs)), strict=True))
 
 
 def _chart(
@@ -70,7 +79,11 @@ def _chart(
     """A chart over the tokens of all runs, with phases where the runs have the same ones."""
     x = tokens_axis(0, max(run.tokens for run in runs))
     marks = [event["tokens"] for event in runs[0].compactions()] if len(runs) == 1 else []
-    return Chart(slug, title, note, x, y, series, phases=_phases(runs, x.high), marks=marks, **more)
+    names = labels(runs) if len(runs) > 1 else []
+    return Chart(
+        slug, title, note, x, y, series,
+        phases=_phases(runs, x.high), marks=marks, runs=names, **more,
+    )  # fmt: skip
 
 
 def _phases(runs: Sequence[Run], last: float) -> list[tuple[str, float, float]]:
@@ -101,16 +114,19 @@ def _measured(
     series: list[Series] = []
     bands: list[Band] = []
     values: list[float] = []
-    for run, shade, prefix in _each(runs, colour):
+    longest = max(run.tokens for run in runs)
+    for run, shade, place in _each(runs, colour):
         points = curve(run, value, middle)
         if not any(map(math.isfinite, points.middle)):
             continue
-        smoothed = smooth(points.middle, middle)
+        # Over the same tokens in every run: else the shorter one looks the noisier one.
+        window = min(round(longest * len(points.tokens) / run.tokens), 6 * len(points.tokens)) // 60
+        smoothed = smooth(points.middle, middle, window)
         if len(runs) == 1 and points.is_thinned:
             bands.append(Band(points.tokens, points.low, points.high, shade, "range of steps"))
         elif len(runs) == 1:
-            series.append(Series("", points.tokens, points.middle, shade, "thin"))
-        series.append(Series((prefix + name).strip(), points.tokens, smoothed, shade))
+            series.append(Series("each step", points.tokens, points.middle, shade, "thin"))
+        series.append(Series(name, points.tokens, smoothed, shade, run=place))
         values += [v for v in smoothed if math.isfinite(v)]
     return series, bands, values
 
@@ -121,16 +137,19 @@ def loss(runs: Sequence[Run]) -> Chart:
     )
     held_out = [
         Series(
-            f"{prefix}held-out",
+            "held-out",
             [event["tokens"] for event in run.evaluations()],
             [event["val_loss"] for event in run.evaluations()],
-            "red" if len(runs) == 1 else colour,
+            "orange" if len(runs) == 1 else colour,
             "points",
+            run=place,
         )
-        for run, colour, prefix in _each(runs, "blue")
+        for run, colour, place in _each(runs, "blue")
         if run.evaluations()
     ]
-    y = _loss_axis(smoothed, [v for points in held_out for v in points.y if math.isfinite(v)])
+    scatter = [v for band in bands for v in band.low]
+    scatter += [v for one in series if one.style == "thin" for v in one.y]
+    y = _loss_axis(smoothed, [v for points in held_out for v in points.y], scatter)
     shown = [points for one in held_out if (points := _below(one, y.high)).x]
     return _chart(
         runs,
@@ -144,33 +163,37 @@ def loss(runs: Sequence[Run]) -> Chart:
     )
 
 
-def _loss_axis(smoothed: Sequence[float], held_out: Sequence[float]) -> Axis:
-    """The fall from ln(vocab) would flatten everything after it; cut to where most steps are."""
+def _loss_axis(
+    smoothed: Sequence[float], held_out: Sequence[float], scatter: Sequence[float]
+) -> Axis:
+    """The fall from ln(vocab) would flatten everything after it; cut to where most steps are.
+
+    ``scatter``: of single steps, of which all but the lowest fiftieth are to be seen.
+    """
+    held_out = [v for v in held_out if math.isfinite(v)]
+    scatter = sorted(v for v in scatter if math.isfinite(v))
     ordered = sorted(smoothed)
     if not ordered:
         return fitted("loss (nats per token)", held_out)
-    low = min([ordered[0], *held_out])
-    high = ordered[int(0.97 * (len(ordered) - 1))]
+    low = min([ordered[0], *held_out, *scatter[len(scatter) // 50 :][:1]])
+    high = ordered[int(0.92 * (len(ordered) - 1))]
     span = max(high - low, 0.02)
-    return Axis("loss (nats per token)", low - 0.08 * span, high + 0.25 * span)
+    return Axis("loss (nats per token)", low - 0.05 * span, high + 0.25 * span)
 
 
 def _below(points: Series, high: float) -> Series:
     kept = [(x, y) for x, y in zip(points.x, points.y, strict=True) if y <= high]
-    return Series(
-        points.name, [x for x, _ in kept], [y for _, y in kept], points.colour, points.style
-    )
+    return dataclasses.replace(points, x=[x for x, _ in kept], y=[y for _, y in kept])
 
 
 def schedules(runs: Sequence[Run]) -> Chart:
     rates, ratios = [], []
-    for run, colour, prefix in _each(runs, "blue"):
+    for run, colour, place in _each(runs, "blue"):
         lr, keep = curve(run, number("lr")), curve(run, number("keep_ratio"))
         other = "orange" if len(runs) == 1 else colour
-        style = "line" if len(runs) == 1 else "dashed"
-        rates.append(Series(f"{prefix}learning rate", lr.tokens, lr.middle, colour))
+        rates.append(Series("learning rate", lr.tokens, lr.middle, colour, run=place))
         ratios.append(
-            Series(f"{prefix}keep ratio", keep.tokens, keep.middle, other, style, is_right=True)
+            Series("keep ratio", keep.tokens, keep.middle, other, "dashed", True, run=place)
         )
     highest = max(value for series in rates for value in series.y)
     return _chart(
@@ -178,21 +201,22 @@ def schedules(runs: Sequence[Run]) -> Chart:
         "schedules",
         "Learning rate and keep ratio",
         "One learning-rate curve over all tokens, and the share of FFN neurons that live.",
-        Axis("learning rate", 0.0, 1.15 * (highest or 1.0), "scientific"),
+        Axis("learning rate", 0.0, 1.08 * (highest or 1.0), "scientific"),
         [*rates, *ratios],
-        right=Axis("keep ratio", 0.0, 1.15),
+        right=Axis("keep ratio", 0.0, 1.08),
     )
 
 
 def widths(runs: Sequence[Run]) -> Chart:
     series: list[Series] = []
     bands: list[Band] = []
-    for run, colour, prefix in _each(runs, "green"):
+    for run, colour, place in _each(runs, "green"):
         width, live = curve(run, mean_of("ffn_width")), curve(run, mean_of("ffn_live"))
         other = "orange" if len(runs) == 1 else colour
         style = "line" if len(runs) == 1 else "dashed"
-        series.append(Series(f"{prefix}physical", width.tokens, width.middle, colour, "steps"))
-        series.append(Series(f"{prefix}live", live.tokens, live.middle, other, style))
+        bold = "steps" if len(runs) == 1 else "count"
+        series.append(Series("physical", width.tokens, width.middle, colour, bold, run=place))
+        series.append(Series("live", live.tokens, live.middle, other, style, run=place))
         if len(runs) == 1:
             bands.append(
                 Band(
@@ -210,8 +234,7 @@ def widths(runs: Sequence[Run]) -> Chart:
         "FFN width: live and physical",
         "Neurons per layer, mean over layers. Masks take neurons out of the model step by step, "
         "compactions take them out of memory in blocks.",
-        fitted("FFN neurons per layer", [v for s in series for v in s.y], kind="whole",
-               headroom=0.15),
+        fitted("FFN neurons per layer", [v for s in series for v in s.y], kind="whole"),
         series,
         bands=bands,
     )  # fmt: skip
@@ -227,7 +250,7 @@ def speed(runs: Sequence[Run]) -> Chart:
         "Training speed",
         "Tokens of all processes together, per second of training steps; evaluations and saves "
         "are not in it.",
-        fitted("tokens/s", values, kind="count", headroom=0.25),
+        fitted("tokens/s", values, kind="count", headroom=0.15),
         series,
         bands=bands,
     )
@@ -242,7 +265,7 @@ def step_time(runs: Sequence[Run]) -> Chart:
         "step-time",
         "Step time",
         "Seconds of one optimizer step.",
-        fitted("step time (s)", values, headroom=0.3),
+        fitted("step time (s)", values, headroom=0.2),
         series,
         bands=bands,
     )
@@ -258,7 +281,7 @@ def utilization(runs: Sequence[Run]) -> Chart:
         "mfu",
         "Model FLOPs utilization",
         "FLOPs of the model at its physical width, per second, as a share of the devices' peak.",
-        fitted("MFU (% of peak)", values, headroom=0.25),
+        fitted("MFU (% of peak)", values, headroom=0.15),
         series,
         bands=bands,
     )
@@ -271,10 +294,12 @@ def memory(runs: Sequence[Run]) -> Chart:
     )
     divisor, unit = scaled(largest, "B")
     series = []
-    for run, colour, prefix in _each(runs, "violet"):
+    for run, colour, place in _each(runs, "violet"):
         points = curve(run, lambda record: read(record) / divisor, max)
         if any(map(math.isfinite, points.middle)):
-            series.append(Series(f"{prefix}after each step", points.tokens, points.middle, colour))
+            series.append(
+                Series("after each step", points.tokens, points.middle, colour, run=place)
+            )
     peaks = [e for run in runs[:1] for e in run.compactions() if e.get("peak_bytes")]
     if len(runs) == 1 and peaks:
         series.append(
@@ -291,7 +316,7 @@ def memory(runs: Sequence[Run]) -> Chart:
         "memory",
         "Memory",
         "Of the first process, between steps: allocated on a GPU, resident on a CPU.",
-        fitted(f"memory ({unit})", [v for s in series for v in s.y], headroom=0.25),
+        fitted(f"memory ({unit})", [v for s in series for v in s.y], headroom=0.15),
         series,
     )
 
@@ -307,8 +332,8 @@ def gradients(runs: Sequence[Run]) -> Chart:
     if len(runs) == 1 and clip > 0 and values and min(values) < 3 * clip:
         series.append(Series("clipped above", [0, last], [clip, clip], "red", "dashed"))
     skipped = [
-        Series(f"{prefix}skipped steps", points.tokens, points.middle, "pink", "steps", True)
-        for run, _, prefix in _each(runs, "olive")
+        Series("skipped steps", points.tokens, points.middle, colour, "count", True, place)
+        for run, colour, place in _each(runs, "pink")
         if (points := curve(run, number("skipped"), max)).middle[-1] > 0
     ]
     most = max((s.y[-1] for s in skipped), default=0)
@@ -326,23 +351,29 @@ def gradients(runs: Sequence[Run]) -> Chart:
 
 
 def costs(runs: Sequence[Run]) -> Chart:
-    every = [(cost(run), colour, prefix) for run, colour, prefix in _each(runs, "blue")]
+    every = [(cost(run), colour, place) for run, colour, place in _each(runs, "blue")]
     divisor, unit = scaled(max(sums.masks_only[-1] for sums, _, _ in every), "FLOPs")
     series = []
-    for sums, colour, prefix in every:
+    for sums, colour, place in every:
         stride = -(-len(sums.tokens) // MOST_POINTS)
-        curves = [(f"{prefix}this run" if not prefix else prefix[:-2], sums.this_run, colour,
-                   "line")]  # fmt: skip
-        if len(runs) == 1:
+        curves = [("this run", sums.this_run, colour, "line")]
+        if len(runs) == 1 and runs[0].prunes:
             curves += [
                 ("masks only", sums.masks_only, "red", "dashed"),
-                ("ideal", sums.ideal, "green", "dashed"),
-                ("target from scratch", sums.from_scratch, "orange", "dashed"),
+                ("ideal", sums.ideal, "green", "dotted"),
+                ("target from scratch", sums.from_scratch, "orange", "mixed"),
             ]
         # From the end backwards: the curve ends where the run does.
         tokens = sums.tokens[::-stride][::-1]
         series += [
-            Series(name, tokens, [v / divisor for v in values[::-stride][::-1]], colour, style)
+            Series(
+                name if place is None else "compute",
+                tokens,
+                [v / divisor for v in values[::-stride][::-1]],
+                colour,
+                style,
+                run=place,
+            )
             for name, values, colour, style in curves
         ]
     return _chart(
@@ -350,7 +381,8 @@ def costs(runs: Sequence[Run]) -> Chart:
         "cost",
         "Compute so far",
         "Training FLOPs from the recorded widths, without evaluations and steps that were run "
-        "again after a stop. Ideal: no masked neuron is computed.",
+        "again after a stop."
+        + (" Ideal: no masked neuron is computed." if len(runs) == 1 and runs[0].prunes else ""),
         fitted(f"compute ({unit})", [v for s in series for v in s.y]),
         series,
     )
@@ -377,16 +409,13 @@ def width_map(run: Run) -> HeatMap | None:
 
 
 def _columns(run: Run, key: str) -> tuple[list[float], list[list[float]]]:
-    """Edges in tokens, and per layer the mean of a recorded list in each column."""
+    """Edges in tokens, and per layer a recorded list as it is at the end of each column."""
     size = -(-len(run.records) // MOST_COLUMNS)
-    groups = [run.records[i : i + size] for i in range(0, len(run.records), size)]
-    edges = [0.0, *(float(group[-1]["tokens"]) for group in groups)]
-    count = len(run.records[0][key])
-    rows = [
-        [statistics.fmean(record[key][layer] for record in group) for group in groups]
-        for layer in range(count)
-    ]
-    return edges, rows
+    lasts = [*run.records[size - 1 :: size]]
+    if len(run.records) % size:
+        lasts.append(run.records[-1])
+    edges = [0.0, *(float(record["tokens"]) for record in lasts)]
+    return edges, [list(row) for row in zip(*(record[key] for record in lasts), strict=True)]
 
 
 def _scores_axis(run: Run) -> Axis:
@@ -399,7 +428,7 @@ def _correlations(run: Run) -> tuple[list[float], list[list[float]]]:
 
     The first record has none, nor has the first after a resume.
     """
-    known = [i for i, r in enumerate(run.scores) if None not in r["rank_correlation"]]
+    known = [i for i, r in enumerate(run.scores) if None not in r.get("rank_correlation", [None])]
     if not known:
         return [], []
     edges = [run.scores[i]["tokens"] for i in (max(0, known[0] - 1), *known)]
@@ -449,6 +478,8 @@ def distributions(run: Run) -> list[Chart]:
     x = _scores_axis(run)
     tokens = [record["tokens"] for record in run.scores]
     every = [v for r in run.scores for layer in r["quantiles"] for v in layer[1:-1]]
+    # Also the cut; it may fall deep where hardly anything is left to remove.
+    every += [v for r in run.scores for v in r["cut"]]
     y = fitted("importance", every, kind="scientific", is_log=True)
     count = len(run.scores[0]["quantiles"])
     shown = sorted({round(i * (count - 1) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
@@ -470,7 +501,7 @@ def distributions(run: Run) -> list[Chart]:
                 ],
                 bands=[
                     Band(tokens, columns[1], columns[5], "blue", "5 to 95 %"),
-                    Band(tokens, columns[2], columns[4], "blue", "25 to 75 %"),
+                    Band(tokens, columns[2], columns[4], "blue", "25 to 75 %", is_inner=True),
                 ],
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class Cost:
     """Plain training at the target width, over the same tokens."""
 
 
+@functools.lru_cache(maxsize=32)
 def cost(run: Run) -> Cost:
     """Add up a run's FLOPs. A step is computed at the widths that the step before it left."""
     model, seq_length = run.config.model, run.config.training.seq_length
@@ -40,16 +42,22 @@ def cost(run: Run) -> Cost:
     # The records' first tokens may lie after the run's: one that began from another's checkpoint.
     done = first["tokens"] - run.config.batch_tokens
     width, live = first["ffn_width"], first["ffn_live"]
+    rates = [per_token(widths) for widths in (width, full, live, target)]
     total = Cost([], [], [], [], [])
+    columns = (total.this_run, total.masks_only, total.ideal, total.from_scratch)
     sums = [0.0, 0.0, 0.0, 0.0]
     for record in run.records:
         tokens = record["tokens"] - done
-        for i, widths in enumerate((width, full, live, target)):
-            sums[i] += tokens * per_token(widths)
-        for column, value in zip(
-            (total.this_run, total.masks_only, total.ideal, total.from_scratch), sums, strict=True
-        ):
-            column.append(value)
+        for i, column in enumerate(columns):
+            sums[i] += tokens * rates[i]
+            column.append(sums[i])
         total.tokens.append(record["tokens"])
-        done, width, live = record["tokens"], record["ffn_width"], record["ffn_live"]
+        done = record["tokens"]
+        # Neighbours with equal widths share their lists, see read_metrics.
+        if record["ffn_width"] is not width:
+            width = record["ffn_width"]
+            rates[0] = per_token(width)
+        if record["ffn_live"] is not live:
+            live = record["ffn_live"]
+            rates[2] = per_token(live)
     return total

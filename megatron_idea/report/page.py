@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import statistics
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from megatron_idea import config as configuration
 from megatron_idea.estimate import human_count
+from megatron_idea.metrics import human_duration
 from megatron_idea.report import charts, tables
-from megatron_idea.report.chart import Figure, Table
+from megatron_idea.report.chart import SHADES, Figure, Table
 from megatron_idea.report.cost import cost
 from megatron_idea.report.run import Run, spread
+from megatron_idea.report.samples import samples
 from megatron_idea.report.svg import SIZE, figure
-
-# The newest ones; a run that samples often would bury everything else.
-MOST_SAMPLES = 12
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -28,7 +28,8 @@ def page(runs: Sequence[Run]) -> str:
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{_asset('page.css')}</style></head><body>"
+        f"<style>\n:root {{ --shades: linear-gradient(90deg, {', '.join(SHADES)}); }}\n"
+        f"{_asset('page.css')}</style></head><body>"
         '<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
         f'<clipPath id="plot"><rect width="{SIZE}" height="{SIZE}"/></clipPath></svg>'
         f"<main>{body}{_footer(runs)}</main>"
@@ -41,29 +42,43 @@ def _asset(name: str) -> str:
 
 
 def _one(run: Run) -> str:
-    rows = _layers(run)
     return (
         f"<header><h1>{escape(run.name)}</h1><p>{escape(_subtitle(run))}</p></header>"
-        f"{_tiles(run)}"
+        f"{_broken(run)}{_tiles(run)}"
         f"<h2>Run</h2>{_charts([*charts.overview([run]), *charts.details([run])])}"
-        f"{f'<h2>Layers and scores</h2>{rows}' if rows else ''}"
+        f"{_layers(run)}"
         f"<h2>Numbers</h2>{_tables(run)}"
-        f"{_samples(run)}{_configuration(run)}"
+        f"{samples(run)}{_configuration(run)}"
     )
 
 
 def _several(runs: Sequence[Run]) -> str:
-    names = ", ".join(run.name for run in runs)
+    differences = tables.differences(runs)
+    drawn = _charts([*charts.overview(runs), *charts.details(runs)])
     return (
-        f"<header><h1>{len(runs)} runs</h1><p>{escape(names)}</p></header>"
+        f"<header><h1>{len(runs)} runs</h1></header>"
         f"<h2>Side by side</h2>{_card(tables.compared(runs))}"
-        f"<h2>Curves</h2>{_charts([*charts.overview(runs), *charts.details(runs)])}"
-        + "".join(
-            f"<h2>{escape(run.name)}</h2><p>{escape(_subtitle(run))}</p>{_layers(run)}"
-            f"{_tables(run)}{_samples(run)}{_configuration(run)}"
-            for run in runs
-        )
+        f"{_card(differences) if differences else ''}"
+        '<h2>Curves</h2><p class="hint">A run in a legend: touch it to hide it in every chart, '
+        f"move over it to see it alone.</p>{drawn}<h2>Each run</h2>" + "".join(map(_folded, runs))
     )
+
+
+def _folded(run: Run) -> str:
+    """What a page of one run has beyond the charts that are drawn for all together."""
+    return (
+        f'<details class="run"><summary>{escape(run.name)}<small>{escape(_subtitle(run))}</small>'
+        f"</summary>{_broken(run)}{_layers(run)}<h2>Numbers</h2>{_tables(run)}{samples(run)}"
+        f"{_configuration(run)}</details>"
+    )
+
+
+def _broken(run: Run) -> str:
+    if not run.broken:
+        return ""
+    shown = ", ".join(run.broken[:3]) + (" and others" if len(run.broken) > 3 else "")
+    count = "1 line" if len(run.broken) == 1 else f"{len(run.broken):,} lines"
+    return f'<p class="warning">Left out {count} that could not be read: {escape(shown)}.</p>'
 
 
 def _subtitle(run: Run) -> str:
@@ -72,16 +87,16 @@ def _subtitle(run: Run) -> str:
     if run.is_finished:
         return f"finished: {human_count(run.tokens)} tokens in {steps}"
     done = f"{human_count(run.tokens)} of {total} tokens ({tables.share(run):.0%}) in {steps}"
-    return f"not finished: {done}, in phase {run.records[-1]['phase']}"
+    return f"not finished: {done}; in phase {run.records[-1]['phase']}"
 
 
 def _tiles(run: Run) -> str:
-    """The answer in five numbers."""
+    """The answer in six numbers."""
     first, last = run.records[0], run.records[-1]
     sums, closing = cost(run), tables.closing(run)
     tiles = [
         ("parameters", run.parameters(last), f"began with {run.parameters(first)}"),
-        ("FFN width", spread(last["ffn_live"]), f"began with {spread(first['ffn_live'])}"),
+        ("FFN width", _mean_width(last), f"{_by_layer(last)}began with {_mean_width(first)}"),
     ]
     losses = run.evaluations()
     if losses:
@@ -90,12 +105,24 @@ def _tiles(run: Run) -> str:
     speeds = [row for row in closing.rows if row[0] == "training tokens/s"]
     if speeds:
         before = [cell for cell in speeds[0][1:-1] if cell]
-        note = f"at full width {before[0]}" if before else "median"
-        tiles.append(("tokens/s", speeds[0][-1] or "-", note))
+        note = f"at full width {before[0]}" if before else "of training steps"
+        tiles.append(("tokens/s, median", speeds[0][-1] or "-", note))
     saved = 1 - sums.this_run[-1] / sums.masks_only[-1]
     note = f"{saved:.0%} less than at full width" if saved > 0 else "all at full width"
-    tiles.append(("training FLOPs", f"{sums.this_run[-1]:.2e}", note))
+    tiles.append(("training compute", tables.flops(sums.this_run[-1]), note))
+    seconds = sum(record.get("step_s", 0.0) for record in run.records)
+    if seconds:
+        tiles.append(("time of training steps", human_duration(seconds), tables.on_processes(run)))
     return f'<dl class="tiles">{"".join(_tile(*tile) for tile in tiles)}</dl>'
+
+
+def _mean_width(record: dict[str, Any]) -> str:
+    return f"{statistics.fmean(record['ffn_live']):,.0f}"
+
+
+def _by_layer(record: dict[str, Any]) -> str:
+    live = record["ffn_live"]
+    return f"{spread(live)} by layer, " if min(live) < max(live) else ""
 
 
 def _tile(name: str, value: str, note: str) -> str:
@@ -114,50 +141,62 @@ def _charts(figures: Sequence[Figure]) -> str:
 
 
 def _layers(run: Run) -> str:
-    figures = charts.layers(run)
-    return _charts(figures) if figures else ""
+    """Maps of all layers; the scores of single ones in a row, which a phone lets slide."""
+    figures, scores = charts.layers(run), charts.distributions(run)
+    row = "".join(map(figure, scores))
+    return (
+        ("<h2>Layers</h2>" if figures or scores else "")
+        + (_charts(figures) if figures else "")
+        + (f'<h2>Importance of neurons</h2><div class="charts slides">{row}</div>' if row else "")
+    )
 
 
 def _tables(run: Run) -> str:
-    removed, environment = tables.removed(run), tables.environment(run)
-    small = "".join(_card(table) for table in (tables.spent(run), environment) if table)
-    return (
-        f"{_card(tables.closing(run))}{_card(removed) if removed else ''}<br>"
-        f'<div class="pair">{small}</div>'
-    )
+    every = (
+        tables.closing(run), tables.spent(run), tables.environment(run), tables.removed(run),
+        tables.incidents(run),
+    )  # fmt: skip
+    return f'<div class="cards">{"".join(_card(table) for table in every if table)}</div>'
+
+
+# Rows of a table that are shown without asking.
+MOST_ROWS = 14
 
 
 def _card(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
-    )
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    firsts = [
+        f'<th scope="row" class="keyed"><i class="dot {colour}"></i>' for colour in table.colours
+    ] or ['<th scope="row">'] * len(table.rows)
+    rows = [
+        f"<tr>{first}{escape(row[0])}</th>{''.join(map(_cell, row[1:]))}</tr>"
+        for first, row in zip(firsts, table.rows, strict=True)
+    ]
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
     headers = f"<thead><tr>{head}</tr></thead>" if any(table.columns) else ""
-    return (
-        f'<section class="card"><h3>{escape(table.title)}</h3><div class="scroll">'
-        f"<table>{headers}<tbody>{rows}</tbody></table></div>{note}</section>"
-    )
+    body = _scroll(headers + "".join(rows))
+    if len(rows) > MOST_ROWS + 2 and not table.colours:
+        body = (
+            f"{_scroll(headers + ''.join(rows[:MOST_ROWS]))}<details><summary>all {len(rows):,} "
+            f"rows</summary>{body}</details>"
+        )
+    wide = " wide" if len(table.columns) > 5 else ""
+    return f'<section class="card{wide}"><h3>{escape(table.title)}</h3>{body}{note}</section>'
 
 
-def _samples(run: Run) -> str:
-    if not run.samples:
-        return ""
-    shown = run.samples[-MOST_SAMPLES:]
-    return f'<h2>Samples</h2><section class="card">{"".join(map(_sample, shown))}</section>'
+def _cell(text: str) -> str:
+    """Extremes in brackets go below their mean."""
+    return f"<td>{escape(text).replace(' [', '<br>[')}</td>"
 
 
-def _sample(sample: dict[str, Any]) -> str:
-    tokens = sample.get("tokens")
-    when = f"after {human_count(tokens)} tokens" if isinstance(tokens, (int, float)) else ""
-    prompt, text = (escape(str(sample.get(key, ""))) for key in ("prompt", "text"))
-    return f'<h3>{when}</h3><div class="sample"><b>{prompt}</b>{text}</div>'
+def _scroll(rows: str) -> str:
+    return f'<div class="scroll"><table>{rows}</table></div>'
 
 
 def _configuration(run: Run) -> str:
     text = escape(configuration.to_yaml(run.config))
     return (
-        '<h2>Configuration</h2><section class="card"><details><summary>config.yaml, as used'
+        '<h2>Configuration</h2><section class="card"><details><summary>config.yaml, resolved'
         f"</summary><pre>{text}</pre></details></section>"
     )
 

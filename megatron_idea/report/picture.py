@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_idea.report.chart import SHADES as MAP_SHADES
 from megatron_idea.report.chart import Axis as ChartAxis
-from megatron_idea.report.chart import Band, Chart, HeatMap, Series
+from megatron_idea.report.chart import Band, Chart, HeatMap, Series, colours_of
 from megatron_idea.report.chart import Figure as Drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, MUTED, GRID = "#1f2937", "#6b7280", "#e5e7eb"
+# Those of the page's light theme.
 SHADES = {
-    "blue": "#2563eb", "orange": "#ea580c", "green": "#0f766e", "red": "#be123c",
-    "violet": "#7c3aed", "teal": "#0e7490", "pink": "#c026d3", "olive": "#4d7c0f",
+    "blue": "#1740b5", "orange": "#d97b08", "green": "#1f9e86", "red": "#85091f",
+    "violet": "#7a1de3", "teal": "#03617a", "pink": "#de46d4", "olive": "#735b03", "ink": MUTED,
 }  # fmt: skip
-# Of a legend's row, each entry's line included: as many as a picture is wide.
-LEGEND_CHARACTERS = 110
 
-PHASE_TINT = {"enlarged": "#ffffff", "prune": "#fff4e5", "recover": "#f4f7fb"}
+PHASE_TINT = {"enlarged": "#ffffff", "prune": "#fff1dd", "recover": "#eff4fb"}
 RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -49,7 +50,10 @@ LINE: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.6},
     "thin": {"linewidth": 0.7, "alpha": 0.25},
     "dashed": {"linewidth": 1.5, "linestyle": (0, (5, 3))},
+    "dotted": {"linewidth": 2.0, "linestyle": (0, (0.1, 2.2)), "dash_capstyle": "round"},
+    "mixed": {"linewidth": 1.5, "linestyle": (0, (6, 2.5, 1.5, 2.5))},
     "steps": {"linewidth": 3.0, "drawstyle": "steps-post"},
+    "count": {"linewidth": 1.4, "drawstyle": "steps-post"},
     "points": {
         "linestyle": "none", "marker": "o", "markersize": 4.5, "markeredgecolor": "white",
         "markeredgewidth": 0.7, "clip_on": False, "zorder": 3,
@@ -57,8 +61,8 @@ LINE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def draw(charts: Sequence[Drawn], path: Path, title: str, *, is_titled: bool = True) -> None:
-    """Write the charts as a PNG 1800 pixels wide. ``is_titled``: each chart has its own title."""
+def draw(charts: Sequence[Drawn], path: Path, title: str, *, columns: int = 1) -> None:
+    """Write the charts as a PNG: 1800 pixels wide, and as much again for a second column."""
     # Here, not above: matplotlib takes a second to import, and the closing table needs none of it.
     import matplotlib
 
@@ -67,29 +71,75 @@ def draw(charts: Sequence[Drawn], path: Path, title: str, *, is_titled: bool = T
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        heights = [3.3 if chart.is_wide and isinstance(chart, Chart) else 2.3 for chart in charts]
-        layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.08, hspace=0.03)
-        figure = Figure(figsize=(9, sum(heights)), layout=layout)
+        rows = -(-len(charts) // columns)
+        wide = columns == 1 and any(chart.is_wide for chart in charts)
+        heights = [2.7 if wide and number == 0 else 1.9 for number in range(rows)]
+        names = next((chart.runs for chart in charts if isinstance(chart, Chart)), ())
+        layout = ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.08, hspace=0.02)
+        head = 0.4 + 0.2 * _legend_rows(names, columns)
+        figure = Figure(figsize=(9 * columns, sum(heights) + head), layout=layout)
         FigureCanvasAgg(figure)
-        grid = figure.subplots(len(charts), 1, height_ratios=heights, squeeze=False)
-        for number, (axes, drawn) in enumerate(zip(grid[:, 0], charts, strict=True)):
-            _shade_phases(axes, drawn, is_named=number == 0 and not is_titled)
+        grid = figure.subplots(rows, columns, height_ratios=heights, squeeze=False)
+        for number, drawn in enumerate(charts):
+            axes = grid[number // columns, number % columns]
+            _shade_phases(axes, drawn, is_named=number < columns)
             if isinstance(drawn, HeatMap):
                 _draw_map(axes, drawn)
             else:
-                _draw_chart(axes, drawn, is_titled)
-            if is_titled:
-                axes.set_title(drawn.title, loc="left", fontsize=10, fontweight="bold")
+                _draw_chart(axes, drawn, is_first=number == 0)
+            axes.set_title(drawn.title, loc="left", fontsize=10, fontweight="bold")
             _ticks(axes.xaxis, drawn.x, 8)
             axes.set_xlim(drawn.x.low, drawn.x.high)
-            # Under the last of several over the same tokens.
-            if number + 1 == len(charts) or is_titled:
-                axes.set_xlabel(drawn.x.label)
-            else:
+            # Once under charts over the same tokens.
+            below = charts[number + columns : number + columns + 1]
+            if below and below[0].x == drawn.x:
                 axes.tick_params(labelbottom=False)
+            else:
+                axes.set_xlabel(drawn.x.label)
             axes.yaxis.set_label_coords(-0.078, 0.5)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        figure.savefig(path, dpi=200)
+        for axes in grid.flat[len(charts) :]:
+            axes.set_visible(False)
+        if names:
+            _name_runs(figure, names, columns)
+        else:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Curves on white have few colours: a palette of them is a third of the size."""
+    from PIL import Image  # comes with matplotlib
+
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=200)
+    with Image.open(whole) as image:
+        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        few.save(path, optimize=True)
+
+
+# Of a legend's row in one column of charts, each entry's line included.
+LEGEND_CHARACTERS = 110
+
+
+def _per_row(names: Sequence[str], columns: int) -> int:
+    longest = max(map(len, names), default=1)
+    return max(1, min(len(names) or 1, columns * LEGEND_CHARACTERS // (longest + 6)))
+
+
+def _legend_rows(names: Sequence[str], columns: int) -> int:
+    return -(-len(names) // _per_row(names, columns))
+
+
+def _name_runs(figure: Any, names: Sequence[str], columns: int) -> None:
+    """One legend for all charts: which colour is which run."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=SHADES[colour], linewidth=2.5, label=name)
+        for name, colour in zip(names, colours_of(len(names)), strict=True)
+    ]
+    ncols = _per_row(names, columns)
+    figure.legend(handles=handles, loc="outside upper left", ncols=ncols, fontsize=10)
 
 
 def _ticks(axis: Any, drawn: ChartAxis, most: int) -> None:
@@ -97,37 +147,55 @@ def _ticks(axis: Any, drawn: ChartAxis, most: int) -> None:
     axis.set_ticks(places, texts)
 
 
-def _draw_chart(axes: Axes, chart: Chart, is_titled: bool) -> None:
+def _draw_chart(axes: Axes, chart: Chart, is_first: bool) -> None:
+    from matplotlib.patches import Patch
+
     right = axes.twinx() if chart.right else None
     if chart.y.is_log:
         axes.set_yscale("log")
     for band in chart.bands:
         _draw_band(axes, band)
-    handles = [
-        line
-        for series in chart.series
-        for line in _draw_series(right if series.is_right and right else axes, series)
-    ]
+    for series in chart.series:
+        _draw_series(right if series.is_right and right else axes, series)
     if chart.marks:
         feet = [0.0] * len(chart.marks)
-        style = {"color": MUTED, "linestyle": "none", "marker": "|", "markersize": 9}
         transform = axes.get_xaxis_transform()
-        marks = axes.plot(chart.marks, feet, transform=transform, clip_on=False, **style)
-        if not is_titled:
-            marks[0].set_label("compaction")
-            handles += marks
+        axes.plot(chart.marks, feet, transform=transform, clip_on=False, **MARK)
     _set_y(axes, chart.y)
     if right and chart.right:
         right.spines["right"].set_visible(True)
         right.grid(False)
         _set_y(right, chart.right)
-    named = [handle for handle in handles if not str(handle.get_label()).startswith("_")]
-    if named:
-        # Beside the title, where there is one: there a legend covers no curve.
-        place = {"bbox_to_anchor": (1.0, 0.98), "loc": "lower right"} if is_titled else {}
-        longest = max(len(str(handle.get_label())) for handle in named)
-        columns = max(1, min(len(named), LEGEND_CHARACTERS // (longest + 6)))
-        axes.legend(**{"handles": named, "loc": "upper right", "ncols": columns} | place)
+    handles: list[Any] = [
+        _entry(name, SHADES[colour], LINE[style]) for name, style, colour in chart.entries()
+    ]
+    handles += [
+        Patch(
+            facecolor=SHADES[band.colour],
+            alpha=0.4 if band.is_inner else 0.2,
+            linewidth=0,
+            label=band.name,
+        )
+        for band in chart.bands
+        if band.name
+    ]
+    # Once is enough for what looks the same in all of them.
+    handles += [_entry("compaction", MUTED, MARK)] if chart.marks and is_first else []
+    if handles:
+        # Beside the title: there it covers no curve.
+        axes.legend(
+            handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(handles),
+            columnspacing=1.4, handlelength=1.8, handletextpad=0.5, borderaxespad=0.2,
+        )  # fmt: skip
+
+
+MARK: dict[str, Any] = {"color": MUTED, "linestyle": "none", "marker": "|", "markersize": 9}
+
+
+def _entry(name: str, colour: str, style: dict[str, Any]) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **{"color": colour, "label": name} | style)
 
 
 def _set_y(axes: Axes, axis: ChartAxis) -> None:
@@ -137,14 +205,8 @@ def _set_y(axes: Axes, axis: ChartAxis) -> None:
     axes.set_ylabel(axis.label)
 
 
-def _draw_series(axes: Axes, series: Series) -> list[Any]:
-    return axes.plot(
-        series.x,
-        series.y,
-        color=SHADES[series.colour],
-        label=series.name or "_",
-        **LINE[series.style],
-    )
+def _draw_series(axes: Axes, series: Series) -> None:
+    axes.plot(series.x, series.y, color=SHADES[series.colour], **LINE[series.style])
 
 
 def _draw_band(axes: Axes, band: Band) -> None:
@@ -160,6 +222,8 @@ def _draw_band(axes: Axes, band: Band) -> None:
 
 
 def _draw_map(axes: Axes, drawn: HeatMap) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
     # Edges of rows so that the first layer is at the top, as on the page.
     count = len(drawn.rows)
     mesh = axes.pcolormesh(
@@ -168,7 +232,7 @@ def _draw_map(axes: Axes, drawn: HeatMap) -> None:
         drawn.rows,
         vmin=drawn.values.low,
         vmax=drawn.values.high,
-        cmap="YlGnBu",
+        cmap=LinearSegmentedColormap.from_list("shades", MAP_SHADES),
     )
     axes.grid(False)
     axes.set_ylim(count, 0)
@@ -188,9 +252,10 @@ def _shade_phases(axes: Axes, drawn: Drawn, is_named: bool) -> None:
                 name,
                 xy=((begin + end) / 2, 1.0),
                 xycoords=axes.get_xaxis_transform(),
-                xytext=(0, 4),
+                xytext=(0, -4),
                 textcoords="offset points",
                 ha="center",
+                va="top",
                 color=MUTED,
                 fontsize=10,
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_idea.report.run import Run
+from megatron_idea.report.run import Run, mean_of
 from megatron_idea.schedule import removal_window
 
 # Steps that are averaged on each side of a removal. More of them are less noisy and mix in more of
@@ -38,6 +40,11 @@ class Removal:
     compaction: dict[str, Any] | None = None
     """The event, of a compaction."""
 
+    @property
+    def is_noise(self) -> bool:
+        """Whether a jump so large is to be expected of losses that only scatter."""
+        return self.noise is not None and abs(self.loss_jump or 0.0) <= 2.0 * self.noise
+
 
 def removals(run: Run) -> list[Removal]:
     """The whole removal window, then each compaction and each sudden mask, in order of steps."""
@@ -52,24 +59,25 @@ def _moments(run: Run) -> list[tuple[int, str, list[int], list[int]]]:
     compacted = {event["step"]: event for event in run.compactions()}
     full = run.config.model.ffn_hidden_size
     moments = []
-    live = run.records[0]["ffn_live"]
+    live, mean = run.records[0]["ffn_live"], mean_of("ffn_live")
+    mean_before = mean(run.records[0])
     for index, record in enumerate(run.records):
-        event = compacted.get(record["step"])
+        event, mean_now = compacted.get(record["step"]), mean(record)
         if event:
             moments.append((index, "compaction", event["widths_before"], event["widths_after"]))
-        elif statistics.fmean(live) - statistics.fmean(record["ffn_live"]) >= SUDDEN * full:
+        elif mean_before - mean_now >= SUDDEN * full:
             moments.append((index, "mask", live, record["ffn_live"]))
-        live = record["ffn_live"]
+        live, mean_before = record["ffn_live"], mean_now
     return moments
 
 
 def _whole_window(run: Run) -> Removal | None:
     """All of the pruning as one removal: from its first token to its last."""
     begin, end = removal_window(run.config.schedule)
-    inside = [i for i, record in enumerate(run.records) if begin <= record["tokens"] <= end]
-    if not run.prunes or len(inside) < 2:
+    tokens = [record["tokens"] for record in run.records]
+    first, last = bisect.bisect_left(tokens, begin), bisect.bisect_right(tokens, end) - 1
+    if not run.prunes or last <= first:
         return None
-    first, last = inside[0], inside[-1]
     before, after = run.records[max(0, first - 1)]["ffn_live"], run.records[last]["ffn_live"]
     return _measure(run, first, last, "all of the pruning", before, after)
 
@@ -81,9 +89,8 @@ def _measure(
 
     The step of a removal computes its loss before neurons go.
     """
-    losses = [record["loss"] for record in run.records]
-    earlier = _finite(losses[max(0, begin + 1 - WINDOW_STEPS) : begin + 1])
-    later = _finite(losses[end + 1 : end + 1 + WINDOW_STEPS])
+    earlier = _losses(run.records[max(0, begin + 1 - WINDOW_STEPS) : begin + 1])
+    later = _losses(run.records[end + 1 : end + 1 + WINDOW_STEPS])
     record = run.records[end]
     jump = noise = recovered = None
     if len(earlier) == len(later) == WINDOW_STEPS:
@@ -102,15 +109,16 @@ def _measure(
 def _recovery(run: Run, index: int, level: float) -> int | None:
     """Tokens from the removal to the first window of steps whose mean is at the level again."""
     begin = run.records[index]["tokens"]
-    later = [(r["tokens"], r["loss"]) for r in run.records[index + 1 :] if math.isfinite(r["loss"])]
-    total = 0.0
-    for last, (tokens, loss) in enumerate(later):
-        total += loss - (later[last - WINDOW_STEPS][1] if last >= WINDOW_STEPS else 0.0)
-        if last >= WINDOW_STEPS - 1 and total / WINDOW_STEPS <= level:
+    window: deque[float] = deque(maxlen=WINDOW_STEPS)
+    # Not a slice: there may be very many of them, and mostly the first few decide.
+    for place in range(index + 1, len(run.records)):
+        record = run.records[place]
+        window += _losses([record])
+        if len(window) == WINDOW_STEPS and statistics.fmean(window) <= level:
             # The window right behind the removal: the loss never rose.
-            return 0 if last == WINDOW_STEPS - 1 else tokens - begin
+            return 0 if place == index + WINDOW_STEPS else record["tokens"] - begin
     return None
 
 
-def _finite(values: Sequence[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
+def _losses(records: Iterable[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in records if math.isfinite(record["loss"])]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,23 @@ from typing import Any
 
 from megatron_idea.config import Config, load
 from megatron_idea.estimate import human_count, parameter_count
-from megatron_idea.metrics import METRICS, read_events, read_metrics, read_scores
+from megatron_idea.metrics import (
+    EVENTS,
+    METRICS,
+    SAMPLES,
+    SCORES,
+    read_events,
+    read_metrics,
+    read_samples,
+    read_scores,
+)
 
 # Points of a curve: about as many as a wide chart has columns of pixels.
 MOST_POINTS = 800
 
 
-@dataclass(frozen=True)
+# Compared by identity: what is worked out from a run is kept with it, see cost.
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a run recorded, finished or not."""
 
@@ -28,6 +39,8 @@ class Run:
     events: list[dict[str, Any]]
     scores: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    broken: tuple[str, ...] = ()
+    """Lines of its files that are no records, by file and number; they are left out."""
 
     @property
     def name(self) -> str:
@@ -64,7 +77,7 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read a run folder.
+    """Read a run folder; again only when a file of it has changed.
 
     Raises: ValueError when it is none, or when no step has been recorded yet.
     """
@@ -72,30 +85,73 @@ def read_run(run_dir: Path) -> Run:
         raise ValueError(
             f"{run_dir} is not a run folder: it has no config.yaml; give the run_dir of a run"
         )
-    records = read_metrics(run_dir)
+    paths = [run_dir / name for name in ("config.yaml", METRICS, EVENTS, SCORES, SAMPLES)]
+    stats = [path.stat() for path in paths if path.is_file()]
+    return _read_run(run_dir, tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+
+# A page and the table in the terminal are made one after the other: a run of half a million steps
+# takes ten seconds to read.
+@functools.lru_cache(maxsize=32)
+def _read_run(run_dir: Path, _stamp: tuple[tuple[int, int], ...]) -> Run:
+    broken: list[str] = []
+    records = read_metrics(run_dir, broken)
     if not records:
         raise ValueError(f"{run_dir / METRICS} has no records: the run has not finished a step")
     return Run(
         run_dir,
         load(run_dir / "config.yaml"),
         records,
-        read_events(run_dir),
-        read_scores(run_dir),
-        _read_samples(run_dir / "samples.jsonl"),
+        read_events(run_dir, broken),
+        [
+            one
+            for one in read_scores(run_dir, broken)
+            if one.keys() >= {"tokens", "quantiles", "cut"}
+        ],
+        [one for one in read_samples(run_dir, broken) if one["step"] <= records[-1]["step"]],
+        tuple(broken),
     )
 
 
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    """Texts that the model wrote; a line that is not one is left out, it costs nobody a report."""
-    samples = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            sample = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(sample, dict) and "text" in sample:
-            samples.append(sample)
-    return samples
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Names of runs beside each other: what tells them apart.
+
+    What all names begin or end with is left out where that is long: ``…lr1e-3…``. Folders of one
+    name get as many of their parents as it takes.
+    """
+    paths = [run.run_dir.resolve().parts for run in runs]
+    names = _without_common([path[-1] for path in paths])
+    for index, path in enumerate(paths):
+        same = [other for other in paths if other[-1] == path[-1] and other != path]
+        count = 0
+        while any(other[-1 - count :] == path[-1 - count :] for other in same):
+            count += 1
+        names[index] = "/".join([*path[-1 - count : -1], names[index]])
+    return names
+
+
+# Characters that all names have in common, from which on they are left out.
+LONG = 12
+
+
+def _without_common(names: Sequence[str]) -> list[str]:
+    """Cut at separators only, and leave a word of every name."""
+    words = [re.split(r"(?<=[_.-])", name) for name in sorted(set(names))]
+    room = min(map(len, words)) - 1
+    same = [len(set(column)) == 1 for column in zip(*words, strict=False)]
+    begin = next((i for i in range(room) if not same[i]), room)
+    same = [len(set(column)) == 1 for column in zip(*(one[::-1] for one in words), strict=False)]
+    end = next((i for i in range(room - begin) if not same[i]), room - begin)
+    left = len("".join(words[0][:begin]))
+    right = len("".join(words[0][len(words[0]) - end :]))
+    if len(words) == 1 or left + right < LONG:
+        return list(names)
+    return [
+        ("…" if left else "")
+        + name[left : len(name) - right].rstrip("_.-")
+        + ("…" if right else "")
+        for name in names
+    ]
 
 
 @dataclass(frozen=True)
@@ -133,9 +189,13 @@ def curve(
 def smooth(
     values: Sequence[float],
     middle: Callable[[Sequence[float]], float] = statistics.fmean,
+    window: int | None = None,
 ) -> list[float]:
-    """Centred running mean (or other middle) over about a thirtieth of the curve; skips gaps."""
-    window = len(values) // 60
+    """Centred running mean (or other middle), skips gaps.
+
+    ``window``: values on either side; by default about a thirtieth of the curve in all.
+    """
+    window = len(values) // 60 if window is None else window
     result = []
     for i in range(len(values)):
         near = [v for v in values[max(0, i - window) : i + window + 1] if math.isfinite(v)]
@@ -145,7 +205,15 @@ def smooth(
 
 def mean_of(key: str) -> Callable[[dict[str, Any]], float]:
     """The mean over layers of a recorded list."""
-    return lambda record: statistics.fmean(record[key])
+    seen: list[Any] = [None, 0.0]
+
+    def read(record: dict[str, Any]) -> float:
+        # Neighbouring records share their list, see read_metrics.
+        if record[key] is not seen[0]:
+            seen[:] = record[key], statistics.fmean(record[key])
+        return seen[1]
+
+    return read
 
 
 def number(key: str) -> Callable[[dict[str, Any]], float]:

@@ -6,17 +6,23 @@ are whole numbers from 0 to ``SIZE``; the page's script reads values back from t
 
 from __future__ import annotations
 
-import itertools
+import base64
+import bisect
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from html import escape
 
-from megatron_idea.report.chart import Axis, Band, Chart, Figure, HeatMap, Series
+from megatron_idea.report.chart import Axis, Band, Chart, Figure, HeatMap, Series, colours_of, shade
 
 SIZE = 10_000
 
 # Two labels on one axis closer than this, as a share of it, would touch on a phone.
 TIGHT = 0.12
+
+# Columns of a heat map's picture; its own columns may be of any widths.
+MAP_COLUMNS = 480
 
 
 def figure(drawn: Figure) -> str:
@@ -44,19 +50,27 @@ def _axis_data(axis: Axis) -> str:
 
 
 def _legend(chart: Chart) -> str:
+    runs = "".join(
+        f'<li data-run="{i}" tabindex="0"><i class="key line {colour}"></i>{escape(name)}</li>'
+        for i, (name, colour) in enumerate(
+            zip(chart.runs, colours_of(len(chart.runs)), strict=True)
+        )
+    )
     items = [
-        f'<li><i class="key {s.style} {s.colour}"></i>{escape(s.name)}</li>'
-        for s in chart.series
-        if s.name
+        f'<li><i class="key {style} {colour}"></i>{escape(name)}</li>'
+        for name, style, colour in chart.entries()
     ]
     items += [
-        f'<li><i class="key band {band.colour}"></i>{escape(band.name)}</li>'
+        f'<li><i class="key band {"inner " if band.is_inner else ""}{band.colour}"></i>'
+        f"{escape(band.name)}</li>"
         for band in chart.bands
         if band.name
     ]
     if chart.marks:
         items.append('<li><i class="key mark"></i>compaction</li>')
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    return (
+        f'<ul class="legend runs">{runs}</ul>' if runs else ""
+    ) + f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _shades(drawn: HeatMap) -> str:
@@ -87,64 +101,94 @@ def _frame(chart: Chart) -> str:
     return (
         f'<div class="frame"><div class="label y">{escape(chart.y.label)}</div>'
         f'<div class="ticks y">{_y_labels(chart.y)}</div>'
-        f"{_plot(svg, chart)}{right}{_x_parts(chart.x)}</div>"
+        f"{_plot(_svg(svg, chart.title), chart)}{right}{_x_parts(chart.x)}</div>"
     )
 
 
 def _map_frame(drawn: HeatMap) -> str:
     count = len(drawn.rows)
-    height = SIZE / count
-    cells = "".join(
-        _row(drawn, row, round(i * height), round((i + 1) * height))
-        for i, row in enumerate(drawn.rows)
-    )
     labelled = range(0, count, -(-count // 8))
     names = "".join(
         f'<span style="bottom:{100 * (1 - (i + 0.5) / count):.2f}%">{i}</span>' for i in labelled
     )
-    svg = f'<g class="cells">{cells}</g>'
+    levels, cells = _levels(drawn)
+    image = _png([shade(drawn.values.place(level)) for level in levels], cells)
+    alt = f"{drawn.title}, as shades"
+    picture = f'<img alt="{escape(alt)}" src="data:image/png;base64,{image}">'
+    values = " ".join(f"{level:.6g}" for level in levels)
+    packed = base64.b64encode(b"".join(cells)).decode()
     tall = min(340, max(120, 22 * count))
     # Beside another chart it is as tall as that.
     kind = "map" if drawn.is_wide else ""
     return (
-        f'<div class="{kind} frame" style="--tall:{tall}px"><div class="label y">layer</div>'
-        f'<div class="ticks y">{names}</div>'
-        f"{_plot(svg, drawn)}{_x_parts(drawn.x)}</div>"
+        f'<div class="{kind} frame" style="--tall:{tall}px" data-rows="{count}" '
+        f'data-levels="{values}" data-cells="{packed}" data-kind="{drawn.values.kind}" '
+        f'data-unit="{escape(drawn.values.label)}">'
+        f'<div class="label y">layer</div><div class="ticks y">{names}</div>'
+        f"{_plot(picture, drawn)}{_x_parts(drawn.x)}</div>"
     )
 
 
-def _row(drawn: HeatMap, row: Sequence[float], top: int, bottom: int) -> str:
-    """Rectangles of a layer; neighbours of the same shade are one."""
-    shades = [_shade(drawn.values, value) for value in row]
-    parts = []
-    column = 0
-    for shade, same in itertools.groupby(shades):
-        first, column = column, column + len(list(same))
-        if shade is None:
-            continue
-        left, right = (_across(drawn.x, drawn.edges[i]) for i in (first, column))
-        parts.append(
-            f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" '
-            f'fill-opacity="{shade}"/>'
-        )
-    return "".join(parts)
+# The cell of a heat map that has no value.
+GAP = 255
 
 
-def _shade(axis: Axis, value: float) -> str | None:
-    if not math.isfinite(value):
-        return None
-    return f"{0.05 + 0.95 * min(1.0, max(0.0, axis.place(value))):.2f}"
+def _levels(drawn: HeatMap) -> tuple[list[float], list[bytes]]:
+    """Values that cells have, at most 255 of them, and for each row the cells as their indices."""
+    known = sorted({v for row in drawn.rows for v in row if math.isfinite(v)})
+    if len(known) > GAP:
+        low, high = known[0], known[-1]
+        known = [low + (high - low) * i / (GAP - 1) for i in range(GAP)]
+    x = drawn.x
+    centres = [x.low + (x.high - x.low) * (i + 0.5) / MAP_COLUMNS for i in range(MAP_COLUMNS)]
+    columns = [bisect.bisect_right(drawn.edges, centre) - 1 for centre in centres]
+    cells = []
+    for row in drawn.rows:
+        indices = [_nearest(known, v) if math.isfinite(v) else GAP for v in row]
+        cells.append(bytes(indices[c] if 0 <= c < len(row) else GAP for c in columns))
+    return known, cells
 
 
-def _plot(svg: str, drawn: Figure) -> str:
+def _nearest(known: Sequence[float], value: float) -> int:
+    above = min(bisect.bisect_left(known, value), len(known) - 1)
+    return above - 1 if above and value - known[above - 1] < known[above] - value else above
+
+
+def _png(palette: Sequence[tuple[int, int, int]], rows: Sequence[bytes]) -> str:
+    """A PNG of palette indices in base64; a gap is transparent. Here without a library: it is all
+    that the page needs of one."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+    colours = b"".join(map(bytes, palette)).ljust(3 * (GAP + 1), b"\0")
+    head = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 3, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows), 9)
+    parts = (
+        (b"IHDR", head), (b"PLTE", colours), (b"tRNS", b"\xff" * GAP + b"\0"),
+        (b"IDAT", data), (b"IEND", b""),
+    )  # fmt: skip
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    return base64.b64encode(png).decode()
+
+
+def _plot(inside: str, drawn: Figure) -> str:
     names = "".join(
         f'<span class="phase" style="left:{100 * drawn.x.place(begin):.2f}%;'
-        f'width:{100 * (drawn.x.place(end) - drawn.x.place(begin)):.2f}%">{escape(name)}</span>'
+        f'width:{100 * (drawn.x.place(end) - drawn.x.place(begin)):.2f}%"><b>{escape(name)}</b>'
+        "</span>"
         for name, begin, end in drawn.phases
     )
     return (
-        f'<div class="plot">{names}<svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" '
-        f'role="img" aria-label="{escape(drawn.title)}">{svg}</svg></div>'
+        f'<div class="phases">{names}</div>' if names else ""
+    ) + f'<div class="plot">{inside}</div>'
+
+
+def _svg(inside: str, title: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(title)}">{inside}</svg>'
     )
 
 
@@ -172,9 +216,12 @@ def _y_labels(axis: Axis) -> str:
 def _x_parts(x: Axis) -> str:
     """Labels under the plot; on a narrow screen every second one."""
     labels = []
-    for number, (value, text) in enumerate(x.ticks(8)):
+    ticks = x.ticks(8)
+    for number, (value, text) in enumerate(ticks):
         place = x.place(value)
-        text_class = "last" if place > 1 - TIGHT / 4 else "odd" if number % 2 else "even"
+        # Counted from the end: a label at the very end is set to the left of its tick.
+        is_odd = (len(ticks) - 1 - number) % 2
+        text_class = "last" if place > 1 - TIGHT / 4 else "odd" if is_odd else "even"
         labels.append(f'<span class="{text_class}" style="left:{100 * place:.2f}%">{text}</span>')
     return (
         f'<div class="ticks x">{"".join(labels)}</div><div class="label x">{escape(x.label)}</div>'
@@ -186,7 +233,8 @@ def _curve(chart: Chart, series: Series) -> str:
     path = _path(chart.x, axis, series.x, series.y, series.style)
     name = f' data-name="{escape(series.name)}"' if series.name else ""
     side = ' data-side="right"' if series.is_right else ""
-    return f'<path class="{series.style} {series.colour}"{name}{side} d="{path}"/>'
+    run = "" if series.run is None else f' data-run="{series.run}"'
+    return f'<path class="{series.style} {series.colour}"{name}{side}{run} d="{path}"/>'
 
 
 def _path(x_axis: Axis, y_axis: Axis, xs: Sequence[float], ys: Sequence[float], style: str) -> str:
@@ -199,7 +247,7 @@ def _path(x_axis: Axis, y_axis: Axis, xs: Sequence[float], ys: Sequence[float], 
         across, down = _across(x_axis, x), _down(y_axis, y)
         if style == "points":
             parts.append(f"M{across} {down}h0")
-        elif style == "steps" and drawing:
+        elif style in ("steps", "count") and drawing:
             parts.append(f"H{across}V{down}")
         else:
             parts.append(f"{'L' if drawing else 'M'}{across} {down}")

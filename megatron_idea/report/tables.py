@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import rich.table
 
+from megatron_idea.config import Config
 from megatron_idea.estimate import human_count
 from megatron_idea.metrics import human_duration
-from megatron_idea.report.chart import Table
+from megatron_idea.report.chart import Table, colours_of, scaled
 from megatron_idea.report.cost import cost
 from megatron_idea.report.recovery import WINDOW_STEPS, Removal, removals
-from megatron_idea.report.run import Run, smooth, spread
-from megatron_idea.schedule import PHASES, phase_ended
+from megatron_idea.report.run import Run, labels, smooth, spread
+from megatron_idea.schedule import phase_ends
 
 # Steps at the start of a stretch whose speed says nothing: warm-up, allocation, first compilation.
 SETTLING_STEPS = 5
@@ -39,26 +42,27 @@ def closing(run: Run) -> Table:
 
 def _moments(run: Run) -> dict[str, dict[str, Any]]:
     """The records a reader wants side by side, by the name of their column, oldest first."""
-    schedule, batch = run.config.schedule, run.config.batch_tokens
+    ends = phase_ends(run.config.schedule)
     moments = {"start": {**run.records[0], "step": 0, "tokens": 0}}
-    if run.prunes:
-        names = dict(zip(PHASES[:2], ("enlarged", "pruned"), strict=True))
-        for record in run.records:
-            ended = phase_ended(schedule, record["tokens"] - batch, record["tokens"])
-            if ended in names:
-                moments[names[ended]] = record
+    for phase, name in (("enlarged", "enlarged"), ("prune", "pruned")) if run.prunes else ():
+        index = bisect.bisect_left(run.records, ends[phase], key=lambda record: record["tokens"])
+        for record in run.records[index : index + 1]:
+            # One that began from another run's checkpoint may have been there before.
+            if record["tokens"] - run.config.batch_tokens < ends[phase]:
+                moments[name] = record
     moments["end" if run.is_finished else "so far"] = run.records[-1]
     return moments
 
 
 def _width(moment: dict[str, Any]) -> str:
     width, live = _range(moment["ffn_width"]), _range(moment["ffn_live"])
-    return width if live == width else f"{width} ({live} live)"
+    return width if live == width else f"{width} (live {live})"
 
 
 def _range(widths: Sequence[int]) -> str:
+    """One width, or the mean over layers and the extremes."""
     low, high = min(widths), max(widths)
-    return str(low) if low == high else f"{low}-{high}"
+    return str(low) if low == high else f"{statistics.fmean(widths):.0f} [{low}-{high}]"
 
 
 def _held_out(run: Run, moment: dict[str, Any]) -> str:
@@ -101,10 +105,10 @@ def removed(run: Run) -> Table | None:
     rows = [
         (
             f"{removal.what}, step {removal.step:,}",
-            human_count(removal.tokens),
-            f"{spread(removal.before)} → {spread(removal.after)}",
             _jump(removal),
             _recovery(removal),
+            f"{spread(removal.before)} → {spread(removal.after)}",
+            human_count(removal.tokens),
             *_effort(removal),
         )
         for removal in removals(run)
@@ -113,12 +117,13 @@ def removed(run: Run) -> Table | None:
         return None
     return Table(
         "Removals, and how the loss took them",
-        ("event", "tokens", "FFN neurons per layer", "loss jump (nats)", "tokens to recover",
+        ("event", "loss jump (nats)", "tokens to recover", "FFN neurons per layer", "at tokens",
          "time", "moved neurons", "peak memory"),
         rows,
         f"Loss jump: mean training loss of {WINDOW_STEPS} steps after minus {WINDOW_STEPS} before, "
         "± its standard error; it includes the loss's own fall. Recovered: as many steps are on "
-        "average no worse than those before.",
+        "average no worse than those before. ~ where the jump is within two standard errors of 0: "
+        "there both say more about noise than about the removal.",
     )  # fmt: skip
 
 
@@ -132,8 +137,10 @@ def _recovery(removal: Removal) -> str:
     if removal.loss_jump is None:
         return "-"
     if removal.recovery_tokens is None:
-        return "not yet"
-    return human_count(removal.recovery_tokens) if removal.recovery_tokens else "none needed"
+        return "~ not yet" if removal.is_noise else "not yet"
+    if not removal.recovery_tokens:
+        return "none needed"
+    return f"{'~ ' if removal.is_noise else ''}{human_count(removal.recovery_tokens)}"
 
 
 def _effort(removal: Removal) -> tuple[str, str, str]:
@@ -149,8 +156,14 @@ def _bytes(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
+def flops(number: float) -> str:
+    """FLOPs with a prefix: 12.4 TFLOPs."""
+    divisor, unit = scaled(number, "FLOPs")
+    return f"{number / divisor:.3g} {unit}"
+
+
 def spent(run: Run) -> Table:
-    """Training FLOPs so far, against runs over the same tokens."""
+    """Training FLOPs so far, against runs over the same tokens; and where the time went."""
     sums = cost(run)
     scratch = sums.from_scratch[-1]
     lines = [("this run", sums.this_run[-1])]
@@ -160,25 +173,32 @@ def spent(run: Run) -> Table:
             ("ideal: masked is not computed", sums.ideal[-1]),
             ("target width from scratch", scratch),
         ]
-    rows = [(name, f"{value:.2e}", f"{value / scratch:.2f}") for name, value in lines]
-    processes = _processes(run)
-    note = ""
-    if processes:
-        seconds = sum(record.get("step_s", 0.0) for record in run.records)
-        note = (
-            f"Training steps took {human_duration(seconds)} on {processes} "
-            f"{'process' if processes == 1 else 'processes'}."
-        )
+    rows = [(name, flops(value), f"{value / scratch:.2f}") for name, value in lines]
     return Table(
         f"Compute for {human_count(run.tokens)} tokens",
-        ("training run", "FLOPs", "x target from scratch"),
+        ("training run", "FLOPs", "x from scratch"),
         rows,
-        note,
+        _time(run),
     )
 
 
-def _processes(run: Run) -> int | None:
-    return _environment(run).get("processes")
+def _time(run: Run) -> str:
+    """Of what is recorded: evaluations are not."""
+    seconds = sum(record.get("step_s", 0.0) for record in run.records)
+    if not seconds:
+        return ""
+    parts = [f"Training steps took {human_duration(seconds)} {on_processes(run)}".rstrip()]
+    compacting = sum(event.get("seconds", 0.0) for event in run.compactions())
+    saving = sum(event.get("waited_s", 0.0) for event in run.of_kind("saved"))
+    parts += [f"compactions {compacting:.1f} s"] if compacting else []
+    parts += [f"waiting for checkpoints {saving:.1f} s"] if saving else []
+    return ", ".join(parts) + "."
+
+
+def on_processes(run: Run) -> str:
+    """On how many, where it was recorded."""
+    count = _environment(run).get("processes")
+    return f"on {count} {'process' if count == 1 else 'processes'}" if count else ""
 
 
 def _environment(run: Run) -> dict[str, Any]:
@@ -199,32 +219,119 @@ def environment(run: Run) -> Table | None:
     return Table("Environment", ("", ""), rows)
 
 
+def incidents(run: Run) -> Table | None:
+    """What did not go by plan: stops, resumes, spikes, rollbacks, skipped steps."""
+    rows = [
+        (_INCIDENTS[event["kind"]], f"{event['step']:,}" if "step" in event else "", _said(event))
+        for event in run.events
+        if event["kind"] in _INCIDENTS
+    ]
+    skipped = run.records[-1].get("skipped")
+    if skipped:
+        rows.append(("steps skipped in all", "", f"{skipped:,d}"))
+    left_out = len(rows) - MOST_INCIDENTS
+    return None if not rows else Table(
+        "Incidents",
+        ("what", "step", ""),
+        rows[-MOST_INCIDENTS:],
+        f"The last {MOST_INCIDENTS}; {left_out:,} more in events.jsonl." if left_out > 0 else "",
+    )  # fmt: skip
+
+
+MOST_INCIDENTS = 20
+
+_INCIDENTS = {
+    "resumed": "resumed",
+    "signal": "stopped by a signal",
+    "spike": "loss spike",
+    "rolled_back": "rolled back to",
+    "damaged": "damaged checkpoint",
+}
+
+
+def _said(event: dict[str, Any]) -> str:
+    if "loss" in event and "average" in event:
+        return f"loss {event['loss']:.3f}, usual {event['average']:.3f}"
+    if "from_step" in event:
+        return f"from {event['from_step']:,}"
+    return str(event.get("name", event.get("reason", "")))
+
+
 def compared(runs: Sequence[Run]) -> Table:
     """One row a run, to hold them against each other."""
+    every = [cost(run) for run in runs]
+    totals = [sums.this_run[-1] for sums in every]
+    divisor, unit = scaled(max(totals), "FLOPs")
+    # One unit for all makes them comparable at a glance; not where it would leave nothing of some.
+    alike = max(totals) < 1e4 * min(totals)
     rows = []
-    for run in runs:
+    for run, name, total in zip(runs, labels(runs), totals, strict=True):
         last = run.records[-1]
         losses = [event["val_loss"] for event in run.evaluations()]
         done = "" if run.is_finished else f" ({share(run):.0%})"
+        training = smooth([record["loss"] for record in run.records[-200:]], window=99)[-1]
         rows.append(
             (
-                run.name,
+                name,
                 human_count(run.tokens) + done,
                 run.parameters(last),
-                _range(last["ffn_live"]),
+                f"{statistics.fmean(last['ffn_live']):.0f}",
                 f"{losses[-1]:.4f}" if losses else "-",
-                f"{smooth([record['loss'] for record in run.records[-200:]])[-1]:.4f}",
+                f"{training:.4f}",
                 speed(run, last["ffn_width"]) or "-",
-                f"{cost(run).this_run[-1]:.2e}",
+                f"{total / divisor:.3g}" if alike else flops(total),
             )
         )
     return Table(
         "Runs side by side",
-        ("run", "tokens", "parameters", "FFN", "held-out", "training", "tokens/s", "FLOPs"),
+        (
+            "run",
+            "tokens",
+            "params",
+            "FFN",
+            "held-out",
+            "training",
+            "tokens/s",
+            unit if alike else "compute",
+        ),
         rows,
-        "As the runs are now. FFN: live neurons per layer. Held-out and training loss in nats per "
-        "token, the training loss smoothed.",
+        "As the runs are now. FFN: live neurons, mean over layers. Held-out and training loss in "
+        "nats per token; training: mean of the last 100 steps.",
+        colours_of(len(runs)),
     )
+
+
+def differences(runs: Sequence[Run]) -> Table | None:
+    """The settings in which runs differ, a row a run or, if these are fewer, a column a run."""
+    every = [_flat(run.config) for run in runs]
+    keys = [key for key in every[0] if len({str(settings[key]) for settings in every}) > 1]
+    keys = [key for key in keys if key not in ("run_dir", "name")]
+    if not keys:
+        return None
+    title, names = "What differs in their settings", labels(runs)
+    cells = [[_setting(settings[key]) for settings in every] for key in keys]
+    if len(keys) > len(runs):
+        rows = [(key, *row) for key, row in zip(keys, cells, strict=True)]
+        return Table(title, ("setting", *names), rows)
+    rows = list(zip(names, *cells, strict=True))
+    return Table(title, ("run", *keys), rows, "", colours_of(len(runs)))
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, values in dataclasses.asdict(config).items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return flat
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 100_000:
+        return human_count(value)
+    text = str(value)
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def share(run: Run) -> float:
@@ -236,7 +343,14 @@ def in_terminal(table: Table) -> rich.table.Table:
     """For a console: without a title, the first column to the left."""
     drawn = rich.table.Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(table.columns):
-        drawn.add_column(name, justify="right" if number else "left", no_wrap=True)
+        # A long name of a run gives way, numbers do not.
+        drawn.add_column(
+            name,
+            justify="right" if number else "left",
+            no_wrap=bool(number),
+            overflow="ellipsis" if number else "fold",
+            min_width=10 if number == 0 else None,
+        )
     for row in table.rows:
         drawn.add_row(*row)
     if table.note:

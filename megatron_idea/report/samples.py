@@ -1,0 +1,102 @@
+"""What the model wrote while it was trained and shrank, prompt by prompt."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from megatron_idea.estimate import human_count
+from megatron_idea.report.run import Run
+
+# Prompts, those that were continued last, and texts of each, spread over the run: the first and
+# the last are among them.
+MOST_PROMPTS, MOST_TEXTS = 8, 24
+
+# Characters of a text that are shown without asking.
+MOST_CHARACTERS = 500
+
+# No text has use for these; a browser would hide them, or take them for the end of the text.
+CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127], "\N{REPLACEMENT CHARACTER}")
+
+
+def samples(run: Run) -> str:
+    """The section of a page; nothing without samples."""
+    prompts = _by_prompt(run.samples)
+    if not prompts:
+        return ""
+    # The last ones continued come last.
+    shown = list(prompts.items())[-MOST_PROMPTS:]
+    rest = len(prompts) - len(shown)
+    note = f'<p class="hint">{rest} more prompts in samples.jsonl.</p>' if rest else ""
+    cards = "".join(_prompt(run, prompt, texts) for prompt, texts in shown)
+    return f'<h2>Samples</h2>{note}<div class="cards">{cards}</div>'
+
+
+def _by_prompt(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records by prompt, oldest first; of two at one step the later, as after a resume."""
+    prompts: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        if "text" in record:
+            prompt = str(record.get("prompt", ""))
+            prompts[prompt] = prompts.pop(prompt, {}) | {record["step"]: record}
+    return {
+        prompt: [by_step[step] for step in sorted(by_step)] for prompt, by_step in prompts.items()
+    }
+
+
+def _prompt(run: Run, prompt: str, texts: Sequence[dict[str, Any]]) -> str:
+    shown = spread_over(texts, MOST_TEXTS)
+    *older, newest = shown
+    head = (
+        f"<q>{escape(prompt.translate(CONTROL).rstrip())}</q>"
+        if prompt.strip()
+        else "Beginning of a document"
+    )
+    folded = ""
+    if older:
+        of = f" of {len(texts) - 1}" if len(shown) < len(texts) else ""
+        lines = "".join(_text(run, one) for one in reversed(older))
+        folded = (
+            f"<details><summary>{len(older)}{of} earlier, the newest first</summary>{lines}"
+            "</details>"
+        )
+    return f'<section class="card sample"><h3>{head}</h3>{_text(run, newest)}{folded}</section>'
+
+
+def spread_over(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many, at equal distances, with the first and the last."""
+    if len(records) <= most:
+        return list(records)
+    return [records[round(i * (len(records) - 1) / (most - 1))] for i in range(most)]
+
+
+def _text(run: Run, record: dict[str, Any]) -> str:
+    text = str(record["text"]).translate(CONTROL)
+    begin, rest = text[:MOST_CHARACTERS], text[MOST_CHARACTERS:]
+    # The rest is shown where the beginning ends.
+    more = (
+        f"<details><summary>{len(rest):,} more characters</summary><span>{escape(rest)}</span>"
+        "</details>"
+        if rest
+        else ""
+    )
+    return (
+        f'<h4>{escape(_when(run, record))}</h4><div class="text" dir="auto">{escape(begin)}{more}'
+        "</div>"
+    )
+
+
+def _when(run: Run, record: dict[str, Any]) -> str:
+    """Tokens, and what the model was then."""
+    tokens = record.get("tokens")
+    when = [f"{human_count(tokens)} tokens" if isinstance(tokens, (int, float)) else ""]
+    # A sample is written after its step's record.
+    index = bisect.bisect_right(run.records, record["step"], key=lambda one: one["step"]) - 1
+    now = run.records[max(0, index)]
+    when += [f"step {record['step']:,}"] if not when[0] else []
+    if run.prunes:
+        live = sum(now["ffn_live"]) / len(now["ffn_live"])
+        when += [now["phase"], f"{live:,.0f} neurons"]
+    return ", ".join(part for part in when if part)
