@@ -10,7 +10,7 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
 from megatron_idea.config import BlendEntry, Config, ConfigError, validate
-from megatron_idea.data.batches import Batches
-from megatron_idea.data.documents import DataError
+from megatron_idea.data.batches import Batches, Rows
+from megatron_idea.data.documents import DataError, input_files
 from megatron_idea.data.indexed import check_dataset
 from megatron_idea.data.rolling import RollingBatches
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,8 +33,12 @@ from megatron_idea.distributed import (
     stop_distributed,
     world_size_from_environment,
 )
-from megatron_idea.measure import Ledger, Measured, Rows, Step, add_up, micro_batches, sums_of
+from megatron_idea.guard import DivergedError
+from megatron_idea.measure import Ledger, Measured, Step, add_up, micro_batches, sums_of
 from megatron_idea.model import build_model, transformer_config
+
+_LARGEST_LOSS = 700.0
+"""e to the power of more is no number in double precision."""
 
 OWN_DATA = "data.validation"
 """What a run's own held-out data is called in results."""
@@ -102,10 +106,6 @@ def _forward(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tu
     return losses, lambda losses: (losses.sum(), {"sums": sums_of(losses, batch)})
 
 
-def _length(rows: Rows, begin: int) -> int:
-    return rows.length(begin) if isinstance(rows, RollingBatches) else rows.seq_length
-
-
 def _megatron_step(
     chunks: Sequence[torch.nn.Module],
     groups: ProcessGroups,
@@ -119,8 +119,9 @@ def _megatron_step(
         forward_step_func=_forward,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
-        num_microbatches=rows.num_microbatches,
-        seq_length=_length(rows, begin),
+        # Not those beyond the last row: a step of 1024 sequences would be 16 times 64 samples.
+        num_microbatches=rows.filled(begin, groups.pp.size() if len(chunks) > 1 else 1),
+        seq_length=rows.length(begin),
         micro_batch_size=rows.micro_batch_size,
         forward_only=True,
     )
@@ -135,9 +136,11 @@ def _megatron_step(
 def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     for chunk in chunks:
         chunk.eval()
-    yield
-    for chunk in chunks:
-        chunk.train()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.train()
 
 
 def held_out_loss(
@@ -195,9 +198,9 @@ def evaluate_model(
     groups = start_distributed(config.parallel, config.training.seed)
     try:
         storage.verify(found, groups)
-        identity = _identity(found, data, config, options.limit)
-        ledger = Ledger(options.resume, identity, groups.world.rank() == 0)
         words = load_tokenizer(config.data.tokenizer)
+        identity = _identity(found, data, config, words, options.limit)
+        ledger = Ledger(options.resume, identity, groups.world.rank() == 0)
         chunks = build_model(config, transformer_config(config), state.widths, groups)
         checkpoint.load_weights(chunks, found, groups)
         sizes = _token_sizes(words, groups.device)
@@ -225,6 +228,8 @@ def _config_of(found: Path, overrides: Sequence[str], options: Options, world_si
         count = max(1, world_size // config.parallel.tensor_model_parallel_size)
         sizes = {"micro_batch_size": micro, "global_batch_size": micro * count}
         config = configuration.replace(config, training=sizes)
+    # Steps of measuring are none of the schedule's: another length would seem too long for it.
+    config = configuration.replace(config, prune={"strategy": "none"})
     validate(config, world_size)
     return config
 
@@ -247,7 +252,7 @@ def _rows(
         common |= place
     elif torch.cuda.is_available():
         common["device"] = "cuda"
-    if Path(f"{name}.idx").is_file():
+    if _is_dataset(name):
         sequences = max(1, (check_dataset(name, words).tokens - 1) // training.seq_length)
         return Batches(
             [BlendEntry(name)],
@@ -258,18 +263,24 @@ def _rows(
             cache_dir=cache_dir(config),
             **common,
         )
-    if not Path(name).exists():
-        raise DataError(
-            f"--data {name}: there is neither a dataset {name}.idx nor a file or folder {name}"
-        )
     parallel = config.parallel
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return RollingBatches([name], words, limit=limit, multiple=multiple, **common)
 
 
+def _is_dataset(name: str) -> bool:
+    return Path(f"{name}.idx").is_file()
+
+
 def _measure(step: Step, name: str, rows: Rows, ledger: Ledger) -> Measured:
     nats, tokens, text_bytes = add_up(step, rows, ledger, name)
-    return Measured(name, nats / tokens, int(tokens), int(text_bytes))
+    loss = nats / tokens
+    if not loss < _LARGEST_LOSS:
+        raise DivergedError(
+            f"the loss on {name} is {loss} nats per token: this model has diverged, or its weights "
+            "are damaged; measure an earlier checkpoint"
+        )
+    return Measured(name, loss, int(tokens), int(text_bytes))
 
 
 def _token_sizes(tokenizer: Tokenizer, device: torch.device | str) -> Tensor | None:
@@ -308,7 +319,7 @@ def _evaluate_folder(
             },
         )  # fmt: skip
         step = functools.partial(_folder_step, model, _token_sizes(words, model.device))
-        identity = _identity(path, data, config, options.limit)
+        identity = _identity(path, data, config, words, options.limit)
         with Ledger(options.resume, identity, speaks=True) as ledger:
             return [
                 _measure(step, name, _rows(name, config, words, None, options.limit), ledger)
@@ -350,29 +361,48 @@ def _folder_tokenizer(path: Path) -> str:
 def _folder_step(model: Any, token_bytes: Tensor | None, rows: Rows, begin: int) -> Tensor:
     total = torch.zeros(3, dtype=torch.float64, device=model.device)
     for batch in micro_batches(rows, begin, token_bytes):
-        logits = model(batch["tokens"], use_cache=False).logits.float()
+        logits = model(batch["tokens"], use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), batch["labels"], reduction="none"
-        )
+            logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="none"
+        ).view_as(batch["labels"])
         total += sums_of(losses, batch)
     return total
 
 
-def _identity(model: Path, data: Sequence[str], config: Config, limit: int) -> dict[str, Any]:
-    """What a partial result belongs to: another model, data or reading of them is another one."""
-    names = list(data) or [entry.prefix for entry in config.data.validation]
-    stamps = []
-    for name in names:
-        paths = [Path(name), Path(f"{name}.bin"), Path(f"{name}.idx")]
-        stamps += [_stamp(path) for path in paths if path.exists()]
-    weights = sorted(model.glob("*.safetensors")) or [model / "state.json", model / "manifest.json"]
+def _identity(
+    model: Path, data: Sequence[str], config: Config, words: Tokenizer, limit: int
+) -> dict[str, Any]:
+    """What a partial result belongs to: another model, data or reading of them is another one.
+
+    Raises: DataError for data that is not there, before the first of it is measured.
+    """
+    texts = [_stamp(file) for name in data for file in _files(name)]
+    own = [[entry.weight, *map(_stamp, _pair(entry.prefix))] for entry in config.data.validation]
+    weights = [file for kind in ("*.safetensors", "*.bin", "*.json") for file in model.glob(kind)]
     return {
-        "model": [_stamp(path) for path in weights if path.is_file()],
-        "data": stamps,
-        "tokenizer": config.data.tokenizer,
+        "model": [_stamp(file) for file in sorted(weights)],
+        "shape": asdict(config.model),
+        "precision": config.training.precision,
+        "data": texts if data else own,
+        "tokenizer": words.digest,
         "seq_length": config.training.seq_length,
         "num_samples": limit if data else config.evaluation.num_samples,
     }
+
+
+def _pair(prefix: str) -> list[Path]:
+    files = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]
+    return [file for file in files if file.is_file()]  # else check_dataset says what is missing
+
+
+def _files(name: str) -> list[Path]:
+    if _is_dataset(name):
+        return _pair(name)
+    if not Path(name).exists():
+        raise DataError(
+            f"--data {name}: there is neither a dataset {name}.idx nor a file or folder {name}"
+        )
+    return input_files([name])
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_idea import checkpoint
 from megatron_idea.config import ConfigError
 from megatron_idea.distributed import world_size_from_environment
 from megatron_idea.evaluate import Options, is_hugging_face
 from megatron_idea.export import export_checkpoint
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'megatron-idea[eval]'"
 TASKS = Path(__file__).parent / "tasks"
@@ -71,9 +75,15 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     task_folders: Sequence[Path] = (),
 ) -> Results:
-    """``run_tasks`` on a Hugging Face folder, or on a checkpoint, which is exported for it.
+    """Run the harness's tasks, or groups of them, on a folder, or on a checkpoint's export.
 
-    Raises: ConfigError, too, for what has a meaning for our own measuring alone.
+    Args:
+        data: the JSONL that the task ``held_out`` reads, in place of the one it names.
+        num_fewshot: examples before each question; None: as the task says.
+        task_folders: where further task files lie.
+    Returns: every task and group that was run, subtasks included.
+    Raises: ConfigError for what has a meaning for our own measuring alone, a missing package, an
+        unknown task, and tasks whose data cannot be had; all before the model is read.
     """
     if world_size_from_environment() > 1:
         raise ConfigError("tasks are run in one process: leave torchrun out")
@@ -86,63 +96,36 @@ def evaluate_tasks(
     held_out = Path(data[0]) if data and HELD_OUT in tasks else None
     if held_out is not None and (held_out.suffix != ".jsonl" or not held_out.is_file()):
         raise ConfigError(f"task {HELD_OUT} reads a .jsonl file; --data is {held_out}")
-    with contextlib.ExitStack() as stack:
+    if options.tokenizer and is_hugging_face(path):
+        raise ConfigError("the harness reads a folder with the tokenizer in it")
+    if not is_hugging_face(path):
+        path = checkpoint.resolve(path)
+    harness = _harness()
+    manager = _task_manager(harness, tasks, [TASKS, *task_folders])
+    with tempfile.TemporaryDirectory() as scratch:
+        with _bars_on_a_terminal_only():
+            loaded = _load(manager, tasks, held_out, Path(scratch) / "data")
         folder = path
         if not is_hugging_face(path):
-            parent = stack.enter_context(tempfile.TemporaryDirectory())
-            folder = Path(parent) / "model"
+            folder = Path(scratch) / "model"
             export_checkpoint(path, folder, tokenizer=options.tokenizer)
-        elif options.tokenizer:
-            raise ConfigError("the harness reads a folder with the tokenizer in it")
-        return run_tasks(
-            folder,
-            tasks,
-            num_fewshot=num_fewshot,
-            task_folders=task_folders,
-            held_out=held_out,
-            limit=options.limit,
-            batch_size=options.batch_size or 8,
-            seq_length=options.seq_length,
-        )
-
-
-def run_tasks(
-    folder: Path,
-    tasks: Sequence[str],
-    *,
-    num_fewshot: int | None = None,
-    task_folders: Sequence[Path] = (),
-    held_out: Path | None = None,
-    limit: int = 0,
-    batch_size: int = 8,
-    seq_length: int = 0,
-) -> Results:
-    """Run the harness's tasks, or groups of them, on the model in ``folder``.
-
-    Args:
-        num_fewshot: examples before each question; None: as the task says.
-        task_folders: where further task files lie.
-        held_out: the JSONL that the task ``held_out`` reads, in place of the one it names.
-        limit: documents of each task; 0: all.
-        seq_length: tokens of a window; 0: as many as the model takes.
-    Returns: every task and group that was run, subtasks included.
-    Raises: ConfigError for a missing package, an unknown task, and tasks whose data cannot be had.
-    """
-    harness = _harness()
-    with tempfile.TemporaryDirectory() as cache:
-        manager = _task_manager(harness, tasks, [TASKS, *task_folders])
-        with _bars_on_a_terminal_only():
-            loaded = _load(manager, tasks, held_out, Path(cache))
+        with _bars_on_a_terminal_only(), _counted_cuts() as cuts:
+            model = _model(folder, options.batch_size or 8, options.seq_length)
             found = harness.simple_evaluate(
-                model=_model(folder, batch_size, seq_length),
+                model=model,
                 tasks=loaded,
                 task_manager=manager,
                 num_fewshot=num_fewshot,
-                limit=limit or None,
-                batch_size=batch_size,
-                bootstrap_iters=0,  # the error of a mean needs none
+                limit=options.limit or None,
+                batch_size=options.batch_size or 8,
+                bootstrap_iters=1000,  # means have a formula; 0 would leave theirs out, too
                 log_samples=False,
             )
+    if cuts.count:
+        logger.warning(
+            f"{cuts.count} prompts were longer than {model.max_length} tokens and lost their "
+            "beginning, with some of the examples or of the question: their scores mean little"
+        )
     return {name: dict(_metrics(values)) for name, values in found["results"].items()}
 
 
@@ -153,6 +136,7 @@ def _harness() -> Any:
     except ImportError as error:
         raise ConfigError(f"tasks are run by lm-evaluation-harness: {INSTALL}") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a process for every core, for a bootstrap
     # It would note the commit of whatever repository the working directory is in, and complain.
     lm_eval.evaluator.get_git_commit_hash = lambda: None
     return lm_eval
@@ -169,9 +153,33 @@ def _task_manager(harness: Any, tasks: Sequence[str], folders: Sequence[Path]) -
 @contextlib.contextmanager
 def _bars_on_a_terminal_only() -> Iterator[None]:
     """The harness draws a bar for every batch; in a log file that is a line for every batch."""
-    quiet = None if sys.stderr.isatty() else io.StringIO()
-    with contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():
+    stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    # It prints, too: standard output is for results.
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stderr):
         yield
+
+
+class _Cuts(logging.Filter):
+    """Counts what the harness says of each prompt that it cuts, and lets only errors through."""
+
+    count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.count += "maximum length" in record.getMessage()
+        return record.levelno >= logging.ERROR
+
+
+@contextlib.contextmanager
+def _counted_cuts() -> Iterator[_Cuts]:
+    source = logging.getLogger("lm_eval.models.huggingface")
+    level, cuts = source.level, _Cuts()
+    source.setLevel(logging.WARNING)
+    source.addFilter(cuts)
+    try:
+        yield cuts
+    finally:
+        source.removeFilter(cuts)
+        source.setLevel(level)
 
 
 def _model(folder: Path, batch_size: int, seq_length: int) -> Any:
@@ -192,7 +200,8 @@ def _model(folder: Path, batch_size: int, seq_length: int) -> Any:
 def _load(manager: Any, tasks: Sequence[str], held_out: Path | None, cache: Path) -> list[Any]:
     """The tasks with their data.
 
-    Raises: ConfigError that names all tasks that are unknown, else all whose data is out of reach.
+    Raises: ConfigError that names all tasks that are unknown, else all whose data is out of reach,
+        else one that is asked for twice.
     """
     known = set(manager.all_tasks)
     unknown = [name for name in tasks if name not in known]
@@ -217,6 +226,10 @@ def _load(manager: Any, tasks: Sequence[str], held_out: Path | None, cache: Path
             "network, copy the Hugging Face cache of a machine that has it and name it in HF_HOME, "
             "or leave the tasks out"
         )
+    try:
+        manager.load(loaded)
+    except ValueError as error:  # one of them, and a group with it
+        raise ConfigError(f"--tasks {','.join(tasks)}: {_first_line(error)}") from error
     return loaded
 
 

@@ -22,10 +22,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_idea.config import ConfigError
-from megatron_idea.data.batches import Batches
-from megatron_idea.data.rolling import RollingBatches
+from megatron_idea.data.batches import Rows
 
-Rows = Batches | RollingBatches
 Step = Callable[[Rows, int], Tensor]
 """Scores the step of rows that starts at an index; returns fp64 (nats, tokens, bytes)."""
 

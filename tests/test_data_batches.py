@@ -143,6 +143,16 @@ def test_rows_past_the_last_sample_are_padding_that_no_loss_counts(batches):
             built.step(consumed)
 
 
+def test_micro_batches_that_are_padding_on_every_rank_can_be_left_out(batches):
+    whole = {"split": "validation", "num_samples": 13, "global_batch_size": 48}
+    assert [batches(**whole).filled(begin) for begin in (0, 4, 12)] == [7, 5, 1]
+    assert batches(**whole).filled(0, multiple=4) == 8
+    ranks = [batches(**whole, dp_size=2, dp_rank=rank) for rank in range(2)]
+    assert [rank.filled(0) for rank in ranks] == [4, 4]
+    rest = [micro for rank in ranks for micro in list(rank.step(0))[4:]]
+    assert len(rest) == 2 * (12 - 4) and not any(micro["loss_mask"].any() for micro in rest)
+
+
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.9, 0.1)])
 def test_a_blend_honours_its_weights_from_the_start(batches, data, weights):
     entries = [BlendEntry(data[x], w) for x, w in zip("ab", weights, strict=True)]
@@ -174,13 +184,6 @@ def test_a_dataset_written_anew_is_not_read_by_its_old_index(batches, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     assert same(read(batches(entries), 0), anew)
     assert not same(before, anew)
-
-
-def test_bytes_per_token_are_blended_by_weight(batches, data):
-    built = batches()
-    info = built.datasets[0]
-    assert built.bytes_per_token == pytest.approx(info.text_bytes / info.tokens)
-    assert 0.8 < batches("ab").bytes_per_token < 1  # bytes and an end of document
 
 
 def test_what_cannot_be_trained_on_is_refused(batches, data, tmp_path):

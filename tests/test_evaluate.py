@@ -14,8 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_idea.config import Config, replace
-from megatron_idea.data.rolling import rows_of
-from megatron_idea.data.tokenizer import train_tokenizer
+from megatron_idea.data.documents import DataError
+from megatron_idea.data.rolling import RollingBatches, rows_of
+from megatron_idea.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_idea.evaluate import _identity
 from megatron_idea.export import export_checkpoint
 from megatron_idea.metrics import read_events
 from megatron_idea.testing import Workers
@@ -27,7 +29,11 @@ ONE_STEP = {
 }  # fmt: skip
 
 
-TEXTS = ["import os\n" * 9, "Grüße, 世界", "", "x", "def main(x):\n    return x + 1\n"]
+# Longer than a row, of several bytes a character, empty, of one token, with a byte order mark.
+TEXTS = [
+    "import os\n" * 9, "Grüße, 世界", "", "x", "def main(x):\n    return x + 1\n",
+    "\ufeffa\r\n",
+]  # fmt: skip
 
 
 def train_and_evaluate(rendezvous: str, config: Config, overrides: list[str]) -> dict[str, Any]:
@@ -88,7 +94,8 @@ def interrupted_job(
     """Measure until the process would be stopped, in a step after ``steps`` others."""
     from megatron_idea import evaluate
 
-    real, taken = evaluate._folder_step, []
+    kind = "_folder_step" if evaluate.is_hugging_face(Path(path)) else "_megatron_step"
+    real, taken = getattr(evaluate, kind), []
 
     def step(*arguments: Any) -> Any:
         taken.append(1)
@@ -96,7 +103,7 @@ def interrupted_job(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    evaluate._folder_step = step
+    setattr(evaluate, kind, step)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     try:
@@ -104,7 +111,7 @@ def interrupted_job(
     except KeyboardInterrupt:
         return "stopped"
     finally:
-        evaluate._folder_step = real
+        setattr(evaluate, kind, real)
     return f"finished in {len(taken)} steps"
 
 
@@ -227,7 +234,8 @@ def test_text_is_measured_alike_over_ranks_and_in_any_batch(
     run: tuple[Config, dict[str, Any]], workers: Workers, texts: str
 ) -> None:
     config, _ = run
-    two = workers.run(measure_job, 2, config.run_dir, [texts], [], {"batch_size": 3})
+    # Five rows are more than the run's prune warm-up, which is nothing to measuring.
+    two = workers.run(measure_job, 2, config.run_dir, [texts], [], {"batch_size": 5})
     assert two[0] == two[1]
     over_data = ["parallel.tensor_model_parallel_size=1"]
     dp = workers.run(measure_job, 2, config.run_dir, [texts], over_data, {"batch_size": 2})
@@ -270,6 +278,111 @@ def test_a_checkpoint_and_its_export_measure_the_same_and_go_on_where_they_stopp
     assert said == "finished in 0 steps"
     (said,) = workers.run(measure_job, 1, config.run_dir, data, [], options)
     assert said.startswith("ConfigError: ") and "is of another model" in said
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    break_weights(broken)
+    (said,) = workers.run(measure_job, 1, str(broken), [texts], [], {})
+    assert said.startswith(f"DivergedError: the loss on {texts} is nan nats per token")
+
+
+def break_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_measurement_goes_on_over_another_number_of_ranks(
+    run: tuple[Config, dict[str, Any]], workers: Workers, texts: str, tmp_path: Path
+) -> None:
+    config, _ = run
+    data = [config.data.validation[0].prefix, texts]
+    options: dict[str, Any] = {"limit": 5, "batch_size": 1}
+    (whole,) = workers.run(measure_job, 1, config.run_dir, data, [], options)
+    options["resume"] = tmp_path / "partial.json"
+    (said,) = workers.run(interrupted_job, 1, config.run_dir, data, options, 7)
+    assert said == "stopped"
+    done = json.loads(options["resume"].read_text())["done"]
+    assert [part["rows"] for part in done.values()] == [5, 2]
+    over_data = ["parallel.tensor_model_parallel_size=1"]
+    first, second = workers.run(measure_job, 2, config.run_dir, data, over_data, options)
+    assert first == second
+    for a, b in zip(first, whole, strict=True):
+        assert (a.data, a.tokens, a.bytes) == (b.data, b.tokens, b.bytes)
+        assert a.loss == pytest.approx(b.loss, rel=1e-6)
+    assert first[0] == whole[0]  # it was complete
+
+
+def test_a_partial_result_is_of_files_and_not_of_their_names(tmp_path: Path) -> None:
+    model, folder, words = tmp_path / "model", tmp_path / "texts", tmp_path / "words.json"
+    model.mkdir()
+    folder.mkdir()
+    (model / "config.json").write_text("{}")
+    (folder / "a.txt").write_text("a")
+    train_tokenizer([Path(__file__)], 300, words)
+
+    def identity() -> str:
+        return json.dumps(_identity(model, [str(folder)], Config(), load_tokenizer(words), 0))
+
+    seen = [identity()]
+    for change in (
+        lambda: (folder / "a.txt").write_text("ab"),  # nothing of the folder itself changes
+        lambda: (model / "pytorch_model.bin").write_bytes(b"x"),
+        lambda: (model / "pytorch_model.bin").write_bytes(b"xy"),
+        lambda: (model / "config.json").write_text('{"rope_theta": 1}'),
+        lambda: train_tokenizer([Path(__file__)], 310, words),
+    ):
+        change()
+        seen.append(identity())
+    assert len(set(seen)) == 6
+    with pytest.raises(DataError, match=r"neither a dataset nowhere\.idx nor a file or folder"):
+        _identity(model, [str(folder), "nowhere"], Config(), load_tokenizer("byte"), 0)
+
+
+def rows_read(inputs: list[Path], dp_size: int = 1, seq_length: int = 8) -> list[Any]:
+    """(scored tokens, text bytes) of all rows over all ranks."""
+    found = []
+    for rank in range(dp_size):
+        batches = RollingBatches(
+            inputs, load_tokenizer("byte"), model_vocab_size=257, seq_length=seq_length,
+            micro_batch_size=2, global_batch_size=2 * dp_size, dp_size=dp_size, dp_rank=rank,
+        )  # fmt: skip
+        for begin in range(0, batches.num_samples, batches.global_batch_size):
+            for batch in batches.step(begin):
+                scored = batch["labels"][batch["loss_mask"] > 0]
+                found.append((scored.tolist(), int(batch["text_bytes"].sum())))
+    return found
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 7])
+def test_ranks_score_every_byte_once_and_no_padding(texts: str, dp_size: int) -> None:
+    found = rows_read([Path(texts)], dp_size)
+    everything = "".join(TEXTS).encode()
+    assert sorted(t for tokens, _ in found for t in tokens) == sorted(everything)
+    assert sum(size for _, size in found) == len(everything)
+
+
+def test_a_text_is_the_same_however_it_is_packed(texts: str, tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    lines = Path(texts).read_bytes()
+    packed = [tmp_path / name for name in ("t.jsonl.gz", "t.jsonl.zst", "t.parquet")]
+    packed[0].write_bytes(gzip.compress(lines))
+    packed[1].write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
+    pyarrow.parquet.write_table(pa.table({"text": TEXTS}), packed[2])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "t.jsonl").write_bytes(lines.replace(b"\n", b"\r\n"))
+    (folder / "ignored.csv").write_text("x")
+    expected = rows_read([Path(texts)])
+    for inputs in (*packed, folder):
+        assert rows_read([inputs]) == expected
 
 
 def test_what_a_measurement_lacks_is_said(

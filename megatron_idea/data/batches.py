@@ -51,15 +51,79 @@ class _MegatronTokenizer:
     unique_identifiers: dict[str, str]
 
 
-class Batches:
+class Rows:
+    """Numbered rows of tokens, and which of them this data-parallel rank reads.
+
+    With ``r`` the data-parallel rank, row ``j`` of micro-batch ``i`` of the step that starts at row
+    ``begin`` is
+
+        s = begin + (i * dp_size + r) * micro_batch_size + j
+
+    so the ranks together read begin .. begin + global_batch_size, each of them once.
+
+    Raises: DataError for a tokenizer larger than the model's vocabulary and batch sizes that do not
+    divide.
+    """
+
+    num_samples: int
+    """Rows there are; those past them are padding with a loss mask of 0."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        model_vocab_size: int,
+        seq_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if tokenizer.vocab_size > model_vocab_size:
+            raise DataError(
+                f"tokenizer/model vocabulary mismatch: tokenizer {tokenizer.name!r} has "
+                f"{tokenizer.vocab_size} ids, model.vocab_size is {model_vocab_size}; take the "
+                f"model's own tokenizer, or for a new model at least {tokenizer.vocab_size}"
+            )
+        if global_batch_size % (micro_batch_size * dp_size) != 0:
+            raise DataError(
+                f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x "
+                f"DP = {micro_batch_size} x {dp_size} = {micro_batch_size * dp_size}"
+            )
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.num_microbatches = global_batch_size // (micro_batch_size * dp_size)
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.device = torch.device(device)
+
+    def length(self, begin: int) -> int:
+        """Tokens in each row of the step that starts at row ``begin``, equal on every rank."""
+        return self.seq_length
+
+    def step(self, begin: int) -> Iterator[dict[str, Tensor]]:
+        """Yield this rank's micro-batches of the step that starts at row ``begin``."""
+        raise NotImplementedError
+
+    def filled(self, begin: int, multiple: int = 1) -> int:
+        """Micro-batches of that step until all others are padding on every rank.
+
+        A multiple of ``multiple``, of which ``num_microbatches`` must be one.
+        """
+        needed = -(-(self.num_samples - begin) // (self.micro_batch_size * self.dp_size))
+        return min(self.num_microbatches, -(-needed // multiple) * multiple)
+
+    def _of_micro_batch(self, begin: int, index: int) -> range:
+        first = begin + (index * self.dp_size + self.dp_rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+class Batches(Rows):
     """Micro-batches of one data-parallel rank. Every rank of the job must construct it together.
 
-    Sample ``s`` of the run is the same sequence on every layout. With ``r`` the data-parallel rank,
-    row ``j`` of micro-batch ``i`` of the step that starts at ``consumed`` samples is
-
-        s = consumed + (i * dp_size + r) * micro_batch_size + j
-
-    so the ranks together read consumed .. consumed + global_batch_size, each of them once.
+    Sample ``s`` of the run is the same sequence on every layout.
 
     The order of training samples follows from datasets, weights, ``seq_length``, ``seed`` and
     ``num_samples`` (Megatron shuffles whole epochs of what will be read): derive ``num_samples``
@@ -82,37 +146,16 @@ class Batches:
         tokenizer: Tokenizer,
         *,
         split: Literal["train", "validation"],
-        model_vocab_size: int,
-        seq_length: int,
-        micro_batch_size: int,
-        global_batch_size: int,
         num_samples: int,
         seed: int,
         cache_dir: str | Path,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        device: torch.device | str = "cpu",
+        seq_length: int,
+        **layout: Any,
     ) -> None:
-        if tokenizer.vocab_size > model_vocab_size:
-            raise DataError(
-                f"tokenizer/model vocabulary mismatch: tokenizer {tokenizer.name!r} has "
-                f"{tokenizer.vocab_size} ids, model.vocab_size is {model_vocab_size}; set it to at "
-                f"least {tokenizer.vocab_size}"
-            )
-        if global_batch_size % (micro_batch_size * dp_size) != 0:
-            raise DataError(
-                f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x "
-                f"DP = {micro_batch_size} x {dp_size} = {micro_batch_size * dp_size}"
-            )
+        """``layout``: the other arguments of ``Rows``."""
+        super().__init__(tokenizer, seq_length=seq_length, **layout)
         if num_samples < 1:
             raise DataError(f"num_samples is {num_samples}; it must be at least 1")
-        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        self.seq_length = seq_length
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.num_microbatches = global_batch_size // (micro_batch_size * dp_size)
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.device = torch.device(device)
         self._shares = _shares(entries, split)
 
         def open_datasets() -> tuple[list[DatasetInfo], int, GPTDataset | BlendedDataset]:
@@ -134,17 +177,6 @@ class Batches:
                 f"{num_samples} asked for: all of them are used",
             )
 
-    @property
-    def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes a token stands for, blended; None when a dataset has no sidecar.
-
-        Bits per byte = loss in nats / (ln 2 * bytes_per_token).
-        """
-        if any(info.text_bytes is None for info in self.datasets):
-            return None
-        pairs = zip(self._shares, self.datasets, strict=True)
-        return sum(share * (info.text_bytes or 0) / info.tokens for share, info in pairs)
-
     def step(self, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's micro-batches of the step that starts at ``consumed_samples``.
 
@@ -161,9 +193,7 @@ class Batches:
         return (self._micro_batch(consumed_samples, i) for i in range(self.num_microbatches))
 
     def _micro_batch(self, consumed_samples: int, index: int) -> dict[str, Tensor]:
-        block = index * self.dp_size + self.dp_rank
-        first = consumed_samples + block * self.micro_batch_size
-        rows = [self._sample(s) for s in range(first, first + self.micro_batch_size)]
+        rows = [self._sample(s) for s in self._of_micro_batch(consumed_samples, index)]
         batch = {}
         for key in ("tokens", "labels", "position_ids", "loss_mask"):
             tensor = torch.stack([row[key] for row in rows])

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_idea.data.batches import Rows
 from megatron_idea.data.documents import DataError, Documents
 from megatron_idea.data.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ def rows_of(document: int, tokens: int, seq_length: int) -> Iterator[Row]:
         yield Row(document, max(0, end - seq_length), end, scored)
 
 
-class RollingBatches:
+class RollingBatches(Rows):
     """Micro-batches of one data-parallel rank, as ``Batches`` gives them, of whole documents.
 
     Rows come longest first, so that those of one step are of about one length: a step is as long as
@@ -60,29 +61,14 @@ class RollingBatches:
         inputs: Sequence[str | Path],
         tokenizer: Tokenizer,
         *,
-        model_vocab_size: int,
         seq_length: int,
-        micro_batch_size: int,
-        global_batch_size: int,
         limit: int = 0,
         text_key: str = "text",
         multiple: int = 1,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        device: torch.device | str = "cpu",
+        **layout: Any,
     ) -> None:
-        if tokenizer.vocab_size > model_vocab_size:
-            raise DataError(
-                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids and the model "
-                f"{model_vocab_size}: it is not the one that the model was trained with"
-            )
-        assert global_batch_size % (micro_batch_size * dp_size) == 0
-        self.seq_length = seq_length
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.num_microbatches = global_batch_size // (micro_batch_size * dp_size)
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.device = torch.device(device)
+        """``layout``: the other arguments of ``Rows``."""
+        super().__init__(tokenizer, seq_length=seq_length, **layout)
         self._multiple = multiple
         self._documents: list[np.ndarray] = []
         self._text_bytes: list[int] = []
@@ -94,13 +80,11 @@ class RollingBatches:
         rows = [row for d, n in enumerate(lengths) for row in rows_of(d, n, seq_length)]
         if not rows:
             raise DataError(f"no text in {', '.join(map(str, inputs))}: nothing to measure on")
-        self._rows = sorted(
-            rows, key=lambda row: row.begin - row.end
-        )  # stable: equal ones in order
+        self._rows = sorted(rows, key=lambda row: row.begin - row.end)  # equal ones stay in order
         self.num_samples = len(self._rows)
 
     def length(self, begin: int) -> int:
-        """Tokens in each row of the step that starts at row ``begin``, equal on every rank."""
+        """Those of the longest row."""
         longest = self._rows[begin]
         return -(-(longest.end - longest.begin) // self._multiple) * self._multiple
 
@@ -112,8 +96,7 @@ class RollingBatches:
         """
         length = self.length(begin)
         for index in range(self.num_microbatches):
-            first = begin + (index * self.dp_size + self.dp_rank) * self.micro_batch_size
-            rows = [self._row(first + j, length) for j in range(self.micro_batch_size)]
+            rows = [self._row(row, length) for row in self._of_micro_batch(begin, index)]
             yield {key: torch.stack([r[key] for r in rows]).to(self.device) for key in rows[0]}
 
     def _row(self, index: int, length: int) -> dict[str, Tensor]:
