@@ -17,7 +17,7 @@ PACKAGE = "megatron_idea"
 LAYERS = (
     {"config", "schedule", "guard", "kernels", "_C", "__init__"},
     {"distributed", "cpu"},
-    {"layers", "model", "data", "optim", "metrics", "estimate", "huggingface", "trackers"},
+    {"layers", "model", "data", "optim", "metrics", "estimate", "trackers"},
     {"prune"},
     {"checkpoint", "storage"},
     {
@@ -27,6 +27,7 @@ LAYERS = (
         "harness",
         "export",
         "hf_import",
+        "huggingface",
         "nemotron_nas_config",
         "generate",
         "report",
