@@ -379,7 +379,8 @@ def evaluate(
             _say(one.data)
         for name, value in one.as_dict().items():
             _say(f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value:.4f}")
-    for name in names:
+    # A tag stands for several tasks and has no figure of its own.
+    for name in names if set(names) <= set(scores) else scores:
         for metric, value in scores[name].items():
             _say(f"{name:<14}{metric:<18}{value:.4f}")
 

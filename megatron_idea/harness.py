@@ -55,7 +55,8 @@ def tasks_of(
     Raises: ConfigError for an unknown suite, one without its data, and a suite beside tasks.
     """
     if not suite:
-        return [name.strip() for name in tasks.split(",") if name.strip()], num_fewshot
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        return list(dict.fromkeys(names)), num_fewshot
     if suite not in SUITES:
         raise ConfigError(f"--suite is {suite!r}; legal values: {', '.join(SUITES)}")
     if tasks or num_fewshot is not None:
