@@ -70,24 +70,26 @@ def write(name: str, measured: dict[str, Any], goals: dict[str, float]) -> Path:
         value = measured[key]["ratio"]
         verdict = "reached" if value <= goal else f"missed by {value - goal:.3f}"
         print(f"{key:<28} {value:6.3f}   goal <= {goal:.2f}   {verdict}")
-    device = device_name()
-    path = RESULTS / f"{name}-{device.lower().replace(' ', '-')}.json"
-    content = {
+    path = RESULTS / f"{name}-{device_name().lower().replace(' ', '-')}.json"
+    keep(path, {"goals": goals, "measured": measured})
+    return path
+
+
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Write what was found, headed by commit, date, command and device."""
+    head = {
         "commit": _git("rev-parse", "HEAD") + (" + changes" if _git("status", "-s") else ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -W ignore", *sys.argv]),
-        "device": device,
+        "device": device_name(),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "goals": goals,
-        "measured": measured,
     }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head | found, indent=1) + "\n")
     print(path)
-    return path
 
 
 def _git(*arguments: str) -> str:

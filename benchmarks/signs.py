@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -364,25 +362,6 @@ def show(arms: dict[str, dict[str, Any]], signs: Sequence[dict[str, Any]]) -> No
     console.print(table)
 
 
-def write(path: Path, measured: dict[str, Any]) -> None:
-    """As measure.py writes results; goals here are not ratios."""
-    changed = " + changes" if measure._git("status", "-s") else ""
-    content = {
-        "commit": measure._git("rev-parse", "HEAD") + changed,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -W ignore", *sys.argv]),
-        "device": measure.device_name(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "measured": measured,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(path)
-
-
 def corpus(out: Path) -> str:
     """Prefix of the text that this Python brings along, as bytes; made when it is not there."""
     prefix = out / "corpus"
@@ -424,20 +403,18 @@ def main() -> None:
     signs = [row for sign in SIGNS if (row := judge(sign, runs))]
     show(arms, signs)
     byte = load_tokenizer("byte")
-    write(
-        arguments.json,
-        {
-            "steps": steps,
-            "batch_tokens": 8 * 128,
-            "train_tokens_available": check_dataset(f"{data}_train", byte).tokens,
-            "final_samples": FINAL_SAMPLES,
-            "curve_samples": CURVE_SAMPLES,
-            "data_order_sha256": orders,
-            "arms": arms,
-            "signs": signs,
-            "runs": runs,
-        },
-    )
+    measured = {
+        "steps": steps,
+        "batch_tokens": 8 * 128,
+        "train_tokens_available": check_dataset(f"{data}_train", byte).tokens,
+        "final_samples": FINAL_SAMPLES,
+        "curve_samples": CURVE_SAMPLES,
+        "data_order_sha256": orders,
+        "arms": arms,
+        "signs": signs,
+        "runs": runs,
+    }
+    measure.keep(arguments.json, {"measured": measured})
 
 
 if __name__ == "__main__":

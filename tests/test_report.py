@@ -541,6 +541,20 @@ def test_masks_that_fall_at_once_are_an_event(tmp_path: Path) -> None:
     assert [(r.before, r.after) for r in found] == [([1024] * 4, [384] * 4)]
 
 
+def test_many_evaluations_do_not_hide_the_curve(run_dir: Path) -> None:
+    before = page([read_run(run_dir)])
+    assert 'class="points' in before and 'class="specks' not in before
+    event = {"kind": "evaluated", "val_loss": 6.0, "why": "every"}
+    with (run_dir / "events.jsonl").open("a") as file:
+        for step in range(1, 101):
+            file.write(
+                json.dumps(event | {"time": 0.0, "step": step, "tokens": step * BATCH}) + "\n"
+            )
+    text = page([read_run(run_dir)])
+    assert re.search(r'<path class="specks [^"]*" data-name="held-out"', text)
+    assert re.search(r'<i class="key specks', text)
+
+
 def test_two_runs_are_drawn_in_the_same_charts(run_dir: Path, tmp_path: Path) -> None:
     other = tmp_path / "small"
     write_synthetic_run(other, synthetic_config(other, prune={"strategy": "none"}), steps=90)

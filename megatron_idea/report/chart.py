@@ -17,6 +17,10 @@ def colours_of(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
+POINTS = ("points", "specks")
+"""Styles that no line joins."""
+
+
 @dataclass(frozen=True)
 class Series:
     """A curve, or points."""
@@ -29,7 +33,8 @@ class Series:
     colour: str
     style: str = "line"
     """``line``, ``thin`` (faint, behind), ``dashed``, ``dotted``, ``mixed`` (dashes and dots),
-    ``steps`` (bold, holds until the next point), ``count`` (the same, fine), ``points``."""
+    ``steps`` (bold, holds until the next point), ``count`` (the same, fine), ``points``,
+    ``specks`` (small, for many)."""
     is_right: bool = False
     """Measured on the axis at the right."""
     run: int | None = None

@@ -31,6 +31,9 @@ MOST_COLUMNS = 400
 # Layers whose scores are drawn one by one; of more, as many spread evenly over the depth.
 MOST_LAYERS = 8
 
+# From so many evaluations on their points hide curves and each other.
+MANY = 60
+
 
 def overview(runs: Sequence[Run]) -> list[Chart]:
     """What everybody asks first: loss, the two schedules, widths, speed."""
@@ -141,7 +144,7 @@ def loss(runs: Sequence[Run]) -> Chart:
             [event["tokens"] for event in run.evaluations()],
             [event["val_loss"] for event in run.evaluations()],
             "orange" if len(runs) == 1 else colour,
-            "points",
+            "points" if len(run.evaluations()) <= MANY else "specks",
             run=place,
         )
         for run, colour, place in _each(runs, "blue")

@@ -58,6 +58,7 @@ LINE: dict[str, dict[str, Any]] = {
         "linestyle": "none", "marker": "o", "markersize": 4.5, "markeredgecolor": "white",
         "markeredgewidth": 0.7, "clip_on": False, "zorder": 3,
     },
+    "specks": {"linestyle": "none", "marker": "o", "markersize": 1.6, "clip_on": False},
 }  # fmt: skip
 
 

@@ -14,7 +14,17 @@ import zlib
 from collections.abc import Sequence
 from html import escape
 
-from megatron_idea.report.chart import Axis, Band, Chart, Figure, HeatMap, Series, colours_of, shade
+from megatron_idea.report.chart import (
+    POINTS,
+    Axis,
+    Band,
+    Chart,
+    Figure,
+    HeatMap,
+    Series,
+    colours_of,
+    shade,
+)
 
 SIZE = 10_000
 
@@ -88,9 +98,9 @@ def _frame(chart: Chart) -> str:
         f'<g class="grid">{grid}</g>'
         f'<g class="curves" clip-path="url(#plot)">'
         f"{''.join(_band(chart, band) for band in chart.bands)}"
-        f"{''.join(_curve(chart, s) for s in chart.series if s.style != 'points')}</g>"
+        f"{''.join(_curve(chart, s) for s in chart.series if s.style not in POINTS)}</g>"
         f"{_marks(chart)}"
-        f"{''.join(_curve(chart, s) for s in chart.series if s.style == 'points')}"
+        f"{''.join(_curve(chart, s) for s in chart.series if s.style in POINTS)}"
     )
     right = ""
     if chart.right:
@@ -245,7 +255,7 @@ def _path(x_axis: Axis, y_axis: Axis, xs: Sequence[float], ys: Sequence[float], 
             drawing = False
             continue
         across, down = _across(x_axis, x), _down(y_axis, y)
-        if style == "points":
+        if style in POINTS:
             parts.append(f"M{across} {down}h0")
         elif style in ("steps", "count") and drawing:
             parts.append(f"H{across}V{down}")
