@@ -334,7 +334,7 @@ def _notes(config: Config, hf: dict[str, Any]) -> list[str]:
         notes.append(f"weights were rounded from {_dtype(hf)} to bf16")
     if config.data.tokenizer == "byte":
         notes.append("data.tokenizer is 'byte': the folder has no tokenizer.json")
-    window, before = config.training.seq_length, hf.get("max_position_embeddings", 0)
+    window, before = config.training.seq_length, int(hf.get("max_position_embeddings") or 0)
     if window < before:
         notes.append(
             f"trained on {window:,} tokens of context (training.seq_length), where {before:,} were "

@@ -62,6 +62,14 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         assert_equal(a[name], b[name], name)
 
 
+def test_a_shorter_context_is_said(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", "llama_untied")
+    assert not any("context" in note for note in import_checkpoint(source, tmp_path / "a").notes)
+    shorter = import_checkpoint(source, tmp_path / "b", overrides=["training.seq_length=16"])
+    (note,) = (note for note in shorter.notes if "context" in note)
+    assert note.startswith("trained on 16 tokens of context") and "32 were possible" in note
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_stay_and_the_way_back_is_exact(name: str, workers: Workers, tmp_path: Path) -> None:
     source = hf_model(tmp_path / "hf", name, max_shard_size="20KB")
