@@ -21,6 +21,7 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint import TrainState
 from megatron_idea.cli import quiet
 from megatron_idea.config import Config
+from megatron_idea.data.tokenizer import load_tokenizer
 from megatron_idea.distributed import ProcessGroups, start_distributed, stop_distributed
 from megatron_idea.optim import Trainable, assemble
 from megatron_idea.prune.pruner import Pruner
@@ -77,7 +78,8 @@ def stepper(
     from megatron_idea.train import Run, step
 
     config, groups = trainable.config, trainable.groups
-    run = Run(config, groups, trainable, Pruner(trainable), data, None, *[Silent()] * 3)
+    byte = load_tokenizer("byte")
+    run = Run(config, groups, trainable, Pruner(trainable), data, None, byte, *[Silent()] * 3)
     state = TrainState.fresh(config)
     state.consumed_tokens = at_tokens
 

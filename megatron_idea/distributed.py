@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -127,6 +127,19 @@ def abandon_distributed() -> None:
     """
     if not torch.cuda.is_available():
         stop_distributed()
+
+
+@contextlib.contextmanager
+def joined(
+    parallel: ParallelConfig, seed: int, rendezvous: str | None = None
+) -> Iterator[ProcessGroups]:
+    """Be part of the job while the block runs; arguments as ``start_distributed``'s."""
+    try:
+        yield start_distributed(parallel, seed, rendezvous)
+    except BaseException:
+        abandon_distributed()
+        raise
+    stop_distributed()
 
 
 def forget_rotary_cache() -> None:

@@ -29,8 +29,7 @@ from megatron_idea.data.rolling import RollingBatches
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distributed import (
     ProcessGroups,
-    start_distributed,
-    stop_distributed,
+    joined,
     world_size_from_environment,
 )
 from megatron_idea.guard import DivergedError
@@ -195,8 +194,7 @@ def evaluate_model(
     if options.limit and not data:
         raise ConfigError("without --data set evaluation.num_samples=N in place of --limit")
     state = checkpoint.read_state(found, config.parallel.tensor_model_parallel_size)
-    groups = start_distributed(config.parallel, config.training.seed)
-    try:
+    with joined(config.parallel, config.training.seed) as groups:
         storage.verify(found, groups)
         words = load_tokenizer(config.data.tokenizer)
         identity = _identity(found, data, config, words, options.limit)
@@ -210,8 +208,6 @@ def evaluate_model(
                 _measure(step, name, _rows(name, config, words, groups, options.limit), ledger)
                 for name in (data or [OWN_DATA])
             ]
-    finally:
-        stop_distributed()
 
 
 def _config_of(found: Path, overrides: Sequence[str], options: Options, world_size: int) -> Config:

@@ -23,7 +23,7 @@ from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_idea.distributed import ProcessGroups, start_distributed, stop_distributed
+from megatron_idea.distributed import ProcessGroups, joined
 from megatron_idea.evaluate import evaluating, load_folder
 from megatron_idea.metrics import SAMPLES
 from megatron_idea.model import build_model, transformer_config
@@ -211,8 +211,7 @@ def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configu
     )
     validate(config, world_size=1)
     state = checkpoint.read_state(found)
-    groups = start_distributed(config.parallel, config.training.seed)
-    try:
+    with joined(config.parallel, config.training.seed) as groups:
         (model,) = build_model(config, transformer_config(config), state.widths, groups)
         checkpoint.load_weights([model], found, groups)
         model.eval()
@@ -224,8 +223,6 @@ def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configu
             return model(tokens, positions, None)
 
         yield forward, config
-    finally:
-        stop_distributed()
 
 
 def _exported(path: Path, tokenizer: str) -> Writer:

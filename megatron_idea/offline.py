@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, require_multiple, validate
-from megatron_idea.distributed import start_distributed, stop_distributed
+from megatron_idea.distributed import joined
 from megatron_idea.model import named_parameters
 from megatron_idea.optim import (
     MOMENTS,
@@ -54,8 +54,7 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
     overrides = [*checkpoint.ONE_PROCESS, f"prune.alignment={saved.ffn_multiple}"]
     config = configuration.load(found / "config.yaml", overrides)
     validate(config, world_size=1)
-    groups = start_distributed(config.parallel, config.training.seed)
-    try:
+    with joined(config.parallel, config.training.seed) as groups:
         storage.verify(found, groups)
         trainable = assemble(config, groups, state.widths, initialize=False)
         pruner = Pruner(trainable)
@@ -76,8 +75,6 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         fresh.config = configuration.replace(saved, run_dir=str(out))
         state.widths, state.plan_due = plan.widths, False
         return checkpoint.save(fresh, pruner, state)
-    finally:
-        stop_distributed()
 
 
 def _legal(widths: Sequence[int], present: Sequence[int], config: Config) -> tuple[int, ...]:

@@ -26,10 +26,8 @@ from megatron_idea.data.batches import Batches
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distributed import (
     ProcessGroups,
-    abandon_distributed,
+    joined,
     memory_bytes,
-    start_distributed,
-    stop_distributed,
     together,
     world_size_from_environment,
 )
@@ -101,12 +99,12 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
     # Modules stay: not visiting them takes 0.2 s off the collection that every compaction needs.
     gc.freeze()
     try:
-        state = _train(config, rendezvous)
-        stop_distributed()
-        return state
-    except BaseException:
-        abandon_distributed()
-        raise
+        moves.extension()  # a wrong switch is found now, not at the first compaction
+        validate(config, world_size_from_environment())
+        if not config.data.train:
+            raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
+        with joined(config.parallel, config.training.seed, rendezvous) as groups:
+            return loop(config, groups)
     finally:
         gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks at exit
         # Model and process groups are garbage in cycles, and the groups' threads wake all the time:
@@ -114,12 +112,8 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
         gc.collect()
 
 
-def _train(config: Config, rendezvous: str | None) -> TrainState:
-    moves.extension()  # a wrong switch is found now, not at the first compaction
-    validate(config, world_size_from_environment())
-    if not config.data.train:
-        raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
-    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+def loop(config: Config, groups: ProcessGroups) -> TrainState:
+    """Step after step, with what is done between them, to the last token or until told to stop."""
     run, state = build(config, groups)
     if state.step == 0:
         evaluate(run, state, "start")

@@ -42,12 +42,12 @@ def train_and_evaluate(rendezvous: str, config: Config, overrides: list[str]) ->
     from megatron_idea.train import train
 
     train(config, rendezvous)
-    start = evaluate.start_distributed
-    evaluate.start_distributed = lambda parallel, seed: start(parallel, seed, f"{rendezvous}.e")
+    start = evaluate.joined
+    evaluate.joined = lambda parallel, seed: start(parallel, seed, f"{rendezvous}.e")
     try:
         return evaluate.evaluate_checkpoint(Path(config.run_dir), overrides)
     finally:
-        evaluate.start_distributed = start
+        evaluate.joined = start
 
 
 def train_job(rendezvous: str, config: Config) -> None:
@@ -74,18 +74,18 @@ def measure_job(
     """``evaluate_model`` over as many ranks as there are."""
     from megatron_idea import evaluate
 
-    start = evaluate.start_distributed
+    start = evaluate.joined
     if os.environ["WORLD_SIZE"] == "1":
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name)
     else:
-        evaluate.start_distributed = lambda parallel, seed: start(parallel, seed, rendezvous)
+        evaluate.joined = lambda parallel, seed: start(parallel, seed, rendezvous)
     try:
         return evaluate.evaluate_model(Path(path), data, overrides, evaluate.Options(**options))
     except ValueError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        evaluate.start_distributed = start
+        evaluate.joined = start
 
 
 def interrupted_job(

@@ -87,9 +87,9 @@ def live_job(
     run, state = live_run(groups, config)
     tokenizer = load_tokenizer("byte")
     losses, samples = [], []
-    for _ in range(steps):
+    for done in range(1, steps + 1):
         losses.append(step(run, state)[0]["loss"])
-        if writes:
+        if writes and done % 4 == 0:
             samples = sample_live(run.trainable.chunks, config, groups, tokenizer)
     checkpoint.save(run.trainable, run.pruner, state)
     return losses, samples

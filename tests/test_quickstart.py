@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.metrics import read_events, read_metrics, read_samples
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # 48 steps of 512 tokens; observed for 3.6 steps before anything is removed.
@@ -19,6 +19,7 @@ SHORT = (
     "schedule.prune_warmup_fraction=0.5",
     "training.seq_length=128",
     "evaluation.num_samples=8",
+    "evaluation.sample_tokens=4",
 )
 
 
@@ -54,6 +55,8 @@ def test_the_quickstart_ends_with_a_pruned_model_and_can_be_called_again(tmp_pat
     shown = [float(number) for number in re.findall(r"\d+\.\d+", losses)]
     assert shown == pytest.approx(evaluated, abs=6e-5)
     assert len(shown) == 4  # at the start and at the end of each phase
+    prompts = [sample["prompt"] for sample in read_samples(run_dir)]
+    assert prompts == ["def ", "import "] * 4
     for name in ("enlarged", "pruned", "FFN width", "parameters"):
         assert name in first.stdout
     picture = run_dir / "report" / "run.png"
