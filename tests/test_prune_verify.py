@@ -141,8 +141,11 @@ def test_what_rounding_may_change_is_measured_and_the_model_stays_as_it_was(
     from megatron_idea.prune.verify import LAST_BITS, TOLERANCE, check, fingerprint
 
     trainable = trained(groups, replace(config, training={"precision": "bf16"}))
+    masks = [mlp.mask.clone() for _, mlp in trainable.mlps]
     before = fingerprint(trainable, last_bit=True)
     assert 0 < before.last_bit < 0.1
+    for mask, (_, mlp) in zip(masks, trainable.mlps, strict=True):
+        assert torch.equal(mask, mlp.mask)
     assert check(before, fingerprint(trainable), trainable) == 0.0
 
     deep = dataclasses.replace(before, last_bit=0.03)

@@ -46,7 +46,7 @@ class Fingerprint:
 def fingerprint(trainable: Trainable, last_bit: bool = False) -> Fingerprint:
     """Take it before and after; collective over all ranks, and no random number is drawn.
 
-    ``last_bit``: measure what rounding may change, too; wanted before.
+    ``last_bit``: measure what rounding may change, too, where it may be much; wanted before.
     """
     groups = trainable.groups
     checksums = {}
@@ -62,10 +62,14 @@ def fingerprint(trainable: Trainable, last_bit: bool = False) -> Fingerprint:
 
 
 def _last_bit(trainable: Trainable, losses: Tensor) -> float:
+    if trainable.config.training.precision == "bf16":
+        bit = torch.finfo(torch.bfloat16).eps
+    elif torch.backends.cuda.matmul.allow_tf32:
+        bit = 2.0**-10
+    else:
+        return 0.0  # at any depth rounding of fp32 is far below its tolerance
     for _, mlp in trainable.mlps:
-        dtype = mlp.linear_fc1.weight.dtype
-        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        mlp.refresh_mask(scale=1.0 + (2.0**-10 if tf32 else torch.finfo(dtype).eps))
+        mlp.refresh_mask(scale=1.0 + bit)
     change = float((_losses(trainable) - losses).abs().mean())
     for _, mlp in trainable.mlps:
         mlp.refresh_mask()
