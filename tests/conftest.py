@@ -10,13 +10,6 @@ import pytest
 from megatron_idea import config as configuration
 from megatron_idea.config import Config
 
-# Files of few and long tests come first: at the end one worker would be alone with them.
-LONG = ("test_slurm.py", "test_quickstart.py", "test_faults.py", "test_kernels_triton.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
-
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):

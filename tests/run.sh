@@ -33,4 +33,4 @@ ruff format --check
 mypy
 # Files side by side: their processes wait for each other most of the time. -n0 among the arguments
 # runs one after the other, with output as it comes.
-exec pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"
+exec pytest --numprocesses 2 --dist loadfile --durations=15 "$@"
