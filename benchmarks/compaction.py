@@ -33,9 +33,8 @@ from megatron_idea.config import Config
 from megatron_idea.distributed import (
     PeakMemory,
     ProcessGroups,
+    joined,
     memory_bytes,
-    start_distributed,
-    stop_distributed,
 )
 from megatron_idea.optim import Trainable, assemble
 from megatron_idea.prune.moves import extension
@@ -207,14 +206,11 @@ def memory_ratios(config_path: str, overrides: list[str]) -> dict[str, Any]:
 def growth_job(rendezvous: str, config: Config, width: int) -> dict[str, Any]:
     """Seconds and moved neurons of one compaction to ``width`` neurons."""
     quiet()
-    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
-    try:
+    with joined(config.parallel, config.training.seed, rendezvous) as groups:
         trainable, pruner, _ = trained(config, groups)
         report = shrink(trainable, pruner, width)
         parameters = sum(p.numel() for p in trainable.parameters)
         return {"parameters": parameters, "seconds": report.seconds, "moved": report.moved_neurons}
-    finally:
-        stop_distributed()
 
 
 def growth(config: Config, folder: Path) -> list[dict[str, Any]]:
@@ -259,15 +255,14 @@ def main() -> None:
     gc.freeze()  # as in a run: collections do not visit what was imported
     overrides = ["parallel.tensor_model_parallel_size=1", "schedule.total_tokens=1e9"]
     config = configuration.load(arguments.config, [*overrides, *arguments.overrides])
-    groups = start_distributed(config.parallel, config.training.seed)
     try:
-        if arguments.memory:
-            print(json.dumps(memory(config, groups)))
-            return
-        measured: dict[str, Any] = {"compaction_to_step": against_steps(config, groups)}
-        measured["live_to_disk"] = against_disk(config, groups, arguments.rounds)
+        with joined(config.parallel, config.training.seed) as groups:
+            if arguments.memory:
+                print(json.dumps(memory(config, groups)))
+                return
+            measured: dict[str, Any] = {"compaction_to_step": against_steps(config, groups)}
+            measured["live_to_disk"] = against_disk(config, groups, arguments.rounds)
     finally:
-        stop_distributed()
         gc.unfreeze()
     measured |= memory_ratios(arguments.config, arguments.overrides)
     with tempfile.TemporaryDirectory() as folder:

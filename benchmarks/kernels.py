@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_idea import config as configuration
 from megatron_idea.cli import quiet
-from megatron_idea.distributed import start_distributed, stop_distributed
+from megatron_idea.distributed import joined
 from megatron_idea.kernels import FfnShard, ffn_scores
 from megatron_idea.kernels.dispatch import can_launch, jit, launch, tl
 from megatron_idea.optim import assemble
@@ -257,8 +257,7 @@ TINY_STEP = {
 def measure_step(protocol: Protocol, findings: Findings, on_gpu: bool) -> None:
     """Share of a training step that scores, plans and masks take, in the middle of pruning."""
     config = configuration.from_dict(STEP if on_gpu else TINY_STEP)
-    groups = start_distributed(config.parallel, config.training.seed)
-    try:
+    with joined(config.parallel, config.training.seed) as groups:
         data = FixedBatch(config, groups.device)
         ends = phase_ends(config.schedule)
         middle = (ends["enlarged"] + ends["prune"]) // 2
@@ -269,8 +268,6 @@ def measure_step(protocol: Protocol, findings: Findings, on_gpu: bool) -> None:
         calls = {"pruning": stepper(pruning, data, middle, True),
                  "none": stepper(none, data, 0, False)}  # fmt: skip
         seconds = alternate(calls, rounds=4 * protocol.rounds)
-    finally:
-        stop_distributed()
     findings.figures["step_share"] = ratio(seconds["pruning"], seconds["none"])["ratio"] - 1
 
 

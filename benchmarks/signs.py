@@ -30,7 +30,7 @@ from megatron_idea.config import Config
 from megatron_idea.data.corpus import build_corpus
 from megatron_idea.data.indexed import check_dataset, tokenize
 from megatron_idea.data.tokenizer import load_tokenizer
-from megatron_idea.distributed import start_distributed, stop_distributed
+from megatron_idea.distributed import joined
 from megatron_idea.estimate import flops_between, num_steps
 from megatron_idea.evaluate import evaluate_checkpoint, open_batches
 from megatron_idea.report.cost import cost
@@ -181,16 +181,14 @@ def arm_config(name: str, seed: int, steps: int, data: str, out: Path) -> Config
 
 def order_digest(config: Config, steps: int) -> str:
     """SHA-256 of the tokens of the first ``steps`` steps, in the order in which they are read."""
-    groups = start_distributed(config.parallel, config.training.seed)
     digest = hashlib.sha256()
-    try:
+    words = load_tokenizer(config.data.tokenizer)
+    with joined(config.parallel, config.training.seed) as groups:
         per_step = config.training.global_batch_size
-        data = open_batches(config, groups, "train", num_steps(config) * per_step)
+        data = open_batches(config, groups, words, "train", num_steps(config) * per_step)
         for step in range(steps):
             for batch in data.step(step * per_step):
                 digest.update(batch["tokens"].numpy().tobytes())
-    finally:
-        stop_distributed()
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from megatron_idea.checkpoint import TrainState
 from megatron_idea.cli import quiet
 from megatron_idea.config import Config
 from megatron_idea.data.tokenizer import load_tokenizer
-from megatron_idea.distributed import ProcessGroups, start_distributed, stop_distributed
+from megatron_idea.distributed import ProcessGroups, joined
 from megatron_idea.optim import Trainable, assemble
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.schedule import phase_ends
@@ -167,11 +167,8 @@ def main() -> None:
         arguments.config,
         ["parallel.tensor_model_parallel_size=1", "schedule.total_tokens=1e9"],
     )
-    groups = start_distributed(config.parallel, config.training.seed)
-    try:
+    with joined(config.parallel, config.training.seed) as groups:
         write("training", measure(config, groups, arguments.rounds), GOALS)
-    finally:
-        stop_distributed()
 
 
 if __name__ == "__main__":

@@ -67,12 +67,16 @@ class Options:
 
 
 def open_batches(
-    config: Config, groups: ProcessGroups, split: Literal["train", "validation"], num_samples: int
+    config: Config,
+    groups: ProcessGroups,
+    words: Tokenizer,
+    split: Literal["train", "validation"],
+    num_samples: int,
 ) -> Batches:
     """This rank's micro-batches of one side of a run's data."""
     return Batches(
         config.data.train if split == "train" else config.data.validation,
-        load_tokenizer(config.data.tokenizer),
+        words,
         split=split,
         model_vocab_size=config.model.vocab_size,
         seq_length=config.training.seq_length,
@@ -87,11 +91,11 @@ def open_batches(
     )
 
 
-def validation_batches(config: Config, groups: ProcessGroups) -> Batches | None:
+def validation_batches(config: Config, groups: ProcessGroups, words: Tokenizer) -> Batches | None:
     """The fixed held-out samples of a run; None when ``data.validation`` is empty."""
     if not config.data.validation:
         return None
-    return open_batches(config, groups, "validation", config.evaluation.num_samples)
+    return open_batches(config, groups, words, "validation", config.evaluation.num_samples)
 
 
 def cache_dir(config: Config) -> Path:
@@ -235,7 +239,7 @@ def _rows(
 ) -> Rows:
     """What ``name`` means, over the ranks of ``groups``, or for one process that has none."""
     if name == OWN_DATA and config.data.validation and groups is not None:
-        return open_batches(config, groups, "validation", config.evaluation.num_samples)
+        return open_batches(config, groups, words, "validation", config.evaluation.num_samples)
     training = config.training
     common: dict[str, Any] = {
         "model_vocab_size": config.model.vocab_size,

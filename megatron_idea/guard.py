@@ -30,6 +30,11 @@ class Watch:
     rollbacks: int = 0
 
 
+def begins(before: Watch, after: Watch) -> bool:
+    """Whether the step between the two began a spike."""
+    return after.in_spike and not before.in_spike
+
+
 def observe(config: GuardConfig, watch: Watch, loss: float, taken: bool) -> Watch:
     """The watch after a step with this loss; ``taken``: it and the gradient were finite.
 

@@ -119,9 +119,9 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
         evaluate(run, state, "start")
     while state.consumed_tokens < config.schedule.total_tokens:
         before = state.consumed_tokens
-        calm = not state.watch.in_spike
+        watch = state.watch
         record, stopping = step(run, state)
-        if calm and state.watch.in_spike and react(run, state, record["loss"]):
+        if guard.begins(watch, state.watch) and react(run, state, record["loss"]):
             run, state = roll_back(run, state)
             continue
         tokens = state.consumed_tokens
@@ -155,8 +155,9 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     tp = config.parallel.tensor_model_parallel_size
     state = TrainState.fresh(config) if path is None else checkpoint.read_state(path, tp)
     num_samples = num_steps(config) * config.training.global_batch_size
-    data = open_batches(config, groups, "train", num_samples)
-    held_out = validation_batches(config, groups)
+    words = load_tokenizer(config.data.tokenizer)
+    data = open_batches(config, groups, words, "train", num_samples)
+    held_out = validation_batches(config, groups, words)
     trainable = assemble(config, groups, state.widths, initialize=path is None)
     pruner = Pruner(trainable)
     if path is not None:
@@ -178,7 +179,6 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     if path is not None:
         done = state.consumed_tokens >= config.schedule.total_tokens
         progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
-    words = load_tokenizer(config.data.tokenizer)
     run = Run(config, groups, trainable, pruner, data, held_out, words, log, progress, StopSignal())
     if state.plan_due:
         plan = pruner.plan(trainable, state.consumed_tokens)
@@ -204,14 +204,13 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
         finish_saving(run)
     step_s = time.perf_counter() - begin
     taken = math.isfinite(grad_norm)
-    calm = not state.watch.in_spike
-    state.watch = guard.observe(config.guard, state.watch, loss, taken)
+    watch, state.watch = state.watch, guard.observe(config.guard, state.watch, loss, taken)
     plan = None
     if taken:
         pruner.record(observed)
         pausing = state.watch.in_spike and config.guard.on_spike == "pause_pruning"
         # A compaction would save this step, and the rollback that follows would go back to it.
-        if not (calm and state.watch.in_spike and config.guard.on_spike == "rollback"):
+        if not (guard.begins(watch, state.watch) and config.guard.on_spike == "rollback"):
             plan = pruner.plan(trainable, tokens, pausing)
     else:
         state.skipped += 1
