@@ -388,6 +388,21 @@ def test_every_layout_computes_the_run_of_one_process(
         assert mine.loss[-1] < mine.loss[0] - 1.0, "it does not learn: equal losses mean little"
 
 
+def test_four_tensor_parallel_ranks_compute_the_run_of_one_process(
+    tiny: Config, workers: Workers
+) -> None:
+    """They need four query groups: a model of its own, so masks alone are not run again."""
+    sections = {"model": {"num_query_groups": 4}, "training": {"micro_batch_size": 4}}
+    one = config_of(tiny, "one", **sections)
+    tp4 = {"tensor_model_parallel_size": 4}
+    four = replace(one, parallel=tp4, prune={"alignment": MULTIPLE // 4})
+    (expected,) = train(workers, "one", [one])
+    actual = _merge([recorded for (recorded,) in workers.run(record, 4, [four])])
+    assert_same_run(actual, expected)
+    assert actual.widths == expected.widths
+    assert set(actual.widths[-1]) == {TARGET}
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_scores_do_not_depend_on_the_layout(layout: str, pairs: Callable[..., Any]) -> None:
     runs, reference = pairs(layout)
