@@ -48,7 +48,7 @@ say() { echo "launch: $*" >&2; }
 # ---- settings -------------------------------------------------------------------------------------
 
 whole_number() { # NAME LEAST
-    if [[ ! ${!1} =~ ^[0-9]{1,6}$ ]] || ((10#${!1} < $2)); then
+    if [[ ! ${!1} =~ ^[0-9]{1,12}$ ]] || ((10#${!1} < $2)); then
         fail "$1 is '${!1}'; it must be a whole number, at least $2"
     fi
 }
@@ -106,7 +106,7 @@ CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}
 
 [[ -n $CONFIG ]] || fail "CONFIG is empty; for example CONFIG=examples/configs/300m.yaml"
 [[ -f $CONFIG ]] || fail "no configuration file at $CONFIG (paths count from $PWD)"
-JOB_NAME=${JOB_NAME:-$(basename "$CONFIG" .yaml)}
+JOB_NAME=${JOB_NAME:-$(basename -- "$CONFIG" .yaml)}
 
 count_gpus() { nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true; }
 
@@ -129,6 +129,10 @@ whole_number NODES 1
 whole_number NPROC_PER_NODE 1
 whole_number GPUS_PER_NODE 0
 whole_number STOP_BEFORE_S 1
+# Slurm's own and REQUEUE are counted with, and in bash counting is evaluating: a[$(rm x)] is run.
+for name in SLURM_JOB_ID SLURM_RESTART_COUNT REQUEUE; do
+    if [[ -n ${!name:-} ]]; then whole_number "$name" 0; fi
+done
 for name in JOB_NAME PARTITION ACCOUNT QOS LOG_DIR; do one_word "$name"; done
 limit_s=$(seconds "$TIME_LIMIT") ||
     fail "TIME_LIMIT is '$TIME_LIMIT'; write minutes, H:M:S or D-H:M:S, as for sbatch"

@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import megatron.core
 import megatron.core.dist_checkpointing.strategies.state_dict_saver  # cpu.install must see it
@@ -44,7 +44,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_idea import config as configuration
-from megatron_idea import cpu, storage
+from megatron_idea import cpu, files, huggingface, storage
+from megatron_idea.checkpoint_index import ForeignError, read_index
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.distributed import ProcessGroups, agree_or_raise, together
 from megatron_idea.guard import Watch
@@ -65,6 +66,9 @@ FORMAT = 2  # 1 had no manifest
 # Transformer Engine's modules, norms among them, keep their FP8 scales under this name, and nothing
 # without FP8. Not stored: a job without Transformer Engine could not write it for one with it.
 _EXTRA_STATE = "_extra_state"
+
+
+NOTHING_DUE = "{} is damaged: state.json says that a compaction is due, and none is"
 
 
 class CheckpointError(ValueError):
@@ -155,23 +159,43 @@ ONE_PROCESS = (
 """Overrides for a checkpoint's configuration when one process works on it."""
 
 
-def read_state(path: Path, tp: int = 1) -> TrainState:
-    """Read ``state.json``, for a model that will be split over ``tp`` ranks.
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that wrote a checkpoint, with ``key.sub=value`` overrides.
 
-    Raises: CheckpointError when it is missing, damaged, of another format, or its widths do not
-        split.
+    Raises: CheckpointError when the file is none of the folder's, ConfigError as ``config.load``.
     """
     try:
-        content = json.loads((path / "state.json").read_text())
+        file = files.inside(path, "config.yaml")
+    except files.UnsafeFileError as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+    return configuration.load(file, list(overrides))
+
+
+def read_state(path: Path, config: Config | None = None) -> TrainState:
+    """Read ``state.json``; with ``config``, for its model, split over its TP ranks.
+
+    Raises: CheckpointError when it is missing, damaged, of another format, or its widths do not
+        split, or when the checkpoint's tensors are not those of the configuration's model.
+    """
+    try:
+        content = files.read_json(files.inside(path, "state.json"))
         form = content.pop("format", None)
         if form == FORMAT:
-            content.pop("megatron_core")
-            content |= {"widths": tuple(content["widths"]), "watch": Watch(**content["watch"])}
-            state = TrainState(**content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            content.pop("megatron_core", None)
+            state = _typed(TrainState, content)
+    except ValueError as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
     if form != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {form}; this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has checkpoint format {form!r:.100}; this version reads {FORMAT}"
+        )
+    if config is not None:
+        _check_split(path, state, config.parallel.tensor_model_parallel_size)
+        _check_model(path, state, config)
+    return state
+
+
+def _check_split(path: Path, state: TrainState, tp: int) -> None:
     uneven = [width for width in state.widths if width % tp]
     if uneven:
         raise CheckpointError(
@@ -179,7 +203,68 @@ def read_state(path: Path, tp: int = 1) -> TrainState:
             f"parallel.tensor_model_parallel_size={tp}; resume with a size that divides "
             f"{math.gcd(*state.widths)}"
         )
-    return state
+
+
+def _check_model(path: Path, state: TrainState, config: Config) -> None:
+    """Compare three files that may come from different hands, before memory is taken for a model.
+
+    ``config.yaml`` and ``state.json`` say what is built, the index what there is to fill it with.
+    """
+    model = config.model
+    if len(state.widths) != model.num_layers or max(state.widths) > model.ffn_hidden_size:
+        raise CheckpointError(
+            f"{path} has {len(state.widths)} layers of up to {max(state.widths)} FFN neurons; its "
+            f"configuration says {model.num_layers} of up to {model.ffn_hidden_size}"
+        )
+    try:
+        found, _ = read_index(path)
+    except (ForeignError, files.UnsafeFileError) as error:
+        raise CheckpointError(f"{path} is damaged: .metadata: {error}") from error
+    for name, shape in huggingface.checkpoint_shapes(model, state.widths):
+        if found.get(name) != shape:
+            has = list(found[name]) if name in found else "not there"
+            raise CheckpointError(
+                f"{path} does not hold the model of its configuration: {name} is {has}, wanted "
+                f"{list(shape)}"
+            )
+
+
+Record = TypeVar("Record")
+
+
+def _typed(kind: type[Record], content: Any) -> Record:
+    """A dataclass from a JSON object, every field of its type and in its range.
+
+    Counts are not negative, widths positive, other numbers finite.
+    Raises: ValueError that names what is wrong.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{kind.__name__} is no JSON object")
+    known = {one.name: str(one.type) for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    strange = sorted(content.keys() - known.keys())
+    if strange:
+        raise ValueError(f"it has {strange[0]!r:.100}, which this version does not know")
+    values = {name: _value(name, known[name], value) for name, value in content.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"a value is missing: {error}") from error
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    if kind == "Watch":
+        return _typed(Watch, value)
+    if kind == "tuple[int, ...]" and isinstance(value, list) and value:
+        if all(files.is_whole(one, least=1) for one in value):
+            return tuple(value)
+    elif (
+        (kind == "int" and files.is_whole(value))
+        or (kind == "bool" and isinstance(value, bool))
+        or (kind == "float" and files.is_number(value))
+        or (kind == "dict[str, int]" and isinstance(value, dict))
+    ):
+        return value
+    raise ValueError(f"{name} is {value!r:.100}, which is no legal {kind}")
 
 
 # What a resumed run may change: where and how it runs, not what it computes.
@@ -197,7 +282,7 @@ def check_same_run(path: Path, config: Config) -> None:
         batch or optimizer.
     """
     try:
-        saved = configuration.load(path / "config.yaml")
+        saved = read_config(path)
     except ConfigError as error:
         raise CheckpointError(f"{path} cannot be resumed: {error}") from error
     was, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
@@ -386,7 +471,7 @@ def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
     if state.layout != _layout(groups):
         wanted.pop("rng")
     loaded = _load_tensors(wanted, path, groups)
-    _take_weights(trainable.chunks, loaded)
+    _take_weights(trainable.chunks, loaded, path, groups)
     if state.adam_step:
         _load_optimizer(trainable, loaded["optimizer"], state.adam_step)
     else:  # before the first step main weights are the weights
@@ -396,13 +481,14 @@ def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
         ScoreState(loaded["scores"]["ema"], loaded["scores"]["window"], state.score_window_steps),
     )
     if "rng" in loaded:
-        _set_rng({name: value[0] for name, value in loaded["rng"].items()})
+        _set_rng({name: value[0] for name, value in loaded["rng"].items()}, path, groups)
     return state
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], path: Path, groups: ProcessGroups) -> None:
     """Read weights and masks alone, into chunks that were built at the checkpoint's widths."""
-    _take_weights(chunks, _load_tensors(_weight_tensors(chunks, groups), path, groups))
+    loaded = _load_tensors(_weight_tensors(chunks, groups), path, groups)
+    _take_weights(chunks, loaded, path, groups)
 
 
 def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> dict[str, Any]:
@@ -418,13 +504,24 @@ def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> 
     return loaded
 
 
-def _take_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+def _take_weights(
+    chunks: Sequence[torch.nn.Module], loaded: dict[str, Any], path: Path, groups: ProcessGroups
+) -> None:
     for index, chunk in enumerate(chunks):
         found = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
         missing = [key for key in found.missing_keys if not key.endswith(_EXTRA_STATE)]
         assert not missing and not found.unexpected_keys, found
-    for _, mlp in prunable_mlps(chunks):
+    # Neuron ids are places in tables of scores.
+    config: Any = unwrap(chunks[0]).config
+    full = config.ffn_hidden_size
+    wild = None
+    for layer, mlp in prunable_mlps(chunks):
         mlp.refresh_mask()
+        if bool(((mlp.neuron_ids < 0) | (mlp.neuron_ids >= full)).any()):
+            wild = CheckpointError(
+                f"{path} is damaged: layer {layer} has neurons that the model of {full} has not"
+            )
+    agree_or_raise(wild, groups)
 
 
 def _weight_tensors(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
@@ -593,11 +690,19 @@ def _get_rng() -> dict[str, Tensor]:
     return streams | {f"tracker.{name}": state for name, state in tracker.items()}
 
 
-def _set_rng(streams: dict[str, Tensor]) -> None:
+def _set_rng(streams: dict[str, Tensor], path: Path, groups: ProcessGroups) -> None:
     streams = {name: state.cpu() for name, state in streams.items()}
-    torch.set_rng_state(streams["cpu"])
-    if "cuda" in streams:
-        torch.cuda.set_rng_state(streams["cuda"])
+    error = None
+    try:
+        for name, state in streams.items():  # the tracker's are set in use, which is too late
+            if name == "cpu" or groups.device.type == "cpu":
+                torch.Generator().set_state(state)
+        torch.set_rng_state(streams["cpu"])
+        if "cuda" in streams:
+            torch.cuda.set_rng_state(streams["cuda"])
+    except RuntimeError as caught:
+        error = CheckpointError(f"{path} is damaged: a random-number state is none: {caught}")
+    agree_or_raise(error, groups)
     tensor_parallel.get_cuda_rng_tracker().set_states(
         {n.removeprefix("tracker."): s for n, s in streams.items() if n.startswith("tracker.")}
     )

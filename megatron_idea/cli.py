@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
+
+from megatron_idea.terminal import Console
 
 if TYPE_CHECKING:
     from megatron_idea.budget import Budget

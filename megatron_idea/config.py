@@ -18,6 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_idea.files import check_yaml
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says what is legal."""
@@ -451,6 +453,7 @@ def load(
     try:
         if path is not None:
             _require(Path(path).is_file(), f"no configuration file at {path}")
+            check_yaml(Path(path))
             layers.append(OmegaConf.load(path))
         for override in overrides:
             _require("=" in override, f"override {override!r} is not of the form key.sub=value")

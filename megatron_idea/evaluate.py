@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_idea import checkpoint, storage
+from megatron_idea import checkpoint, files, huggingface, storage
 from megatron_idea import config as configuration
 from megatron_idea.config import BlendEntry, Config, ConfigError, validate
 from megatron_idea.data.batches import Batches, Rows
@@ -197,7 +197,7 @@ def evaluate_model(
         raise ConfigError("data.validation is empty: there is nothing to measure on")
     if options.limit and not data:
         raise ConfigError("without --data set evaluation.num_samples=N in place of --limit")
-    state = checkpoint.read_state(found, config.parallel.tensor_model_parallel_size)
+    state = checkpoint.read_state(found, config)
     with joined(config.parallel, config.training.seed) as groups:
         storage.verify(found, groups)
         words = load_tokenizer(config.data.tokenizer)
@@ -217,7 +217,7 @@ def evaluate_model(
 def _config_of(found: Path, overrides: Sequence[str], options: Options, world_size: int) -> Config:
     """A checkpoint's configuration for measuring it in so many processes."""
     defaults = checkpoint.ONE_PROCESS if world_size == 1 else ()
-    config = configuration.load(found / "config.yaml", [*defaults, *overrides])
+    config = checkpoint.read_config(found, [*defaults, *overrides])
     if options.seq_length:
         config = configuration.replace(config, training={"seq_length": options.seq_length})
     if options.tokenizer:
@@ -330,6 +330,8 @@ def _evaluate_folder(
 def load_folder(path: Path) -> Any:
     """A Hugging Face folder's model, in the precision it was saved in, on the GPU if there is one.
 
+    Nothing of it runs: no code that comes with it or that it names, no pickled weights.
+
     Raises: ConfigError when transformers is missing or cannot load it.
     """
     try:
@@ -339,14 +341,37 @@ def load_folder(path: Path) -> Any:
             "a Hugging Face folder is read with transformers: pip install 'megatron-idea[export]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
+    _check_depth(path, *huggingface.check_folder(path))
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True
+            path,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         ).eval()
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of whatever a config.json can make of a model: any type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"transformers cannot load {path}: {reason}") from error
     return model.cuda() if torch.cuda.is_available() else model
+
+
+def _check_depth(path: Path, config: dict[str, Any], weights: Sequence[Path]) -> None:
+    """A layer has tensors: transformers builds as many layers as it is told before it looks."""
+    import safetensors  # transformers brings it along
+
+    tensors = 0
+    for file in weights:
+        try:
+            with safetensors.safe_open(file, framework="pt") as opened:
+                tensors += len(opened.keys())
+        except Exception as error:  # the library's own type, and OSError
+            raise ConfigError(f"cannot read {file}: {error}") from error
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if name in config and not files.is_whole(config[name], 1, tensors):
+            raise ConfigError(
+                f"{path}: config.json has {name} {config[name]!r:.100}, the files {tensors} tensors"
+            )
 
 
 def _folder_tokenizer(path: Path) -> str:

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_idea import __version__, checkpoint, huggingface, storage
-from megatron_idea import config as configuration
 from megatron_idea.checkpoint import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, load_tokenizer
@@ -142,7 +141,7 @@ def export_checkpoint(
     """
     found = checkpoint.resolve(path)
     storage.verify(found)
-    config = configuration.load(found / "config.yaml")
+    config = checkpoint.read_config(found)
     dtype = dtype or config.training.precision
     for what, value, legal in (("--layout", layout, LAYOUTS), ("--dtype", dtype, tuple(DTYPES))):
         if value not in legal:
@@ -154,7 +153,7 @@ def export_checkpoint(
     _make_way(out)
     safetensors()
     words = _tokenizer_of(config, tokenizer)
-    state = checkpoint.read_state(found)
+    state = checkpoint.read_state(found, config)
     weights = _Weights(found, config, DTYPES[dtype])
     live = [weights.live(layer) for layer in range(config.model.num_layers)]
     widths = [round_up(len(kept), config.final_ffn_multiple) for kept in live]

@@ -205,12 +205,12 @@ def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configu
     """
     found = checkpoint.resolve(path)
     storage.verify(found)
-    config = configuration.load(found / "config.yaml", checkpoint.ONE_PROCESS)
+    config = checkpoint.read_config(found, checkpoint.ONE_PROCESS)
     config = configuration.replace(
         config, training={"global_batch_size": config.training.micro_batch_size}
     )
     validate(config, world_size=1)
-    state = checkpoint.read_state(found)
+    state = checkpoint.read_state(found, config)
     with joined(config.parallel, config.training.seed) as groups:
         (model,) = build_model(config, transformer_config(config), state.widths, groups)
         checkpoint.load_weights([model], found, groups)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_idea import checkpoint
+from megatron_idea import checkpoint, huggingface
 from megatron_idea.config import ConfigError
 from megatron_idea.distributed import world_size_from_environment
 from megatron_idea.evaluate import Options, is_hugging_face
@@ -107,7 +107,9 @@ def evaluate_tasks(
         with _bars_on_a_terminal_only():
             loaded = _load(manager, tasks, held_out, Path(scratch) / "data")
         folder = path
-        if not is_hugging_face(path):
+        if is_hugging_face(path):
+            huggingface.check_folder(path)
+        else:
             folder = Path(scratch) / "model"
             export_checkpoint(path, folder, tokenizer=options.tokenizer)
         with _bars_on_a_terminal_only(), _counted_cuts() as cuts:
@@ -192,6 +194,8 @@ def _model(folder: Path, batch_size: int, seq_length: int) -> Any:
     transformers.utils.logging.set_verbosity_error()  # that a document is longer than a window
     return HFLM(
         pretrained=str(folder),
+        trust_remote_code=False,
+        use_safetensors=True,
         device="cuda" if torch.cuda.is_available() else "cpu",
         batch_size=batch_size,
         max_length=seq_length or None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -73,10 +72,10 @@ def import_checkpoint(
     """
     if checkpoint.complete(run_dir):
         raise ConfigError(f"{run_dir} has checkpoints already; name a folder that has none")
-    hf = _read_json(folder / "config.json")
+    hf, weights = huggingface.check_folder(folder)
     model, hf_widths = huggingface.from_hf_config(hf)
-    tensors = _Folder(folder)
-    tensors.check(ModelConfig(**model))
+    tensors = _Folder(folder, weights)
+    tensors.check(ModelConfig(**model), hf_widths)
     multiple = configuration.load(config_path, list(overrides)).ffn_multiple
     old = _without_padding(tensors, hf_widths, multiple)
     widths = _enlarged(old, enlarge_ffn, multiple)
@@ -97,7 +96,7 @@ def import_checkpoint(
         load_tokenizer(folder)  # to hear now whether it can be used
         _copy_tokenizer(folder, run_dir / "tokenizer")
 
-    path = _write(config, _Ours(tensors, config, hf_widths, old), widths)
+    path = _write(config, _Ours(tensors, config, old), widths)
     (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
     return Imported(path, run_dir / "config.yaml", old, widths, _notes(config, hf))
 
@@ -118,25 +117,14 @@ def _write(config: Config, ours: _Ours, widths: list[int]) -> Path:
         stop_distributed()
 
 
+_FLOATS = ("F32", "BF16", "F16", "F64")
+
+
 class _Folder:
     """The safetensors of a model folder, by name; one tensor is read at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self._folder = folder
-        if index.is_file():
-            places = _read_json(index).get("weight_map")
-            if not isinstance(places, dict):
-                raise ConfigError(f"{index} has no weight_map: it says no tensor's file")
-            files = [folder / name for name in sorted(set(places.values()))]
-        else:
-            files = [folder / "model.safetensors"]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise ConfigError(
-                f"{folder} has no {absent[0]}; import reads safetensors, which transformers writes "
-                "with save_pretrained"
-            )
         self._files: dict[str, Any] = {}
         for file in files:
             try:
@@ -145,9 +133,10 @@ class _Folder:
                 raise ConfigError(f"cannot read {file}: {error}") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
 
-    def check(self, model: ModelConfig) -> None:
+    def check(self, model: ModelConfig, widths: Sequence[int]) -> None:
         """Raises: ConfigError unless the tensors are those of ``model``, no more and no less."""
-        wanted = set(huggingface.hf_names(model))
+        shapes = dict(huggingface.hf_shapes(model, widths))
+        wanted = shapes.keys()
         missing = sorted(wanted - self._files.keys())
         if missing:
             raise ConfigError(f"{self._folder} lacks {len(missing)} tensors, as {missing[0]}")
@@ -163,6 +152,13 @@ class _Folder:
                 f"{self._folder} has {len(unknown)} tensors that our model has no place for: "
                 f"{', '.join(unknown[:3])}"
             )
+        for name, shape in shapes.items():
+            part = self._files[name].get_slice(name)
+            if tuple(part.get_shape()) != shape or part.get_dtype() not in _FLOATS:
+                raise ConfigError(
+                    f"{self._folder} has {name} as {part.get_dtype()} {part.get_shape()}; "
+                    f"config.json says {list(shape)}, and legal are {', '.join(_FLOATS)}"
+                )
 
     def read(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
@@ -176,18 +172,14 @@ class _Folder:
 class _Ours:
     """The folder's tensors under our names, FFNs at their new width."""
 
-    def __init__(
-        self, tensors: _Folder, config: Config, hf_widths: list[int], old: list[int]
-    ) -> None:
+    def __init__(self, tensors: _Folder, config: Config, old: list[int]) -> None:
         self._tensors, self._model, self._seed = tensors, config.model, config.training.seed
-        self._hf_widths, self._old = hf_widths, old
+        self._old = old
         self._layer_ffn = functools.lru_cache(maxsize=1)(self._ffn)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Raises: ConfigError when the folder's tensor has another shape than the model's."""
         found = self._find(huggingface.checkpoint_name(name), shape)
-        if tuple(found.shape) != shape:
-            raise ConfigError(f"the folder's {name} is {list(found.shape)}, wanted {list(shape)}")
+        assert tuple(found.shape) == shape, (name, found.shape, shape)
         return found
 
     def _find(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -196,7 +188,8 @@ class _Ours:
             return self._tensors.read(huggingface.WHOLE_MODEL[name])
         layer, name = int(in_layer[1]), name[in_layer.end() :]
         if name == huggingface.QKV:
-            return huggingface.join_qkv(*self._qkv(layer), model=self._model)
+            q, k, v = (self._tensors.read(part) for part in huggingface.qkv_names(layer))
+            return huggingface.join_qkv(q, k, v, self._model)
         if name == huggingface.FC1:
             return self._layer_ffn(layer, shape[0] // 2)[0]
         if name == huggingface.FC2:
@@ -204,27 +197,9 @@ class _Ours:
         theirs = huggingface.renamed_in_layer(self._model)[name]
         return self._tensors.read(f"model.layers.{layer}.{theirs}")
 
-    def _qkv(self, layer: int) -> list[Tensor]:
-        model, names = self._model, huggingface.qkv_names(layer)
-        parts = [self._tensors.read(name) for name in names]
-        heads = (model.num_attention_heads, model.num_query_groups, model.num_query_groups)
-        for name, part, count in zip(names, parts, heads, strict=True):
-            wanted = (count * model.kv_channels, model.hidden_size)
-            if tuple(part.shape) != wanted:
-                raise ConfigError(
-                    f"{name} is {list(part.shape)}; config.json says {count} heads of "
-                    f"{model.kv_channels}, {list(wanted)}"
-                )
-        return parts
-
     def _ffn(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
         gate, up, down = (self._tensors.read(name) for name in huggingface.ffn_names(layer))
-        hidden, wide, old = self._model.hidden_size, self._hf_widths[layer], self._old[layer]
-        shapes = [tuple(x.shape) for x in (gate, up, down)]
-        if shapes != [(wide, hidden), (wide, hidden), (hidden, wide)]:
-            raise ConfigError(
-                f"layer {layer} has gate, up, down of {shapes}; config.json says {wide} neurons"
-            )
+        old = self._old[layer]
         generator = torch.Generator()
         digest = hashlib.sha256(f"{self._seed} widened layer {layer}".encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:7], "little"))
@@ -350,13 +325,3 @@ def _copy_tokenizer(folder: Path, to: Path) -> None:
     for name in ("tokenizer.json", *TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is no mapping")
-    return content

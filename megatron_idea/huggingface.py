@@ -7,12 +7,15 @@ and cut, never changed. Names on our side are a checkpoint's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_idea import files
 from megatron_idea.config import ConfigError, ModelConfig
 from megatron_idea.prune.legal import round_up
 
@@ -59,16 +62,36 @@ def checkpoint_name(parameter: str) -> str:
     return parameter
 
 
+def checkpoint_shapes(
+    model: ModelConfig, widths: Sequence[int]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of what a checkpoint of layers with ``widths`` neurons holds of its model."""
+    hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
+    yield EMBEDDING, (model.vocab_size, hidden)
+    yield FINAL_NORM, (hidden,)
+    if not model.share_embeddings_and_output_weights:
+        yield OUTPUT, (model.vocab_size, hidden)
+    for layer, width in enumerate(widths):
+        shapes = {
+            "self_attention.linear_qkv.layer_norm_weight": (hidden,),
+            QKV: ((heads + 2 * groups) * model.kv_channels, hidden),
+            "self_attention.linear_proj.weight": (hidden, heads * model.kv_channels),
+            "mlp.linear_fc1.layer_norm_weight": (hidden,),
+            FC1: (2 * width, hidden),
+            FC2: (hidden, width),
+            "mlp.mask": (width,),
+            "mlp.neuron_ids": (width,),
+        }
+        if model.qk_layernorm:
+            shapes |= dict.fromkeys(QK_NORMS, (model.kv_channels,))
+        yield from ((f"decoder.layers.{layer}.{name}", shape) for name, shape in shapes.items())
+    scores = (model.num_layers, 3, model.ffn_hidden_size)
+    yield from (("scores.ema", scores), ("scores.window", scores))
+
+
 def renamed_in_layer(model: ModelConfig) -> dict[str, str]:
     """A layer's tensors that are renamed alone, ours to theirs."""
     return RENAMED | QK_NORMS if model.qk_layernorm else RENAMED
-
-
-def hf_names(model: ModelConfig) -> list[str]:
-    """Every tensor of the Hugging Face model."""
-    in_layer = [*renamed_in_layer(model).values(), *_QKV_PARTS, *_FFN_PARTS]
-    layers = [f"model.layers.{i}.{name}" for i in range(model.num_layers) for name in in_layer]
-    return [*whole_model_names(model).values(), *layers]
 
 
 def split_qkv(weight: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,6 +129,84 @@ def layer_to_hf(
         rows = part.new_zeros(width, part.shape[1])
         rows[: len(keep)] = part[keep]
         yield prefix + name, rows.T if name == _FFN_PARTS[2] else rows
+
+
+def hf_shapes(model: ModelConfig, widths: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the Hugging Face model with ``widths`` neurons a layer."""
+    hidden, channels = model.hidden_size, model.kv_channels
+    queries, keys = model.num_attention_heads * channels, model.num_query_groups * channels
+    for ours, name in whole_model_names(model).items():
+        yield name, (hidden,) if ours == FINAL_NORM else (model.vocab_size, hidden)
+    for layer, width in enumerate(widths):
+        prefix = f"model.layers.{layer}."
+        for name in renamed_in_layer(model).values():
+            shape: tuple[int, ...] = (channels,) if name in QK_NORMS.values() else (hidden,)
+            yield prefix + name, (hidden, queries) if name.endswith("o_proj.weight") else shape
+        for name, rows in zip(_QKV_PARTS, (queries, keys, keys), strict=True):
+            yield prefix + name, (rows, hidden)
+        for name in _FFN_PARTS[:2]:
+            yield prefix + name, (width, hidden)
+        yield prefix + _FFN_PARTS[2], (hidden, width)
+
+
+def check_folder(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Make sure that a model folder is data: plain files, safetensors, no code from elsewhere.
+
+    Returns: ``config.json``, and the files of weights.
+    Raises: ConfigError.
+    """
+    try:
+        for entry in folder.iterdir():
+            if not entry.is_dir():
+                files.inside(folder, entry.name)
+        config = files.read_json(files.inside(folder, "config.json"))
+        weights = _weight_files(folder)
+    except (OSError, files.UnsafeFileError) as error:
+        raise ConfigError(f"cannot read {folder}: {error}") from error
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(f"{folder} is an adapter of another model: merge the two first")
+    kernel = _kernel_of(config)
+    if kernel:
+        raise ConfigError(
+            f"{folder}: config.json asks for code from the Hub, {kernel!r:.100}; remove that line"
+        )
+    return config, weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        places = files.read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(map(files.plain_name, places.values())):
+            raise ConfigError(f"{index} has no weight_map: it says no tensor's file")
+        names = sorted(set(places.values()))
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent or not names:
+        raise ConfigError(
+            f"{folder} has no {(absent or ['tensors'])[0]}; import reads safetensors, which "
+            "transformers writes with save_pretrained"
+        )
+    return [files.inside(folder, name) for name in names]
+
+
+_IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
+
+def _kernel_of(config: Any, depth: int = 0) -> str:
+    """A repository that transformers would load code from; empty when there is none."""
+    if depth > 8 or not isinstance(config, dict):
+        return ""
+    for key, value in config.items():
+        of_parts = list(value.values()) if isinstance(value, dict) else [value]
+        if _IMPLEMENTATIONS.fullmatch(str(key)):
+            for part in of_parts:
+                if "/" in str(part):
+                    return str(part)
+        found = _kernel_of(value, depth + 1)
+        if found:
+            return found
+    return ""
 
 
 def ffn_names(layer: int) -> tuple[str, ...]:
@@ -211,6 +312,9 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
 
     Raises: ConfigError that names all that is not supported.
     """
+    ill = list(_ill_typed(hf))
+    if ill:
+        raise ConfigError(f"config.json: {'; '.join(ill)}")
     kind = hf.get("model_type")
     legal = ("llama", "qwen3", BLOCK_CONFIG_MODEL_TYPE)
     if kind not in legal:
@@ -222,7 +326,7 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     needed += [name for name in ("num_key_value_heads", "head_dim") if hf.get(name) is not None]
     if kind != BLOCK_CONFIG_MODEL_TYPE:
         needed.append("intermediate_size")
-    missing = [name for name in needed if not (isinstance(hf.get(name), int) and hf[name] > 0)]
+    missing = [name for name in needed if not files.is_whole(hf.get(name), 1, _MOST[name])]
     if missing:
         raise ConfigError(f"config.json gives no whole number above 0 for {', '.join(missing)}")
     faults = list(_unsupported(hf))
@@ -256,6 +360,59 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return model, widths
 
 
+# Far above any model: a list of all tensors is made before the files are asked for them.
+_MOST = {"num_hidden_layers": 10_000, "num_attention_heads": 1 << 20} | dict.fromkeys(
+    ("hidden_size", "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size"), 1 << 31
+)
+_WORDS = ("hidden_act", "dtype", "torch_dtype")
+_NUMBERS = (
+    "rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "partial_rotary_factor",
+    "max_position_embeddings",
+)  # fmt: skip
+_ROPES = ("rope_scaling", "rope_parameters")
+
+
+def _ill_typed(hf: dict[str, Any]) -> Iterator[str]:
+    """Values of a config.json that are not of their type; one that is not there is of any."""
+    for name in _WORDS:
+        if hf.get(name) is not None and not isinstance(hf[name], str):
+            yield f"{name} is {hf[name]!r:.100}, not a word"
+    for name in _NUMBERS:
+        if hf.get(name) is not None and not files.is_number(hf[name]):
+            yield f"{name} is {hf[name]!r:.100}, not a number"
+    for name in ("architectures", "layer_types"):
+        if not _list_of(str, hf.get(name) or []):
+            yield f"{name} is {hf[name]!r:.100}, not a list of words"
+    for name in _ROPES:
+        rope = hf.get(name) or {}
+        if not isinstance(rope, dict):
+            yield f"{name} is {rope!r:.100}, not an object"
+            continue
+        for part in ("rope_theta", "partial_rotary_factor"):
+            if part in rope and not files.is_number(rope[part]):
+                yield f"{name}.{part} is {rope[part]!r:.100}, not a number"
+    blocks = hf.get("block_configs") or []
+    if not _list_of(dict, blocks) or not all(
+        set(block) == {"attention", "ffn"} and _list_of(dict, list(block.values()))
+        for block in blocks
+    ):
+        yield "block_configs is not a list of objects with attention and ffn"
+        return
+    for block in blocks:
+        ffn, per_group = block["ffn"], block["attention"].get("n_heads_in_group")
+        if (
+            not files.is_number(ffn.get("ffn_mult") or 1)
+            or not 0 <= (ffn.get("ffn_mult") or 1) < 1000
+            or not files.is_whole(ffn.get("intermediate_size") or 1, 1, _MOST["intermediate_size"])
+            or not files.is_whole(per_group or 1, 1, _MOST["num_attention_heads"])
+        ):
+            yield f"block_configs has {block!r:.100}"
+
+
+def _list_of(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
 def _unsupported(hf: dict[str, Any]) -> Iterator[str]:
     """What of a config.json our model cannot compute, with what would be legal."""
     act = hf.get("hidden_act", "silu")
@@ -264,7 +421,7 @@ def _unsupported(hf: dict[str, Any]) -> Iterator[str]:
     for name in ("attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window"):
         if hf.get(name):
             yield f"{name} is true (legal: false)"
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in _ROPES:
         rope = hf.get(name) or {}
         how = rope.get("rope_type") or rope.get("type") or "default"
         if how != "default":
@@ -303,5 +460,7 @@ def _unsupported_blocks(hf: dict[str, Any]) -> Iterator[str]:
         yield "layers without attention or FFN (no_op, replace_with_linear)"
     elif len({b["attention"].get("n_heads_in_group") for b in blocks}) > 1:
         yield "n_heads_in_group differs between layers"
+    elif not blocks[0]["attention"].get("n_heads_in_group"):
+        yield "block_configs without attention.n_heads_in_group"
     elif not all(b["ffn"].get("ffn_mult") or b["ffn"].get("intermediate_size") for b in blocks):
         yield "block_configs without ffn.ffn_mult and ffn.intermediate_size"

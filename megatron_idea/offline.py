@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
+from megatron_idea.checkpoint import CheckpointError
 from megatron_idea.config import Config, ConfigError, require_multiple, validate
 from megatron_idea.distributed import joined
 from megatron_idea.model import named_parameters
@@ -47,13 +48,13 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
     found = checkpoint.resolve(path)
     if checkpoint.complete(out):
         raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
-    saved = configuration.load(found / "config.yaml")
-    state = checkpoint.read_state(found)
-    wanted = _legal(widths, state.widths, saved)
+    saved = checkpoint.read_config(found)
     # One process, and widths that are legal for the run's own layout.
     overrides = [*checkpoint.ONE_PROCESS, f"prune.alignment={saved.ffn_multiple}"]
-    config = configuration.load(found / "config.yaml", overrides)
+    config = checkpoint.read_config(found, overrides)
     validate(config, world_size=1)
+    state = checkpoint.read_state(found, config)
+    wanted = _legal(widths, state.widths, saved)
     with joined(config.parallel, config.training.seed) as groups:
         storage.verify(found, groups)
         trainable = assemble(config, groups, state.widths, initialize=False)
@@ -61,7 +62,8 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         checkpoint.load(trainable, pruner, found)
         if state.plan_due and not wanted:
             plan = pruner.plan(trainable, state.consumed_tokens)
-            assert plan is not None, f"{found} was saved for a compaction, and none is due"
+            if plan is None:
+                raise CheckpointError(checkpoint.NOTHING_DUE.format(found))
         else:
             plan = _plan(trainable, pruner, wanted or _needed(pruner, state.widths, saved))
         if plan.widths == state.widths:

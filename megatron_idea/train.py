@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_idea import checkpoint, guard
 from megatron_idea import config as configuration
-from megatron_idea.checkpoint import Saving, TrainState
+from megatron_idea.checkpoint import CheckpointError, Saving, TrainState
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
@@ -152,8 +152,7 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     path, damage = checkpoint.choose(config, groups)
     if path is not None:
         checkpoint.check_same_run(path, config)
-    tp = config.parallel.tensor_model_parallel_size
-    state = TrainState.fresh(config) if path is None else checkpoint.read_state(path, tp)
+    state = TrainState.fresh(config) if path is None else checkpoint.read_state(path, config)
     num_samples = num_steps(config) * config.training.global_batch_size
     words = load_tokenizer(config.data.tokenizer)
     data = open_batches(config, groups, words, "train", num_samples)
@@ -182,7 +181,8 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     run = Run(config, groups, trainable, pruner, data, held_out, words, log, progress, StopSignal())
     if state.plan_due:
         plan = pruner.plan(trainable, state.consumed_tokens)
-        assert plan is not None, f"{path} was saved for a compaction, and none is due"
+        if plan is None:
+            raise CheckpointError(checkpoint.NOTHING_DUE.format(path))
         apply(run, state, plan)
     return run, state
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -21,7 +21,8 @@ from rich.text import Text
 
 from megatron_idea.config import Config, ConfigError, load
 from megatron_idea.estimate import flops_per_token, human_count, remaining_flops
-from megatron_idea.metrics import EVENTS, METRICS, SAMPLES, human_duration, read_events
+from megatron_idea.metrics import EVENTS, METRICS, SAMPLES, human_duration, is_record, read_events
+from megatron_idea.terminal import Console
 
 # Steps that speed and time left are averaged over.
 RECENT_STEPS = 20
@@ -68,15 +69,15 @@ class Tail:
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [record for line in whole.splitlines() if (record := _parsed(line))], was_cut
+        records = map(_parsed, whole.splitlines())
+        return [record for record in records if is_record(self.path.name, record)], was_cut
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> Any:
     try:
-        record = json.loads(line)
-    except ValueError:  # another process cut the file while it was read
+        return json.loads(line)
+    except (ValueError, RecursionError):  # another process cut the file while it was read
         return None
-    return record if isinstance(record, dict) else None
 
 
 class View:
@@ -104,6 +105,8 @@ class View:
             self.losses, self._stride = [], 1
         for record in records:
             if not record.keys() >= NEEDED:
+                continue
+            if len(record["ffn_live"]) != len(record["ffn_width"]):
                 continue
             self.recent.append(record)
             if record["step"] % self._stride == 0:

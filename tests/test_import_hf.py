@@ -240,10 +240,10 @@ REFUSED = {
     "hidden_size": (None, "gives no whole number above 0 for hidden_size"),
     "head_dim": ("4", "gives no whole number above 0 for head_dim"),
     "num_hidden_layers": (3, "lacks 9 tensors, as model.layers.2"),
-    "num_attention_heads": (8, r"linear_proj.weight is \[16, 16\], wanted \[16, 32\]"),
-    "num_key_value_heads": (4, r"k_proj.weight is \[8, 16\]; config.json says 4 heads of 4"),
+    "num_attention_heads": (8, r"o_proj.weight as F32 \[16, 16\]; config.json says \[16, 32\]"),
+    "num_key_value_heads": (4, r"k_proj.weight as F32 \[8, 16\]; config.json says \[16, 16\]"),
     "intermediate_size": (None, "gives no whole number above 0 for intermediate_size"),
-    "intermediate_size ": (20, "layer 0 has gate, up, down of .* config.json says 20 neurons"),
+    "intermediate_size ": (20, r"gate_proj.weight as F32 .*; config.json says \[20, 16\]"),
 }  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
                 "tokens_per_s": speed,
                 "step_s": config.batch_tokens / speed,
                 "memory_bytes": 10**9,
-                "skipped": False,
+                "skipped": 0,
             }
             if phase_ended(schedule, before, tokens) or step % 50 == 0:
                 evaluated(step, loss, "phase_end")

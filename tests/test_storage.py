@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,27 +84,6 @@ def test_damage_to_any_file_is_found_and_the_file_named(
         with pytest.raises(storage.DamagedError, match="is damaged: " + name.replace(".", r"\.")):
             storage.verify(copy)
         shutil.rmtree(copy)
-
-
-class Deadly:
-    """What an attacker would put into a pickle."""
-
-    def __reduce__(self) -> Any:
-        return print, ("this ran",)
-
-
-@pytest.mark.parametrize("value", [Deadly(), Path.unlink, {"a": pytest.raises}])
-def test_an_index_that_would_run_code_is_refused_and_runs_nothing(
-    value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
-    with pytest.raises(storage.DamagedError, match="it would run"):
-        storage.check_index(tmp_path)
-    dotted = b"\x80\x04\x8c\x2atorch.distributed.checkpoint.filesystem\x8c\x0bpickle.loads\x93."
-    (tmp_path / ".metadata").write_bytes(dotted.replace(b"\x2atorch", b"\x27torch"))
-    with pytest.raises(storage.DamagedError):
-        storage.check_index(tmp_path)
-    assert capsys.readouterr().out == ""
 
 
 def test_a_damaged_checkpoint_stops_a_run_or_is_passed_over_when_asked(

@@ -23,6 +23,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 from torch import Tensor
 
+from megatron_idea import files
 from megatron_idea.config import BlendEntry
 from megatron_idea.data.documents import DataError
 from megatron_idea.data.indexed import DatasetInfo, check_dataset
@@ -49,6 +50,10 @@ class _MegatronTokenizer:
     vocab_size: int
     eod: int
     unique_identifiers: dict[str, str]
+
+
+_KEYS = ("tokens", "labels", "position_ids", "loss_mask")
+"""What a micro-batch has."""
 
 
 class Rows:
@@ -92,6 +97,7 @@ class Rows:
                 f"DP = {micro_batch_size} x {dp_size} = {micro_batch_size * dp_size}"
             )
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        self._vocab_size = model_vocab_size
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
@@ -193,10 +199,26 @@ class Batches(Rows):
         return (self._micro_batch(consumed_samples, i) for i in range(self.num_microbatches))
 
     def _micro_batch(self, consumed_samples: int, index: int) -> dict[str, Tensor]:
-        rows = [self._sample(s) for s in self._of_micro_batch(consumed_samples, index)]
+        samples = self._of_micro_batch(consumed_samples, index)
+        try:
+            rows = [self._sample(s) for s in samples]
+            stacked = {key: torch.stack([row[key] for row in rows]) for key in _KEYS}
+        except (IndexError, ValueError, RuntimeError) as error:  # of indices that fit no dataset
+            raise DataError(
+                f"samples {samples.start} to {samples.stop - 1} cannot be read ({error}): if "
+                "data.cache_dir comes from somewhere else, delete it"
+            ) from error
+        for key in ("tokens", "labels"):  # read from a file, and looked up in the embedding
+            low, high = (int(x) for x in stacked[key].aminmax())
+            if low < 0 or high >= self._vocab_size:
+                raise DataError(
+                    f"samples {samples.start} to {samples.stop - 1} of "
+                    f"{', '.join(str(info.prefix) for info in self.datasets)} hold token "
+                    f"{low if low < 0 else high}; model.vocab_size is {self._vocab_size}: the "
+                    "dataset is damaged, or of another tokenizer"
+                )
         batch = {}
-        for key in ("tokens", "labels", "position_ids", "loss_mask"):
-            tensor = torch.stack([row[key] for row in rows])
+        for key, tensor in stacked.items():
             if self.device.type == "cuda":
                 tensor = tensor.pin_memory()
             batch[key] = tensor.to(self.device, non_blocking=True)
@@ -264,6 +286,7 @@ def _blend(
     """
     slot = _slot(split)
     parts = []
+    _check_cache(Path(str(configs[0].path_to_cache)))
     for config, share in zip(configs, shares, strict=True):
         # A size makes Megatron shuffle as many epochs as it takes; None, exactly one. Its greedy
         # blending never takes more than the rounded-up share, so there is no surplus.
@@ -274,7 +297,7 @@ def _blend(
         every_document = np.arange(len(indexed), dtype=np.int32)
         try:
             parts.append(GPTDataset(indexed, prefix, every_document, size, slot, config))
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, IndexError, AttributeError, TypeError) as error:
             raise DataError(
                 f"cannot use sample indices of {prefix} in data.cache_dir {config.path_to_cache}: "
                 f"{error}; every rank must see this folder and rank 0 write to it; if a job died "
@@ -285,6 +308,21 @@ def _blend(
     # BlendedDataset asks for its rank before it writes to the cache, even where there are no ranks.
     config = configs[0] if _distributed() else replace(configs[0], path_to_cache=None)
     return BlendedDataset(parts, list(shares), num_samples, config)
+
+
+def _check_cache(folder: Path) -> None:
+    """Make sure that indices are arrays: megatron-core has NumPy unpickle what is none.
+
+    Raises: DataError.
+    """
+    for file in sorted(folder.glob("*.npy")):
+        try:
+            with files.regular(file).open("rb") as stream:
+                head = stream.read(len(np.lib.format.MAGIC_PREFIX))
+        except (OSError, files.UnsafeFileError) as error:
+            raise DataError(f"data.cache_dir {folder}: {error}; delete it") from error
+        if not np.lib.format.MAGIC_PREFIX.startswith(head):  # shorter while it is being written
+            raise DataError(f"data.cache_dir {folder}: {file.name} is no array of NumPy; delete it")
 
 
 def _distributed() -> bool:

@@ -18,9 +18,13 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_idea import files
 from megatron_idea.data.documents import DataError, Documents, hash_fraction
 from megatron_idea.data.tokenizer import Tokenizer
 
+_HEADER = struct.Struct("<9sQBQQ")
+"""Of an index: magic, version, token type, sequences, documents + 1."""
+_BLOCK = 1 << 20
 _BATCH_CHARACTERS = 4_000_000
 """Text encoded at once: enough to keep the tokenizer's threads busy, little enough to forget."""
 
@@ -214,6 +218,7 @@ def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> DatasetInfo:
                 f"no {_file(prefix, suffix)}; a dataset is given as its path without .bin and .idx"
             )
     dtype, lengths = _read_index(prefix)
+    _check_places(prefix, dtype, lengths)
     tokens = int(lengths.sum(dtype=np.int64))
     promised, found = tokens * dtype.itemsize, os.path.getsize(_file(prefix, ".bin"))
     if found != promised:
@@ -252,17 +257,18 @@ def _read_index(prefix: Path) -> tuple[np.dtype, np.ndarray]:
     Megatron's own reader asserts, and maps whatever follows a damaged header.
     """
     path = _file(prefix, ".idx")
-    header = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents + 1
+    header = _HEADER
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
         raw = stream.read(header.size)
     if len(raw) < header.size or not raw.startswith(b"MMIDIDX\x00\x00"):
         raise DataError(f"{path} is not a Megatron index: it does not begin with MMIDIDX")
     _, version, code, sequences, documents = header.unpack(raw)
-    if version != 1 or code not in [dtype.value for dtype in DType]:
+    legal = [dtype for dtype in DType if not dtype.name.startswith("float")]
+    if version != 1 or code not in [dtype.value for dtype in legal]:
         raise DataError(
             f"{path} has version {version} and token type {code}; legal: version 1 and "
-            f"{', '.join(f'{dtype.value} ({dtype.name})' for dtype in DType)}"
+            f"{', '.join(f'{dtype.value} ({dtype.name})' for dtype in legal)}"
         )
     # A length and an offset for each sequence, a boundary for each document.
     promised = header.size + sequences * (4 + 8) + documents * 8
@@ -271,7 +277,46 @@ def _read_index(prefix: Path) -> tuple[np.dtype, np.ndarray]:
     if sequences == 0:
         raise DataError(f"{prefix} is empty: its index has no documents")
     lengths = np.memmap(path, np.int32, mode="r", offset=header.size, shape=(sequences,))
+    ends = np.memmap(path, np.int64, "r", header.size + sequences * (4 + 8), shape=(documents,))
+    if not (documents and ends[0] == 0 and ends[-1] == sequences and _ascend(ends)):
+        raise DataError(
+            f"{path} is damaged: its documents do not begin at 0 and end at its {sequences} "
+            "sequences in order; copy or tokenize it again"
+        )
     return np.dtype(DType.dtype_from_code(code)), lengths
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK))
+
+
+def _ascend(values: np.ndarray) -> bool:
+    return all(
+        bool((np.diff(values[max(0, part.start - 1) : part.stop]) >= 0).all())
+        for part in _blocks(len(values))
+    )
+
+
+def _check_places(prefix: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """Make sure that each sequence begins where the one before it ends.
+
+    megatron-core reads from wherever the index points, and its C++ adds the lengths up unchecked.
+    """
+    path = _file(prefix, ".idx")
+    count, end = len(lengths), 0
+    begins = np.memmap(path, np.int64, "r", _HEADER.size + count * 4, shape=(count,))
+    for part in _blocks(count):
+        sizes = lengths[part].astype(np.int64) * dtype.itemsize
+        places = end + np.cumsum(sizes) - sizes
+        wrong = np.flatnonzero((sizes < 0) | (begins[part] != places))
+        if len(wrong):
+            one = int(wrong[0])
+            raise DataError(
+                f"{path} is damaged: sequence {part.start + one} has {lengths[part][one]} tokens "
+                f"at byte {begins[part][one]}, where byte {places[one]} would follow the others; "
+                "copy or tokenize it again"
+            )
+        end += int(sizes.sum())
 
 
 def _read_sidecar(prefix: Path) -> dict[str, Any] | None:
@@ -279,11 +324,14 @@ def _read_sidecar(prefix: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}; mend or delete it") from error
-    if not isinstance(sidecar, dict) or "tokenizer_digest" not in sidecar:
+        sidecar = files.read_json(path, most=1 << 20)
+    except files.UnsafeFileError as error:
+        raise DataError(f"{path.parent}: {error}; mend or delete it") from error
+    if not isinstance(sidecar.get("tokenizer_digest"), str):
         raise DataError(f"{path} is not a dataset's sidecar: no tokenizer_digest; move it away")
+    size = sidecar.get("text_bytes")
+    if size is not None and not files.is_whole(size):
+        raise DataError(f"{path}: text_bytes is {size!r:.100}, no number of bytes; delete it")
     return sidecar
 
 
@@ -291,9 +339,11 @@ def _check_vocabulary(prefix: Path, dtype: np.dtype, tokens: int, tokenizer: Tok
     """Look at up to 64 evenly spread blocks of 16,384 tokens."""
     stream = np.memmap(_file(prefix, ".bin"), dtype, mode="r")
     starts = np.linspace(0, max(tokens - 16_384, 0), 64, dtype=np.int64)
-    largest = max(int(stream[start : start + 16_384].max()) for start in np.unique(starts))
-    if largest >= tokenizer.vocab_size:
+    blocks = [stream[start : start + 16_384] for start in np.unique(starts)]
+    least, largest = min(int(x.min()) for x in blocks), max(int(x.max()) for x in blocks)
+    if least < 0 or largest >= tokenizer.vocab_size:
         raise DataError(
-            f"{prefix} holds token {largest}, tokenizer {tokenizer.name!r} has ids below "
-            f"{tokenizer.vocab_size}: it was made with another tokenizer"
+            f"{prefix} holds token {least if least < 0 else largest}, tokenizer "
+            f"{tokenizer.name!r} has ids below {tokenizer.vocab_size}: it was made with another "
+            "tokenizer"
         )

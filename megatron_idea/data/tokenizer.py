@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_idea import files
 from megatron_idea.data.documents import DataError, Documents, hash_fraction, input_files
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -23,6 +25,10 @@ END_OF_DOCUMENT_NAMES = (
 )
 """What public tokenizers call the token that ends a document; the first one present is taken."""
 _PIECE_CHARACTERS = 16_384
+_MOST_BYTES = 1 << 28
+"""Of a tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB."""
+_MOST_GAPS = 1 << 20
+"""Ids that stand for nothing: tables have a row for each."""
 
 
 class Tokenizer(ABC):
@@ -85,11 +91,10 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, path: Path, name: str) -> None:
         import tokenizers  # here, so that the byte fallback works without it
 
-        try:
-            content = path.read_bytes()
+        self._path = path
+        with self._explained():
+            content = files.read_bytes(path, _MOST_BYTES)
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for a malformed file
-            raise DataError(f"{path} is not a usable tokenizer.json: {error}") from error
         # A tokenizer.json can ask for cut or padded sequences; a corpus must be encoded whole.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -106,15 +111,33 @@ class JsonTokenizer(Tokenizer):
         self.eod = vocab[present[0]]
         # Not the number of tokens: ids may have gaps, and a model needs a row for each id.
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > len(vocab) + _MOST_GAPS:
+            raise DataError(
+                f"{path} has an id of {self.vocab_size - 1} among {len(vocab)} tokens; renumber "
+                "the tokens with ids that far out, or remove them"
+            )
         self.digest = hashlib.sha256(content).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._explained():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with self._explained():
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """The library raises bare Exception for a malformed file, and panics at some."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"{self._path} is not a usable tokenizer.json: {reason}") from error
 
     def token_bytes(self) -> list[int] | None:
         decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}

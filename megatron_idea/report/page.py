@@ -18,13 +18,14 @@ from megatron_idea.report.cost import cost
 from megatron_idea.report.run import Run, spread
 from megatron_idea.report.samples import samples
 from megatron_idea.report.svg import SIZE, figure
+from megatron_idea.terminal import CONTROL
 
 
 def page(runs: Sequence[Run]) -> str:
     """One run with everything that is known of it, or several in the same charts."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     body = _one(runs[0]) if len(runs) == 1 else _several(runs)
-    return (
+    whole = (
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -35,6 +36,7 @@ def page(runs: Sequence[Run]) -> str:
         f"<main>{body}{_footer(runs)}</main>"
         f"<script>\n{_asset('page.js')}</script></body></html>\n"
     )
+    return whole.translate(CONTROL)  # which a browser hides, or takes for the end of the text
 
 
 def _asset(name: str) -> str:

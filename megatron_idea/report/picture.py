@@ -103,7 +103,7 @@ def draw(charts: Sequence[Drawn], path: Path, title: str, *, columns: int = 1) -
         if names:
             _name_runs(figure, names, columns)
         else:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+            figure.suptitle(_spelled(title), x=0.01, ha="left", fontsize=13, fontweight="bold")
         _save(figure, path)
 
 
@@ -136,11 +136,16 @@ def _name_runs(figure: Any, names: Sequence[str], columns: int) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=SHADES[colour], linewidth=2.5, label=name)
+        Line2D([], [], color=SHADES[colour], linewidth=2.5, label=_spelled(name))
         for name, colour in zip(names, colours_of(len(names)), strict=True)
     ]
     ncols = _per_row(names, columns)
     figure.legend(handles=handles, loc="outside upper left", ncols=ncols, fontsize=10)
+
+
+def _spelled(text: str) -> str:
+    """A run's name as it is: between two dollars matplotlib reads a formula."""
+    return text.replace("$", r"\$")
 
 
 def _ticks(axis: Any, drawn: ChartAxis, most: int) -> None:

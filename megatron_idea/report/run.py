@@ -95,22 +95,72 @@ def read_run(run_dir: Path) -> Run:
 @functools.lru_cache(maxsize=32)
 def _read_run(run_dir: Path, _stamp: tuple[tuple[int, int], ...]) -> Run:
     broken: list[str] = []
-    records = read_metrics(run_dir, broken)
+    config = load(run_dir / "config.yaml")
+    records = _in_order(read_metrics(run_dir, broken), config, broken)
     if not records:
         raise ValueError(f"{run_dir / METRICS} has no records: the run has not finished a step")
     return Run(
         run_dir,
-        load(run_dir / "config.yaml"),
+        config,
         records,
-        read_events(run_dir, broken),
         [
-            one
-            for one in read_scores(run_dir, broken)
-            if one.keys() >= {"tokens", "quantiles", "cut"}
+            event
+            for event in read_events(run_dir, broken)
+            if event.keys() >= _OF_EVENTS.get(event["kind"], set())
         ],
+        _score_records(read_scores(run_dir, broken)),
         [one for one in read_samples(run_dir, broken) if one["step"] <= records[-1]["step"]],
         tuple(broken),
     )
+
+
+# What is drawn of a record; older ones lack some of the rest.
+_OF_RECORDS = {"phase", "loss", "ffn_live", "ffn_width"}
+_OF_EVENTS = {
+    "evaluated": {"step", "tokens", "val_loss"},
+    "compacted": {"step", "tokens", "widths_before", "widths_after"},
+}
+
+
+def _in_order(
+    records: Sequence[dict[str, Any]], config: Config, broken: list[str]
+) -> list[dict[str, Any]]:
+    """Records of this model that go forward; the others are added to ``broken``."""
+    kept: list[dict[str, Any]] = []
+    step = tokens = 0
+    for record in records:
+        if (
+            record.keys() >= _OF_RECORDS
+            and len(record["ffn_live"]) == len(record["ffn_width"]) == config.model.num_layers
+            and record["step"] > step
+            and record["tokens"] > tokens
+        ):
+            kept.append(record)
+            step, tokens = record["step"], record["tokens"]
+        else:
+            broken.append(f"{METRICS}, step {record['step']}")
+    return kept
+
+
+def _score_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that go forward, of as many layers as the first, and have all that is drawn of them."""
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        if not record.keys() >= {"tokens", "quantiles", "cut"}:
+            continue
+        layers = len((kept or [record])[0]["cut"])
+        parts = [record[key] for key in _OF_SCORES if key in record]
+        if (
+            all(len(part) == layers for part in parts)
+            and all(len(one) == _QUANTILES for one in record["quantiles"])
+            and (not kept or record["tokens"] > kept[-1]["tokens"])
+        ):
+            kept.append(record)
+    return kept
+
+
+_OF_SCORES = ("quantiles", "cut", "rank_correlation")
+_QUANTILES = 7
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -17,9 +17,6 @@ MOST_PROMPTS, MOST_TEXTS = 8, 24
 # Characters of a text that are shown without asking.
 MOST_CHARACTERS = 500
 
-# No text has use for these; a browser would hide them, or take them for the end of the text.
-CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127], "\N{REPLACEMENT CHARACTER}")
-
 
 def samples(run: Run) -> str:
     """The section of a page; nothing without samples."""
@@ -49,11 +46,7 @@ def _by_prompt(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
 def _prompt(run: Run, prompt: str, texts: Sequence[dict[str, Any]]) -> str:
     shown = spread_over(texts, MOST_TEXTS)
     *older, newest = shown
-    head = (
-        f"<q>{escape(prompt.translate(CONTROL).rstrip())}</q>"
-        if prompt.strip()
-        else "Beginning of a document"
-    )
+    head = f"<q>{escape(prompt.rstrip())}</q>" if prompt.strip() else "Beginning of a document"
     folded = ""
     if older:
         of = f" of {len(texts) - 1}" if len(shown) < len(texts) else ""
@@ -73,7 +66,7 @@ def spread_over(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, 
 
 
 def _text(run: Run, record: dict[str, Any]) -> str:
-    text = str(record["text"]).translate(CONTROL)
+    text = str(record["text"])
     begin, rest = text[:MOST_CHARACTERS], text[MOST_CHARACTERS:]
     # The rest is shown where the beginning ends.
     more = (

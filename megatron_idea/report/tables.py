@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import rich.table
+from rich.text import Text
 
 from megatron_idea.config import Config
 from megatron_idea.estimate import human_count
@@ -83,15 +84,19 @@ def _speeds(run: Run, columns: int) -> list[str]:
 
 def speed(run: Run, ffn_width: Sequence[int]) -> str:
     """Median tokens/s at these widths; nothing when they were not held for long enough."""
-    speeds = [r["tokens_per_s"] for r in run.records if r["ffn_width"] == ffn_width]
+    speeds = [
+        r["tokens_per_s"]
+        for r in run.records
+        if r["ffn_width"] == ffn_width and "tokens_per_s" in r
+    ]
     settled = speeds[SETTLING_STEPS:]
     return human_count(statistics.median(settled)) if settled else ""
 
 
 def _compaction_check(run: Run) -> str:
     """The largest change of held-out loss by a compaction, where it was measured on both sides."""
-    before = {e["step"]: e for e in run.of_kind("evaluated") if e["why"] == "compaction_before"}
-    after = {e["step"]: e for e in run.of_kind("evaluated") if e["why"] == "compaction_after"}
+    before = {e["step"]: e for e in run.of_kind("evaluated") if e.get("why") == "compaction_before"}
+    after = {e["step"]: e for e in run.of_kind("evaluated") if e.get("why") == "compaction_after"}
     changes = [
         abs(after[step]["val_loss"] - before[step]["val_loss"]) for step in before if step in after
     ]
@@ -345,16 +350,16 @@ def in_terminal(table: Table) -> rich.table.Table:
     for number, name in enumerate(table.columns):
         # A long name of a run gives way, numbers do not.
         drawn.add_column(
-            name,
+            Text(name),
             justify="right" if number else "left",
             no_wrap=bool(number),
             overflow="ellipsis" if number else "fold",
             min_width=10 if number == 0 else None,
         )
     for row in table.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))  # a string would be read as rich's markup
     if table.note:
         # A table is as wide as its cells, and its caption no wider: up to a line give it room.
-        drawn.caption, drawn.caption_justify = table.note, "left"
+        drawn.caption, drawn.caption_justify = Text(table.note), "left"
         drawn.min_width = min(len(table.note), 76)
     return drawn
