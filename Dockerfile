@@ -2,7 +2,7 @@
 # replaced, and the build fails if pip would.
 #
 #   docker build -t megatron-idea .
-#   docker build -t megatron-idea --build-arg BASE=<an image with Python 3.11+ and torch 2.11+> .
+#   docker build -t megatron-idea --build-arg BASE=<an image with Python 3.11+ and torch 2.10+> .
 #
 # For Slurm: CONTAINER=<this image> bash examples/launch.sh (pyxis), or CONTAINER_RUNTIME=apptainer.
 # Neither has to run the entry point or to be the user below: the program is on PATH, readable by
@@ -41,7 +41,7 @@ RUN set -eu; \
 RUN useradd --create-home --uid 10001 trainer
 USER 10001
 
-# Ends the build when something required is missing.
+# Ends the build when something required is missing or a tiny run on the CPU fails.
 RUN megatron-idea doctor
 
 CMD ["megatron-idea", "doctor"]

@@ -38,7 +38,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -47,6 +47,7 @@ from megatron_idea import config as configuration
 from megatron_idea import cpu, files, huggingface, storage
 from megatron_idea.checkpoint_index import ForeignError, read_index
 from megatron_idea.config import Config, ConfigError
+from megatron_idea.core_versions import async_save
 from megatron_idea.distributed import ProcessGroups, agree_or_raise, together
 from megatron_idea.guard import Watch
 from megatron_idea.model import prunable_mlps, unwrap
@@ -635,13 +636,18 @@ def _begin_tensors(
     cpu.install()
     # dist_checkpointing.save in its parts: what rank 0 writes alone must fail on every rank.
     sharded, common = save_preprocess(tree)
-    together(lambda: TorchCommonSaveStrategy("torch", 1).save_common(common, path), groups)
+    together(lambda: _save_common(common, path) if groups.is_writer else None, groups)
     live = [part for name, part in sharded.items() if name.startswith("model")]
     for tensor in nested_values(live):  # all else was gathered for this checkpoint
         if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id):
             tensor.data = tensor.data.detach().to("cpu", copy=True)
     strategy = _SaveTensors("torch_dist", 1, thread_count=1)
-    return strategy, strategy.async_save(sharded, path)
+    return strategy, async_save(strategy, sharded, path)
+
+
+def _save_common(common: dict[str, Any], path: Path) -> None:
+    """What is not a tensor: nothing of ours, but no version of megatron-core reads without it."""
+    torch.save(common, path / COMMON_STATE_FNAME)
 
 
 def _finish_tensors(
@@ -668,7 +674,7 @@ class _SaveTensors(TorchDistSaveShardedStrategy):
 
     error: Exception | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: Any, *others: Any) -> Any:
         finish = writer.finish
 
         def finish_or_keep_error(*arguments: Any) -> None:
@@ -678,7 +684,7 @@ class _SaveTensors(TorchDistSaveShardedStrategy):
                 self.error = error
 
         writer.finish = finish_or_keep_error
-        return super()._get_save_and_finalize_callbacks(writer, planned)
+        return super()._get_save_and_finalize_callbacks(writer, *others)
 
 
 def _get_rng() -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -601,6 +602,22 @@ def quiet() -> None:
 
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
+    for module in _TELLS_DEVELOPERS:
+        logging.getLogger(f"megatron.core.{module}").addFilter(_is_for_users)
+
+
+# Since 0.18 these log at each rebuild or save what callers of megatron-core should do otherwise.
+_TELLS_DEVELOPERS = (
+    "models.gpt.gpt_model",
+    "distributed.distributed_data_parallel",
+    "dist_checkpointing.strategies.common",
+    "dist_checkpointing.strategies.torch",
+)
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    text = record.getMessage().lower()
+    return "deprecated" not in text and "full_param_layout" not in text
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import platform
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def collect() -> list[Row]:
         *_accelerators(),
         _communication(),
         *_in_use(),
+        _trial(),
     ]
 
 
@@ -193,6 +195,44 @@ def _in_use() -> list[Row]:
         Row("-> optimizer", "ok", f"{adam.__module__.split('.')[0]} {adam.__name__}"),
         Row("-> collectives", "ok", "NCCL" if _has_cuda() else "gloo"),
     ]
+
+
+# FFN widths and heads that every kernel takes.
+_TRIAL = {
+    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_query_groups": 1,
+              "kv_channels": 32, "ffn_hidden_size": 64, "vocab_size": 64, "qk_layernorm": True},
+    "training": {"seq_length": 32},
+    "prune": {"target_ffn_hidden_size": 32, "alignment": 32},
+}  # fmt: skip
+
+
+def _trial() -> Row:
+    """A tiny model is built, steps, is compacted, saved and read again, as in a run."""
+    try:
+        with _quiet(), tempfile.TemporaryDirectory() as folder:
+            _train_save_resume(folder)
+    except Exception as error:  # whatever would end a run
+        remedy = "training would end like this; versions that work together are in pyproject.toml"
+        return Row("a tiny run", "broken", _reason(error), remedy, required=True)
+    return Row("a tiny run", "ok", "built, stepped, compacted, saved, read again", required=True)
+
+
+def _train_save_resume(folder: str) -> None:
+    import megatron_idea.train  # noqa: F401  all that a run imports
+    from megatron_idea import checkpoint, config
+    from megatron_idea.distributed import joined
+    from megatron_idea.optim import assemble, update
+    from megatron_idea.prune.pruner import Pruner, make_plan
+
+    tiny = config.from_dict({"run_dir": folder, **_TRIAL})
+    with joined(tiny.parallel, tiny.training.seed) as groups:
+        state = checkpoint.TrainState.fresh(tiny)
+        trainable = assemble(tiny, groups, state.widths, initialize=True)
+        update(trainable.optimizer, tiny, lr=0.0)  # on gradients that are zero
+        pruner = Pruner(trainable)
+        pruner.alive[:, 32:] = False
+        pruner.apply(trainable, make_plan(pruner.alive, (32, 32)))
+        checkpoint.load(trainable, pruner, checkpoint.save(trainable, pruner, state))
 
 
 def _compaction() -> Row:

@@ -23,7 +23,8 @@ if [[ ${CI:-} == true && $EUID -eq 0 && -f /etc/debian_version ]]; then
 fi
 
 bash examples/setup.sh --dev
-export PATH="${MEGATRON_IDEA_VENV:-$PWD/.venv}/bin:$PATH"
+venv="${MEGATRON_IDEA_VENV:-$PWD/.venv}"
+export PATH="$venv/bin:$PATH"
 
 # Tests start several ranks on one machine: one thread each, as torchrun sets it.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -31,6 +32,25 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check
 ruff format --check
 mypy
+
+# With the newest megatron-core in place of the one that pip has for this Python: it is imported
+# without Triton, trains, compacts, saves and resumes as the other does.
+with_newest_core() {
+    local newest installed
+    newest=$(cd "$venv" && pwd)/megatron-core-newest
+    installed=$(python -c 'from importlib.metadata import version; print(version("megatron-core"))')
+    if [[ ! -d $newest ]]; then
+        echo "tests: SKIPPED: equality and checkpoints with the newest megatron-core, not installed" >&2
+    elif [[ ! -d $newest/megatron_core-$installed.dist-info ]]; then
+        echo "tests: first with $(basename "$newest"/megatron_core-*.dist-info .dist-info), then $installed"
+        PYTHONPATH=$newest pytest --durations=5 \
+            tests/test_core_versions.py tests/test_doctor.py \
+            tests/test_checkpoint.py tests/test_parallel.py \
+            -k "core_versions or doctor or metadata or tp2_bf16 or dp2_overlapped or pp2_interleaved"
+    fi
+}
+if (($# == 0)); then with_newest_core; fi
+
 # Files side by side: their processes wait for each other most of the time. -n0 among the arguments
 # runs one after the other, with output as it comes.
 exec pytest --numprocesses 2 --dist loadfile --durations=15 "$@"

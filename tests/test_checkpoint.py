@@ -448,7 +448,6 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
     """Save at step 1, fail to at step 2 on one rank, save at step 3."""
     import os
 
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_idea import checkpoint
@@ -459,7 +458,7 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     owner, name = {
-        "common": (TorchCommonSaveStrategy, "save_common"),
+        "common": (checkpoint, "_save_common"),
         "metadata": (FileSystemWriterAsync, "finish"),
         "settings": (checkpoint, "save_config"),
         "state": (checkpoint, "_write"),

@@ -507,3 +507,30 @@ def test_releasing_a_model_empties_transformer_engines_stand_ins_for_gradients(
     finally:
         del sys.modules[name]
     assert not kept
+
+
+@on_ranks(1)
+def test_a_compaction_compares_what_megatron_core_writes_on_parameters_and_nothing_else(
+    groups: ProcessGroups, config: Config
+) -> None:
+    from megatron_idea.optim import assemble, update
+    from megatron_idea.prune.compact import PARAMETER_ATTRIBUTES, compact
+    from megatron_idea.prune.pruner import make_plan
+
+    state_of_a_step = {"grad_added_to_main_grad", "zero_out_wgrad", "main_param_sharded"}
+    trainable = assemble(config, groups, [24, 24], initialize=True)
+    update(trainable.optimizer, config, lr=0.0)
+    for parameter in trainable.parameters:
+        written = {k for k, v in vars(parameter).items() if isinstance(v, (bool, int, str))}
+        assert written - state_of_a_step <= set(PARAMETER_ATTRIBUTES)
+        parameter._do_not_clear = True  # type: ignore[attr-defined]  # Transformer Engine's
+    alive = torch.ones(2, 24, dtype=torch.bool)
+    alive[:, 16:] = False
+    compact(trainable, make_plan(alive, (16, 16)), "min")
+    assert trainable.widths == (16, 16)
+
+    norm = trainable.chunks[0].module.decoder.final_layernorm.weight
+    norm.sequence_parallel = not norm.sequence_parallel
+    alive[:, 8:] = False
+    with pytest.raises(AssertionError, match=r"final_layernorm\.weight lost an attribute"):
+        compact(trainable, make_plan(alive, (8, 8)), "min")

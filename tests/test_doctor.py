@@ -58,6 +58,27 @@ def test_the_implementation_of_compaction_is_named(
     assert detail in row.detail and row.is_fatal == fatal
 
 
+@pytest.mark.parametrize("part", ["optim.assemble", "checkpoint.load", "prune.pruner.compact"])
+def test_what_would_end_a_run_is_fatal(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise TypeError("async_save() missing 1 required positional argument")
+
+    monkeypatch.setattr(f"megatron_idea.{part}", breaks)
+    row = doctor._trial()
+    assert row.is_fatal
+    assert row.detail == "TypeError: async_save() missing 1 required positional argument"
+
+
+def test_a_name_that_megatron_core_has_lost_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.dist_checkpointing.strategies import common
+
+    monkeypatch.delattr(common, "COMMON_STATE_FNAME")
+    for name in ("megatron_idea.train", "megatron_idea.checkpoint"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    row = doctor._trial()
+    assert row.is_fatal and "COMMON_STATE_FNAME" in row.detail
+
+
 def test_what_is_absent_says_how_to_get_it(rows: dict[str, Row]) -> None:
     assert all(row.remedy for row in rows.values() if row.status != "ok")
 

@@ -15,7 +15,7 @@ PACKAGE = "megatron_idea"
 
 # A part may import parts of its own rank or below.
 LAYERS = (
-    {"config", "schedule", "guard", "kernels", "_C", "__init__"},
+    {"config", "schedule", "guard", "kernels", "_C", "__init__", "core_versions"},
     {"distributed", "cpu"},
     {"layers", "model", "data", "optim", "metrics", "estimate", "trackers"},
     {"prune"},

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -125,3 +126,21 @@ def test_every_dependency_has_a_bound_and_a_reason():
         assert re.search(r"[<>=]", requirement), f"{requirement}: no version range"
         lines = re.findall(rf'^ *"{re.escape(requirement)}",  # \w.*$', PYPROJECT, re.MULTILINE)
         assert lines, f"{requirement}: no comment that says what it is for"
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"),
+    [
+        ("2.9.0a0+50eac811a6.nv25.09", False),
+        ("2.9.1", False),
+        ("2.10.0a0+b558c986e8.nv25.11", True),
+        ("2.11.0a0+eb65b36914.nv26.2", True),
+        ("2.10.0", True),
+        ("2.13.0+cpu", True),
+        ("3.0.0", False),
+    ],
+)
+def test_torch_may_be_what_nvidias_images_bring(version, taken):
+    project = tomllib.loads(PYPROJECT)["project"]
+    (torch,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "torch")
+    assert (version in torch.specifier) == taken

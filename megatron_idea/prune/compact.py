@@ -146,7 +146,7 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     apply_mask(trainable.mlps, plan)
     before = fingerprint(trainable, last_bit=True)
     peak = PeakMemory()
-    attributes = {name: _plain(p) for name, p in named_parameters(trainable.chunks)}
+    attributes = {name: _attributes(p) for name, p in named_parameters(trainable.chunks)}
 
     # The order keeps the peak down: gradients go first and come back last, old shards go one by
     # one while survivors are staged, and all of the old is gone before the new is built.
@@ -156,7 +156,9 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
 
     fresh = assemble(trainable.config, groups, plan.widths, initialize=False, gradients=False)
     for name, parameter in named_parameters(fresh.chunks):
-        assert _plain(parameter) == attributes[name], f"{name} lost an attribute in the rebuild"
+        assert _attributes(parameter) == attributes[name], (
+            f"{name} lost an attribute in the rebuild"
+        )
     restore(fresh, staged, owners, step)
     for layer, mlp in fresh.mlps:
         source = relocations[layer].sources[groups.tp.rank()]
@@ -192,13 +194,28 @@ def _over_ranks(moved: int, peak_bytes: int, groups: ProcessGroups) -> tuple[int
     return int(total) // copies, int(peak)
 
 
-def _plain(parameter: torch.nn.Parameter) -> dict[str, object]:
-    """A parameter's attributes that say how it is sharded, reduced and clipped."""
-    return {
-        name: value
-        for name, value in vars(parameter).items()
-        if isinstance(value, (bool, int, str)) and name != "grad_added_to_main_grad"
-    }
+# What megatron-core 0.16.1 to 0.19 writes on a parameter that says how it is sharded, reduced,
+# clipped and decayed. Others add notes of their own: Transformer Engine does at the first forward.
+PARAMETER_ATTRIBUTES = (
+    "tensor_model_parallel",
+    "partition_dim",
+    "partition_stride",
+    "sequence_parallel",
+    "pipeline_parallel",
+    "average_gradients_across_tp_domain",
+    "allreduce",
+    "expert_tp",
+    "is_qkv",
+    "shared",
+    "shared_embedding",
+    "is_embedding_parameter",
+    "is_embedding_or_output_parameter",
+)
+
+
+def _attributes(parameter: torch.nn.Parameter) -> dict[str, object]:
+    """Those of ``PARAMETER_ATTRIBUTES`` that are set."""
+    return {name: vars(parameter)[name] for name in PARAMETER_ATTRIBUTES if name in vars(parameter)}
 
 
 @torch.no_grad()

@@ -1,0 +1,41 @@
+"""What differs between the versions of megatron-core that pyproject.toml allows, 0.16.1 to 0.19.
+
+All else runs the same on each of them; ``bash tests/run.sh`` tries the oldest and the newest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+_NEEDS_TRITON = "megatron.core.transformer.moe.paged_stash"
+
+
+class _Unused(ModuleType):
+    """Stands for a module whose names are imported and not used."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def import_without_triton() -> None:
+    """Let megatron-core be imported where Triton is not installed; call before it is.
+
+    Since 0.18 it imports Triton kernels of mixture-of-experts layers, whatever the model.
+    """
+    if importlib.util.find_spec("triton") is None:
+        sys.modules.setdefault(_NEEDS_TRITON, _Unused(_NEEDS_TRITON))
+
+
+def async_save(strategy: Any, *arguments: Any) -> Any:
+    """Call ``strategy.async_save`` so that megatron-core's own writer saves.
+
+    Since 0.17 the writer is another package's, nvidia-resiliency-ext, unless it is told otherwise.
+    """
+    has_choice = "async_strategy" in inspect.signature(strategy.async_save).parameters
+    own = {"async_strategy": "mcore"} if has_choice else {}
+    return strategy.async_save(*arguments, **own)
