@@ -33,13 +33,11 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f}"
 
 
-def _table(title: str, columns: Sequence[str], caption: str = "") -> Table:
+def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column(columns[0], no_wrap=True)
     for header in columns[1:]:
         table.add_column(header, justify="right", no_wrap=True)
-    if caption:
-        table.caption, table.caption_justify = caption, "left"
     return table
 
 
@@ -71,12 +69,14 @@ def _headline(budget: Budget) -> Text:
     )
 
 
-def _render_memory(budget: Budget) -> Table:
+def _render_memory(budget: Budget) -> Group:
     table = _table(
         f"Memory of the fullest GPU in GB ({gigabytes(budget.usable_bytes)} may be filled)",
         ["from token", "width", *KINDS.values(), "total"],
+    )
+    note = (
         f"pipeline stage {budget.stretches[0].stage}; activations: what layers keep and make, "
-        "without workspaces of kernels",
+        "without workspaces of kernels"
     )
     for stretch in budget.stretches:
         kinds = dataclasses.asdict(stretch.memory)
@@ -86,15 +86,15 @@ def _render_memory(budget: Budget) -> Table:
             *(gigabytes(kinds[kind]) for kind in KINDS),
             gigabytes(stretch.total_bytes),
         )
-    return table
+    return Group(table, Text(note, style="dim"))
 
 
-def _render_compactions(budget: Budget) -> Table:
+def _render_compactions(budget: Budget) -> Group:
     table = _table(
         "Compactions, on one GPU in GB",
         ["at token", "to width", "peak", "sent", "seconds on the wire", "checkpoint after"],
-        "peak: alive at once after gradients were freed; the rebuild itself takes time on top",
     )
+    note = "peak: alive at once after gradients were freed; the rebuild itself takes time on top"
     for stretch in budget.stretches[1:]:
         table.add_row(
             human_count(stretch.tokens),
@@ -104,7 +104,7 @@ def _render_compactions(budget: Budget) -> Table:
             f"{stretch.compaction_wire_s:.2f}",
             gigabytes(stretch.checkpoint_bytes),
         )
-    return table
+    return Group(table, Text(note, style="dim"))
 
 
 def _render_hours(budget: Budget) -> Table:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -46,8 +47,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_idea import config as configuration
 from megatron_idea import cpu, files, huggingface, storage
 from megatron_idea.checkpoint_index import ForeignError, read_index
-from megatron_idea.config import Config, ConfigError
+from megatron_idea.config import BlendEntry, Config, ConfigError
 from megatron_idea.core_versions import async_save
+from megatron_idea.data.tokenizer import tokenizer_file
 from megatron_idea.distributed import ProcessGroups, agree_or_raise, together
 from megatron_idea.guard import Watch
 from megatron_idea.model import prunable_mlps, unwrap
@@ -61,6 +63,9 @@ from megatron_idea.optim import (
     set_state,
 )
 from megatron_idea.prune.pruner import Pruner, ScoreState
+
+TOKENIZER = "tokenizer"
+"""Folder of a run that has a copy of its tokenizer: a run can be moved, and read from anywhere."""
 
 FORMAT = 2  # 1 had no manifest
 
@@ -160,18 +165,6 @@ ONE_PROCESS = (
 """Overrides for a checkpoint's configuration when one process works on it."""
 
 
-def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that wrote a checkpoint, with ``key.sub=value`` overrides.
-
-    Raises: CheckpointError when the file is none of the folder's, ConfigError as ``config.load``.
-    """
-    try:
-        file = files.inside(path, "config.yaml")
-    except files.UnsafeFileError as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
-    return configuration.load(file, list(overrides))
-
-
 def read_state(path: Path, config: Config | None = None) -> TrainState:
     """Read ``state.json``; with ``config``, for its model, split over its TP ranks.
 
@@ -268,6 +261,27 @@ def _value(name: str, kind: str, value: Any) -> Any:
     raise ValueError(f"{name} is {value!r:.100}, which is no legal {kind}")
 
 
+def tokenizer_beside(path: Path) -> str | None:
+    """The copy of its tokenizer in the run of checkpoint ``path``; older runs have none."""
+    kept = path.absolute().parents[1] / TOKENIZER
+    return str(kept) if (kept / "tokenizer.json").is_file() else None
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that wrote a checkpoint, with the tokenizer that is kept beside it.
+
+    Raises: CheckpointError when the file is none of the folder's, ConfigError as ``config.load``.
+    """
+    try:
+        file = files.inside(path, "config.yaml")
+    except files.UnsafeFileError as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+    kept = tokenizer_beside(path)
+    if kept is not None and configuration.load(file).data.tokenizer != "byte":
+        overrides = [f"data.tokenizer={kept}", *overrides]
+    return configuration.load(file, list(overrides))
+
+
 # What a resumed run may change: where and how it runs, not what it computes.
 _FREE = {
     "run_dir", "parallel", "checkpoint", "guard", "evaluation", "logging", "data.cache_dir",
@@ -279,6 +293,9 @@ _FREE = {
 def check_same_run(path: Path, config: Config) -> None:
     """Make sure that ``config`` continues what the checkpoint was computing.
 
+    Compared is what is meant: a file however its path is spelled, a tokenizer by its content, the
+    weights of a blend by their shares. The order of a blend counts: it decides who comes first.
+
     Raises: CheckpointError that names every differing value, for another model, schedule, data,
         batch or optimizer.
     """
@@ -287,10 +304,13 @@ def check_same_run(path: Path, config: Config) -> None:
     except ConfigError as error:
         raise CheckpointError(f"{path} cannot be resumed: {error}") from error
     was, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
+    then = saved.data.tokenizer
+    kept = None if then == "byte" else tokenizer_beside(path)
+    meant_then, meant_now = was | _meant(saved, kept or then), now | _meant(config)
     changed = [
-        f"{key}: {was.get(key)!r} in the checkpoint, {now.get(key)!r} now"
-        for key in sorted({*was, *now})
-        if was.get(key) != now.get(key)
+        f"{key}: {was[key]!r} in the checkpoint, {now[key]!r} now"
+        for key in sorted(was)
+        if meant_then[key] != meant_now[key]
         and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     ]
     if changed:
@@ -300,6 +320,30 @@ def check_same_run(path: Path, config: Config) -> None:
             f"{path} {what}:\n  " + "\n  ".join(changed) + "\n"
             "Resume with the same values, or give the new run another run_dir."
         )
+
+
+def _meant(config: Config, tokenizer: str = "") -> dict[str, Any]:
+    """Keys whose value can be spelled in several ways, and what they stand for."""
+
+    def shares(entries: Sequence[BlendEntry]) -> list[tuple[str, float]]:
+        total = sum(entry.weight for entry in entries)
+        return [(os.path.realpath(entry.prefix), entry.weight / total) for entry in entries]
+
+    return {
+        "data.train": shares(config.data.train),
+        "data.validation": shares(config.data.validation),
+        "data.tokenizer": _content(tokenizer or config.data.tokenizer),
+    }
+
+
+def _content(tokenizer: str) -> str:
+    """What a tokenizer's name stands for; of a file that is not there, its place."""
+    file = tokenizer_file(tokenizer)
+    if tokenizer == "byte":
+        return tokenizer
+    if not file.is_file():
+        return os.path.realpath(file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -720,7 +764,7 @@ def _layout(groups: ProcessGroups) -> dict[str, int]:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -7,15 +7,20 @@ that a signal stopped before its last token ends with status 75: start it again 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import math
 import os
+import signal
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
+from rich.measure import Measurement
 from rich.text import Text
 
 from megatron_idea.terminal import Console
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 LET_RANK_0_SPEAK_S = 3.0
+UNBROKEN = 100_000
+"""Columns of a line that nobody breaks."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -45,6 +52,12 @@ class _Commands(typer.core.TyperGroup):
                 # A launcher ends all workers when the first has failed: rank 0 must have spoken.
                 time.sleep(LET_RANK_0_SPEAK_S)
             ctx.exit(USER_ERROR)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" for {error.filename}" if error.filename else ""
+            _say_error(f"{error.strerror}{where}")
+            ctx.exit(USER_ERROR)
 
 
 def _is_users(error: ValueError) -> bool:
@@ -62,10 +75,28 @@ app = typer.Typer(
     help="Train an enlarged GPT on megatron-core, prune it while it trains, ship the small one.",
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     # Plain tracebacks: in the log of a cluster job boxes and local variables only hide the line.
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from megatron_idea import __version__
+
+        typer.echo(f"megatron-idea {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show and end."),
+    ] = False,
+) -> None:
+    """Train an enlarged GPT on megatron-core, prune it while it trains, ship the small one."""
+
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -139,6 +170,8 @@ def tokenize(
     )
     if summary.skipped_documents:
         _say(f"{summary.skipped_documents:,} documents left out: empty or unreadable")
+    if summary.passed_over:
+        _say(f"passed over in folders: {_some(summary.passed_over)}")
 
 
 def _train_tokenizer(inputs: list[Path], vocab_size: int, path: str, text_key: str) -> None:
@@ -202,6 +235,9 @@ def train(
         raise typer.BadParameter(
             "the launcher has set the number of processes", param_hint="--nproc"
         )
+    else:
+        # Until the run listens itself: Python's own handler has no turn while torch waits.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from megatron_idea.train import train as run
 
     state = run(loaded)
@@ -217,10 +253,19 @@ def _check_nodes(nnodes: int, node_rank: int, master: str) -> None:
     if node_rank >= nnodes:
         raise ConfigError(f"--node-rank is {node_rank}; with --nnodes {nnodes} it is below that")
     host, _, port = master.rpartition(":")
-    if (nnodes > 1 or master) and not (host and port.isdecimal() and 0 < int(port) < 65536):
+    if nnodes == 1 and not master:
+        return
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigError(
             f"--master is {master!r}; several nodes need HOST:PORT of node 0, the same everywhere"
         )
+    try:
+        socket.getaddrinfo(host.strip("[]"), port)
+    except OSError as error:
+        raise ConfigError(
+            f"--master names host {host!r}, which has no address here ({error.strerror}); give its "
+            "address, or add the name to /etc/hosts"
+        ) from error
 
 
 @app.command()
@@ -274,13 +319,13 @@ def plan(
             both["budget"] = dataclasses.asdict(budget)
         typer.echo(json.dumps(both, indent=2))
     else:
-        Console().print(render_plan(made))
+        _show(render_plan(made))
     if budget is None:
         return
     from megatron_idea.budget_view import draw_budget, render_budget
 
     if not as_json:
-        Console().print(render_budget(budget))
+        _show(render_budget(budget))
     if picture:
         draw_budget(budget, picture)
     if budget.refusal:
@@ -309,7 +354,7 @@ def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> 
         rows = {name: [dataclasses.asdict(x) for x in layouts] for name, layouts in both.items()}
         typer.echo(json.dumps(rows, indent=2))
     else:
-        Console().print(render_layouts(fitting, refused, kind))
+        _show(render_layouts(fitting, refused, kind))
     if not fitting:
         raise ConfigError(f"no layout of {gpus} GPUs of this kind holds the run")
 
@@ -454,7 +499,7 @@ def doctor() -> None:
     from megatron_idea.doctor import collect, render
 
     rows = collect()
-    Console().print(render(rows))
+    _show(render(rows))
     if any(row.is_fatal for row in rows):
         raise typer.Exit(1)
 
@@ -565,7 +610,7 @@ def _report(run_dir: Path) -> None:
     from megatron_idea import report as reports
 
     paths = reports.report(run_dir)
-    Console().print(reports.closing_table(run_dir))
+    _show(reports.closing_table(run_dir))
     _say(f"\nrun folder: {run_dir}\npicture:    {paths.picture}\npage:       {paths.page}")
 
 
@@ -573,7 +618,7 @@ def _compare(run_dirs: list[Path], out: Path | None) -> None:
     from megatron_idea import report as reports
 
     paths = reports.compare(run_dirs, out)
-    Console().print(reports.comparison_table(run_dirs))
+    _show(reports.comparison_table(run_dirs))
     _say(f"\npicture: {paths.picture}\npage:    {paths.page}")
 
 
@@ -622,6 +667,25 @@ def _is_for_users(record: logging.LogRecord) -> bool:
 
 def _say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(rendered: RenderableType) -> None:
+    """Print tables and sentences. In a terminal tables fit its width as far as no word is cut.
+
+    Sentences are left to the terminal to wrap. What is not a terminal gets unbroken lines.
+    """
+    console = Console()
+    roomy = console.options.update(width=UNBROKEN)
+    # rich measures a table without its edges' padding, and then takes that off once more.
+    needed = Measurement.get(console, roomy, rendered).minimum + 2
+    console.width = max(console.width, needed) if console.is_terminal else UNBROKEN
+    console.print(rendered, soft_wrap=True)
+
+
+def _some(paths: list[Path], most: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(paths) - most:,} more" if len(paths) > most else ""
+    return ", ".join(map(str, paths[:most])) + more
 
 
 def _widths(widths: list[int]) -> str:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
+import reprlib
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 
-from megatron_idea.files import check_yaml
+from megatron_idea.files import UnsafeFileError, check_yaml
 
 
 class ConfigError(ValueError):
@@ -445,44 +447,33 @@ def load(
 ) -> Config:
     """Read a run's configuration: defaults, then the YAML file, then ``key.sub=value`` overrides.
 
-    ``base`` has values that are better than the defaults, and give way to the file.
+    A key's type says how its value is read: a text is what was typed, whatever YAML would make of
+    ``0012``, ``on`` or ``1e3``, and nothing in it is replaced. ``base`` has values that are better
+    than the defaults, and give way to the file.
 
     Raises: ConfigError for a missing file, broken YAML, unknown keys, wrong types, illegal values.
     """
-    layers: list[Any] = [OmegaConf.create(base or {})]
-    try:
-        if path is not None:
-            _require(Path(path).is_file(), f"no configuration file at {path}")
-            check_yaml(Path(path))
-            layers.append(OmegaConf.load(path))
-        for override in overrides:
-            _require("=" in override, f"override {override!r} is not of the form key.sub=value")
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
-        given = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except ConfigError:
-        raise
-    except Exception as error:  # YAML and OmegaConf raise many types; all are the user's input
-        raise ConfigError(f"cannot read configuration {path or overrides}: {error}") from error
-    _require(isinstance(given, dict), f"{path} must be a mapping of sections")
-    return from_dict(given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
+    layers = [base or {}, {} if path is None else _read_file(Path(path))]
+    for layer in (*layers, *map(_read_override, overrides)):
+        _reject_unknown(layer, Config, prefix="")
+        given = _merge(given, layer)
+    return from_dict(given)
 
 
 def from_dict(given: dict[str, Any]) -> Config:
     """Build a Config from nested plain values; raises ConfigError as ``load`` does."""
     _reject_unknown(given, Config, prefix="")
-    try:
-        schema = OmegaConf.structured(Config)
-        OmegaConf.set_readonly(schema, None)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, _whole_numbers(given, Config)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    config = _read_section(given, Config, prefix="")
     assert isinstance(config, Config)
     return config
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration, as it is saved in the run folder."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    values = dataclasses.asdict(config)
+    # No line is broken: whoever greps for a path finds it.
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def replace(config: Config, **sections: Any) -> Config:
@@ -497,7 +488,7 @@ def replace(config: Config, **sections: Any) -> Config:
 
 
 def _reject_unknown(given: dict[str, Any], section: type, prefix: str) -> None:
-    known = {f.name: f for f in dataclasses.fields(section)}
+    known = get_type_hints(section)
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
@@ -505,31 +496,147 @@ def _reject_unknown(given: dict[str, Any], section: type, prefix: str) -> None:
                 f"unknown key {prefix + str(key)!r}; did you mean {prefix + near!r}? "
                 f"known here: {', '.join(known)}"
             )
-        default = known[key].default_factory
-        if isinstance(default, type) and dataclasses.is_dataclass(default):
+        if dataclasses.is_dataclass(known[key]):
             _require(
-                isinstance(value, dict), f"{prefix}{key} is a section, not the value {value!r}"
+                isinstance(value, dict),
+                f"{prefix}{key} is a section, not the value {_brief(value)}",
             )
-            _reject_unknown(value, default, prefix=f"{prefix}{key}.")
+            _reject_unknown(value, known[key], prefix=f"{prefix}{key}.")
 
 
-def _whole_numbers(given: Any, section: type) -> Any:
-    """Let whole numbers be written as 4e6 or 2_000_000: YAML reads those as float or text."""
-    out = dict(given)
-    for f in dataclasses.fields(section):
-        if f.name not in out:
-            continue
-        value = out[f.name]
-        if isinstance(f.default_factory, type) and dataclasses.is_dataclass(f.default_factory):
-            out[f.name] = _whole_numbers(value, f.default_factory)
-        elif f.type == "int" and isinstance(value, (str, float)) and not isinstance(value, bool):
-            try:
-                number = float(str(value).replace("_", ""))
-            except ValueError:
-                continue
-            if math.isfinite(number) and number == int(number):
-                out[f.name] = int(number)
-    return out
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; of anything else the one in ``over``."""
+    both = {
+        key: _merge(under[key], value) if isinstance(under.get(key), dict) else value
+        for key, value in over.items()
+    }
+    return under | both
+
+
+class _Yaml(yaml.SafeLoader):  # type: ignore[misc]  # yaml is not annotated
+    """YAML whose plain scalars are texts, but for null: a key's type decides what they mean.
+
+    A key that is given twice is an error. No merge keys (``<<``): a few nested ones fill a memory.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"))]
+        for first in ("~", "n", "N", "")
+    }
+
+    def flatten_mapping(self, node: Any) -> None:
+        pass
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        seen = [key.value for key, _ in node.value]
+        if len(mapping) < len(seen):
+            twice = next(key for key in seen if seen.count(key) > 1)
+            where = f"line {node.start_mark.line + 1}"
+            raise yaml.YAMLError(f"the mapping at {where} has the key {twice!r} twice")
+        return mapping
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    _require(path.is_file(), f"no configuration file at {path}")
+    try:
+        check_yaml(path)  # it may come from a stranger, beside a checkpoint
+    except UnsafeFileError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error}") from error
+    given = _read_yaml(path.read_bytes(), str(path))
+    given = {} if given is None else given
+    _require(isinstance(given, dict), f"{path} must be a mapping of sections")
+    return given
+
+
+def _read_override(text: str) -> dict[str, Any]:
+    """``key.sub=value`` as nested sections; YAML where a section or a list is asked for."""
+    key, equals, value = text.partition("=")
+    _require(bool(equals), f"override {text!r} is not of the form key.sub=value")
+    names = key.split(".")
+    kind: Any = Config
+    for name in names:
+        kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    given: Any = value
+    if dataclasses.is_dataclass(kind) or get_origin(kind) is list:
+        given = _read_yaml(value, f"override {text!r}")
+    for name in reversed(names):
+        given = {name: given}
+    return given
+
+
+def _read_yaml(content: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(content, _Yaml)  # a SafeLoader
+    except Exception as error:  # of explicit tags, of unreadable bytes: any type
+        raise ConfigError(f"cannot read configuration {where}: {error}") from error
+
+
+def _read_section(given: dict[str, Any], section: type, prefix: str) -> Any:
+    kinds = get_type_hints(section)
+    return section(**{k: _read_value(v, kinds[k], f"{prefix}{k}") for k, v in given.items()})
+
+
+def _read_value(value: Any, kind: Any, name: str) -> Any:
+    """``value`` as a key's type wants it; from a file or the command line it is a text.
+
+    Raises: ConfigError that says what is legal.
+    """
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, dict), f"{name} is {_brief(value)}; it must be a mapping")
+        assert isinstance(kind, type)
+        _reject_unknown(value, kind, prefix=f"{name}.")
+        return _read_section(value, kind, prefix=f"{name}.")
+    if get_origin(kind) is list:
+        _require(isinstance(value, list), f"{name} is {_brief(value)}; it must be a list: [a, b]")
+        (item,) = get_args(kind)
+        return [_read_value(one, item, f"{name}[{i}]") for i, one in enumerate(value)]
+    found = _SCALARS[kind](value)
+    if found is None:
+        given = "empty" if value is None else _brief(value)
+        raise ConfigError(f"{name} is {given}; it must be {_LEGAL[kind]}")
+    return found
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _boolean(value: Any) -> bool | None:
+    return _BOOLEANS.get(str(value).strip().lower()) if isinstance(value, (bool, str)) else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        return float(value.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number else None
+
+
+def _whole_number(value: Any) -> int | None:
+    """Also written as 4e6 or 2_000_000; always decimal, whatever it begins with."""
+    number = _number(value)
+    if number is None or not math.isfinite(number):
+        return None
+    exact = Decimal(value.strip().replace("_", "")) if isinstance(value, str) else value
+    return int(exact) if exact == int(exact) else None
+
+
+_NUMBER = re.compile(
+    r"[-+]?((\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?|\.?inf|\.?nan)", re.I | re.A
+)
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "n", "0"), False
+)
+_SCALARS = {str: _text, bool: _boolean, float: _number, int: _whole_number}
+_LEGAL = {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}
+
+
+def _brief(value: Any) -> str:
+    """In a few words: a file of a few lines can hold a value that has no end."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
+    return short.repr(value)
 
 
 def validate(config: Config, world_size: int) -> None:

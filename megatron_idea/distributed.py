@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_idea import cpu
-from megatron_idea.config import ParallelConfig
+from megatron_idea.config import ConfigError, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,59 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def choose_interface() -> None:
+    """Tell gloo the network interface to use, where it would fail to find one by itself.
+
+    It asks for the address of this machine's own name. Processes of one machine need none, and a
+    name that is not known, or means 127.0.0.1 only, is of no use to other nodes.
+
+    Raises: ConfigError that names the host when there is no way to the first node.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    world_size = world_size_from_environment()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size:
+        target = "127.0.0.1"
+    elif "MASTER_ADDR" in os.environ and not _has_an_address(socket.gethostname()):
+        target = os.environ["MASTER_ADDR"]
+    else:
+        return
+    name = _interface_towards(target)
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    elif target != "127.0.0.1":
+        raise ConfigError(
+            f"host {socket.gethostname()} has no address under its own name, and no way to the "
+            f"first node, {target}, was found; add the name to /etc/hosts, or name the network "
+            "interface in GLOO_SOCKET_IFNAME"
+        )
+
+
+def _has_an_address(host: str) -> bool:
+    """Whether ``host`` resolves to an address that other machines can reach."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
+    return any(not address.is_loopback for address in addresses)
+
+
+def _interface_towards(host: str) -> str | None:
+    """The interface whose address this machine would send from; nothing is sent."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == mine for one in addresses):
+            return name
+    return None
+
+
 def start_distributed(
     parallel: ParallelConfig, seed: int, rendezvous: str | None = None
 ) -> ProcessGroups:
@@ -84,6 +139,7 @@ def start_distributed(
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
     cpu.install()
     if not dist.is_initialized():
+        choose_interface()
         backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
         timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
         if rendezvous is None and "RANK" not in os.environ:

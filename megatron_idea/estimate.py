@@ -335,8 +335,8 @@ def render_plan(plan: Plan) -> Group:
 def _headline(plan: Plan) -> Text:
     processes = "process" if plan.world_size == 1 else "processes"
     return Text.assemble(
-        (plan.run_dir, "bold"),
-        f"   {human_count(plan.total_tokens)} tokens in {plan.steps:,} steps of "
+        (f"{plan.run_dir}\n", "bold"),
+        f"{human_count(plan.total_tokens)} tokens in {plan.steps:,} steps of "
         f"{human_count(plan.batch_tokens)}\n",
         f"{plan.num_layers} layers, hidden {plan.hidden_size}, {plan.num_attention_heads} query "
         f"and {plan.num_query_groups} key/value heads of {plan.kv_channels}, "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
@@ -24,13 +25,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_idea import __version__, checkpoint, huggingface, storage
 from megatron_idea.checkpoint import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError
-from megatron_idea.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, load_tokenizer
+from megatron_idea.data.tokenizer import (
+    END_OF_DOCUMENT,
+    ByteTokenizer,
+    Tokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+)
 from megatron_idea.prune.legal import round_up
 from megatron_idea.schedule import phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = ("padded", "compact")
-INSTALL = "pip install 'megatron-idea[export]'"
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class _Weights:
     """A checkpoint's weights in one dtype, by the model's names."""
 
     def __init__(self, path: Path, config: Config, dtype: torch.dtype) -> None:
-        self._tensors = CheckpointTensors(path)
+        self._path, self._tensors = path, CheckpointTensors(path)
         self._dtype = dtype
         # A bf16 run's fp32 main weights; before its first step there are none.
         self._mains = dtype == torch.float32 and config.training.precision == "bf16"
@@ -99,7 +105,14 @@ class _Weights:
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         stored = {name: self._main(name) for name in names}
         found = self._tensors.read(list(stored.values()))
-        return {name: found[key].to(self._dtype) for name, key in stored.items()}
+        weights = {name: found[key].to(self._dtype) for name, key in stored.items()}
+        for name, weight in weights.items():
+            if not bool(weight.isfinite().all()):
+                raise CheckpointError(
+                    f"{self._path} holds NaN or infinity in {name}: nothing is exported; an "
+                    "earlier checkpoint may be sound"
+                )
+        return weights
 
     def _main(self, name: str) -> str:
         main = f"optimizer.main.{name}"
@@ -135,7 +148,7 @@ def export_checkpoint(
 
     Args:
         dtype: ``fp32`` (of a bf16 run: its main weights) or ``bf16``; empty: the run's precision.
-        tokenizer: in place of the run's, for instance when its file has moved.
+        tokenizer: in place of the run's.
     Raises: ConfigError for what cannot be exported so, CheckpointError for a checkpoint that
         cannot be read, DataError for the tokenizer. ``out`` is complete or absent.
     """
@@ -151,7 +164,6 @@ def export_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; name a folder that does not, or is empty")
     _make_way(out)
-    safetensors()
     words = _tokenizer_of(config, tokenizer)
     state = checkpoint.read_state(found, config)
     weights = _Weights(found, config, DTYPES[dtype])
@@ -253,8 +265,8 @@ class _Shards:
     def _flush(self) -> None:
         part = self._folder / f"part-{len(self._files)}"
         try:
-            safetensors().torch.save_file(self._pending, part, metadata={"format": "pt"})
-        except safetensors().SafetensorError as error:  # what it makes of an OSError
+            safetensors.torch.save_file(self._pending, part, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # what it makes of an OSError
             raise OSError(str(error)) from error
         part.chmod(0o644)  # safetensors leaves it to its owner alone
         self._files.append(list(self._pending))
@@ -288,11 +300,6 @@ def _tokenizer_of(config: Config, given: str) -> Tokenizer:
     return tokenizer
 
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
-)  # fmt: skip
-
-
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_length: int) -> None:
     """``tokenizer.json`` and its settings; ids are those of training.
 
@@ -301,15 +308,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_length: int) -> Non
     """
     if isinstance(tokenizer, ByteTokenizer):
         (folder / "tokenizer.json").write_text(byte_tokenizer_json(), encoding="utf-8")
-        siblings: list[Path] = []
     else:
-        path = Path(tokenizer.name)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        shutil.copyfile(path, folder / "tokenizer.json")
-        siblings = [path.with_name(name) for name in TOKENIZER_FILES]
-    for sibling in siblings:
-        if sibling.is_file():
-            shutil.copyfile(sibling, folder / sibling.name)
+        copy_tokenizer(tokenizer.name, folder)
     if not (folder / "tokenizer_config.json").exists():
         eod = tokenizer.decode([tokenizer.eod])
         _write_json(
@@ -448,12 +448,3 @@ def _reason(error: BaseException) -> str:
     failures = list(getattr(error, "failures", {}).values())
     cause = failures[0][0] if failures else error
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
-
-
-def safetensors() -> Any:
-    """The package, which only exports and imports need. Raises: ConfigError when it is missing."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ConfigError(f"this needs the package safetensors: {INSTALL}") from error
-    return safetensors

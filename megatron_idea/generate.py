@@ -25,7 +25,7 @@ from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distributed import ProcessGroups, joined
 from megatron_idea.evaluate import evaluating, load_folder
-from megatron_idea.metrics import SAMPLES
+from megatron_idea.metrics import SAMPLES, RecordError
 from megatron_idea.model import build_model, transformer_config
 
 Logits = Callable[[list[int]], Tensor]
@@ -89,10 +89,13 @@ def sample(
 def remember(run_dir: Path, samples: Sequence[Sample]) -> None:
     """Add samples of a run's latest checkpoint to ``samples.jsonl``: the report shows them."""
     state = checkpoint.read_state(checkpoint.resolve(run_dir))
-    with (run_dir / SAMPLES).open("a") as file:
-        for one in samples:
-            record = {"step": state.step, "tokens": state.consumed_tokens}
-            file.write(json.dumps(record | {"prompt": one.prompt, "text": one.text}) + "\n")
+    place = {"step": state.step, "tokens": state.consumed_tokens}
+    lines = [json.dumps(place | {"prompt": one.prompt, "text": one.text}) for one in samples]
+    try:
+        with (run_dir / SAMPLES).open("a") as file:
+            file.write("\n".join([*lines, ""]))
+    except OSError as error:
+        raise RecordError.of(run_dir, error) from error
 
 
 def sample_live(

@@ -136,6 +136,7 @@ def _harness() -> Any:
     try:
         import lm_eval.evaluator
         import lm_eval.tasks
+        import transformers  # noqa: F401  before an hour of exporting
     except ImportError as error:
         raise ConfigError(f"tasks are run by lm-evaluation-harness: {INSTALL}") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -10,12 +10,12 @@ import dataclasses
 import functools
 import hashlib
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 
@@ -23,9 +23,9 @@ from megatron_idea import checkpoint, huggingface
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import TrainState
 from megatron_idea.config import Config, ConfigError, ModelConfig, validate
-from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.data.tokenizer import copy_tokenizer, load_tokenizer
 from megatron_idea.distributed import start_distributed, stop_distributed
-from megatron_idea.export import TOKENIZER_FILES, safetensors
+from megatron_idea.lock import RunLock
 from megatron_idea.model import named_parameters
 from megatron_idea.optim import assemble
 from megatron_idea.prune.legal import round_up
@@ -68,10 +68,9 @@ def import_checkpoint(
 
     Holds the model in memory, in bf16 with fp32 main weights besides, and once more to write it.
 
-    Raises: ConfigError for a folder, a configuration or a width that cannot be.
+    Raises: ConfigError for a folder, a configuration or a width that cannot be; RunFolderError for
+        a ``run_dir`` that another process writes to.
     """
-    if checkpoint.complete(run_dir):
-        raise ConfigError(f"{run_dir} has checkpoints already; name a folder that has none")
     hf, weights = huggingface.check_folder(folder)
     model, hf_widths = huggingface.from_hf_config(hf)
     tensors = _Folder(folder, weights)
@@ -86,18 +85,20 @@ def import_checkpoint(
         base["prune"]["target_ffn_hidden_size"] = max(old)
     elif config_path is None and not any(o.startswith("prune.") for o in overrides):
         base["prune"]["strategy"] = "none"
-    its_tokenizer = str(run_dir / "tokenizer")
+    its_tokenizer = str(run_dir / checkpoint.TOKENIZER)
     if (folder / "tokenizer.json").is_file():
         base["data"] = {"tokenizer": its_tokenizer}
     config = configuration.load(config_path, list(overrides), base)
     config = configuration.replace(config, run_dir=str(run_dir))
     _check(config, model, widths, folder)
-    if config.data.tokenizer == its_tokenizer:
-        load_tokenizer(folder)  # to hear now whether it can be used
-        _copy_tokenizer(folder, run_dir / "tokenizer")
-
-    path = _write(config, _Ours(tensors, config, old), widths)
-    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+    with RunLock(run_dir):
+        if checkpoint.complete(run_dir):
+            raise ConfigError(f"{run_dir} has checkpoints already; name a folder that has none")
+        if config.data.tokenizer == its_tokenizer:
+            load_tokenizer(folder)  # to hear now whether it can be used
+            copy_tokenizer(folder, run_dir / checkpoint.TOKENIZER)
+        path = _write(config, _Ours(tensors, config, old), widths)
+        (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
     return Imported(path, run_dir / "config.yaml", old, widths, _notes(config, hf))
 
 
@@ -128,7 +129,7 @@ class _Folder:
         self._files: dict[str, Any] = {}
         for file in files:
             try:
-                opened = safetensors().safe_open(file, framework="pt")
+                opened = safetensors.safe_open(file, framework="pt")
             except Exception as error:  # the library's own type, and OSError
                 raise ConfigError(f"cannot read {file}: {error}") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
@@ -161,7 +162,14 @@ class _Folder:
                 )
 
     def read(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        """Raises: ConfigError when a number of it is none: it would pass into everything."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(
+                f"{self._folder} holds NaN or infinity in {name}; the folder is damaged, or the "
+                "model had diverged when it was saved"
+            )
+        return tensor
 
     def last(self, name: str, axis: int) -> Tensor:
         """The last row (axis 0) or column (axis 1) of a matrix."""
@@ -320,8 +328,3 @@ def _notes(config: Config, hf: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _copy_tokenizer(folder: Path, to: Path) -> None:
-    to.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", *TOKENIZER_FILES):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, to / name)

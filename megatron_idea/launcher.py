@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from typing import Any
 STOPPED = 75
 """Exit status of a run that a signal stopped before its last token: EX_TEMPFAIL of sysexits.h, not
 an error, try again later."""
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class PassOn:
     """
 
     ECHO_S = 2.0  # as train.StopSignal's: what comes sooner is the same request
+    DEAF_S = 1.0  # a main thread that runs Python has handled a signal long before
 
     def __init__(self, run_id: str) -> None:
         self.received: int | None = None
@@ -49,11 +53,30 @@ class PassOn:
     def __enter__(self) -> PassOn:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._note)
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._writer_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_error: object) -> None:
+        signal.set_wakeup_fd(self._writer_before)
+        os.close(self._writer)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _watch(self, reader: int) -> None:
+        """Hear a signal while the main thread waits inside torch, which runs no handler there.
+
+        So it is as long as other nodes are waited for, minutes; then there is no worker yet.
+        """
+        while number := os.read(reader, 1):
+            time.sleep(self.DEAF_S)
+            is_heard = self.received is not None or number[0] not in self._before
+            if not is_heard and not self._tell_workers(number[0]):
+                os.write(2, b"stopped while waiting for the other nodes\n")
+                os._exit(STOPPED)
+        os.close(reader)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -112,7 +135,9 @@ def launch(job: Job, arguments: list[str]) -> Ended:
         max_restarts=0,  # its default is 3: a mistake of the user would be made four times
         # Several nodes: ranks in the order of the nodes, node 0 at an address that all know.
         rdzv_backend="static" if job.master else "c10d",
-        rdzv_endpoint=job.master or "localhost:0",
+        rdzv_endpoint=job.master or f"{LOOPBACK}:0",
+        # What workers are told to meet at; by default this machine's name, which need not resolve.
+        local_addr=None if job.master else LOOPBACK,
         rdzv_configs={"rank": job.node_rank} if job.master else {},
         run_id=job.master or uuid.uuid4().hex,
         monitor_interval=0.1,

@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_idea import files
 from megatron_idea.config import Config
 from megatron_idea.estimate import flops_per_token, human_count, remaining_flops
 from megatron_idea.terminal import Console
-from megatron_idea.trackers import Tracker, open_trackers, require_trackers
+from megatron_idea.trackers import Tracker, open_trackers, require_trackers, still_works
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -54,6 +55,17 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
+class RecordError(ValueError):
+    """A record that cannot be written; the message names the folder and what was saved last."""
+
+    @staticmethod
+    def of(run_dir: Path, error: OSError) -> RecordError:
+        saved = sorted(run_dir.glob("checkpoints/step_[0-9]*[0-9]/state.json"))
+        stands = f"the last checkpoint is {saved[-1].parent}" if saved else "nothing was saved yet"
+        why = error.strerror or error
+        return RecordError(f"cannot write the records of run folder {run_dir}: {why}; {stands}")
+
+
 class RunLog:
     """Writer of a run folder's records; does nothing on ranks that do not write."""
 
@@ -73,27 +85,37 @@ class RunLog:
 
         Args:
             peak_flops: FLOP/s of all devices of the job together; None: no ``mfu`` is recorded.
-        Raises: ConfigError, on every rank, when a tracker is asked for and not installed.
+        Raises: ConfigError, on every rank, when a tracker is asked for and not installed;
+            RecordError when nothing can be written to ``run_dir``.
         """
         require_trackers(config)
         self.config = config
         self.is_writer = is_writer
         self.peak_flops = peak_flops
+        self.failure: RecordError | None = None
+        """Why a record could not be written; none is written after it."""
+        self._run_dir = run_dir
+        self._files: dict[str, FileIO] = {}
+        self._trackers: list[Tracker] = []
         if not is_writer:
             return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, SCORES, SAMPLES):
-            _truncate(run_dir / name, keep=lambda record: record["step"] <= step)
-        _truncate(run_dir / EVENTS, keep=lambda event: True)
-        # Line buffering: every record is with the operating system before the next step begins.
-        self._metrics = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115  until close()
-        self._events = open(run_dir / EVENTS, "a", buffering=1)  # noqa: SIM115  until close()
-        self._run_dir = run_dir
-        self._trackers: list[Tracker] = []
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS, SCORES, SAMPLES):
+                _truncate(run_dir / name, keep=lambda record: record["step"] <= step)
+            _truncate(run_dir / EVENTS, keep=lambda event: True)
+        except OSError as error:
+            raise RecordError.of(run_dir, error) from error
         self.event("resumed" if step else "started", step=step, environment=environment())
+        self.check()
         started = [event["time"] for event in read_events(run_dir) if event["kind"] == "started"]
         # A run that a checkpoint of another one began has no start of its own.
         self._trackers = open_trackers(run_dir, config, step, started[-1] if started else 0.0)
+
+    def check(self) -> None:
+        """Raises: RecordError when a record could not be written."""
+        if self.failure is not None:
+            raise self.failure
 
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Append the record of one step.
@@ -106,7 +128,7 @@ class RunLog:
             )
             record = {**record, "mfu": record["tokens_per_s"] * per_token / self.peak_flops}
         if self.is_writer:
-            self._metrics.write(json.dumps(record) + "\n")
+            self._append(METRICS, record)
             self._track(record)
         return record
 
@@ -119,29 +141,40 @@ class RunLog:
         self._append(SAMPLES, record)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        if self.is_writer:
-            with open(self._run_dir / name, "a") as file:  # rarely, and not in every run
-                file.write(json.dumps(record) + "\n")
+        """A record is with the operating system before the next step begins."""
+        if self.is_writer and self.failure is None:
+            try:
+                if name not in self._files:
+                    # Unbuffered: what cannot be written is not tried again when the file is closed.
+                    self._files[name] = open(self._run_dir / name, "ab", buffering=0)  # noqa: SIM115
+                line = memoryview(json.dumps(record).encode() + b"\n")
+                while line:  # a disk that becomes full takes a part
+                    line = line[self._files[name].write(line) :]
+            except OSError as error:  # raised by ``check``, when all ranks are there to hear it
+                self.failure = RecordError.of(self._run_dir, error)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append something that happened, with the time of day in seconds since 1970."""
         if self.is_writer:
-            self._events.write(json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n")
+            self._append(EVENTS, {"kind": kind, "time": time.time(), **fields})
             if kind == "evaluated" and not fields.get("why", "").startswith("compaction"):
                 shown = ("step", "tokens", "val_loss")
                 self._track({name: fields[name] for name in shown if name in fields})
 
     def _track(self, record: dict[str, Any]) -> None:
-        for tracker in self._trackers:
-            tracker.scalars(record["step"], dict(_scalars(record)))
+        values = dict(_scalars(record))
+        self._trackers = [
+            tracker
+            for tracker in self._trackers
+            if still_works(tracker, lambda t: t.scalars(record["step"], values))
+        ]
 
     def close(self) -> None:
-        """Close the files; the log takes no records afterwards."""
-        if self.is_writer:
-            self._metrics.close()
-            self._events.close()
-            for tracker in self._trackers:
-                tracker.close()
+        """Let everything arrive; the log takes no records afterwards."""
+        for file in self._files.values():
+            file.close()
+        for tracker in self._trackers:
+            still_works(tracker, lambda t: t.close())
 
 
 def environment() -> dict[str, Any]:

@@ -16,7 +16,9 @@ from megatron_idea import checkpoint, storage
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import CheckpointError
 from megatron_idea.config import Config, ConfigError, require_multiple, validate
+from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.distributed import joined
+from megatron_idea.lock import RunLock
 from megatron_idea.model import named_parameters
 from megatron_idea.optim import (
     MOMENTS,
@@ -43,11 +45,10 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
 
     Returns: the new checkpoint; ``train`` with ``run_dir=<out>`` goes on from it.
     Raises: ConfigError for an illegal width and for an ``out`` that has checkpoints,
-        CheckpointError for a checkpoint that cannot be read.
+        CheckpointError for a checkpoint that cannot be read, RunFolderError for an ``out`` that
+        another process writes to.
     """
     found = checkpoint.resolve(path)
-    if checkpoint.complete(out):
-        raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
     saved = checkpoint.read_config(found)
     # One process, and widths that are legal for the run's own layout.
     overrides = [*checkpoint.ONE_PROCESS, f"prune.alignment={saved.ffn_multiple}"]
@@ -55,7 +56,9 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
     validate(config, world_size=1)
     state = checkpoint.read_state(found, config)
     wanted = _legal(widths, state.widths, saved)
-    with joined(config.parallel, config.training.seed) as groups:
+    with RunLock(out), joined(config.parallel, config.training.seed) as groups:
+        if checkpoint.complete(out):
+            raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
         storage.verify(found, groups)
         trainable = assemble(config, groups, state.widths, initialize=False)
         pruner = Pruner(trainable)
@@ -76,6 +79,8 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         pruner.load_state(fresh, carried)
         fresh.config = configuration.replace(saved, run_dir=str(out))
         state.widths, state.plan_due = plan.widths, False
+        if kept := checkpoint.tokenizer_beside(found):
+            copy_tokenizer(kept, out / checkpoint.TOKENIZER)
         return checkpoint.save(fresh, pruner, state)
 
 

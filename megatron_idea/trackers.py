@@ -1,21 +1,28 @@
 """Where a run's numbers are mirrored to for people who watch: TensorBoard, Weights & Biases.
 
-JSONL in the run folder is the truth; a tracker is imported only when it is asked for.
+JSONL in the run folder is the truth; a tracker is imported only when it is asked for, and one that
+fails is left out from there on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from megatron_idea.config import Config, ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 class Tracker(Protocol):
     """Takes scalars by name."""
+
+    name: str
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show the values of one optimizer step."""
@@ -47,16 +54,38 @@ def open_trackers(run_dir: Path, config: Config, step: int, started_at: float) -
     """
     trackers: list[Tracker] = []
     if config.logging.tensorboard:
-        trackers.append(_TensorBoard(run_dir, step))
+        try:
+            trackers.append(_TensorBoard(run_dir, step))
+        except OSError as error:
+            _leave_out(_TensorBoard.name, error)
     if config.logging.wandb:
         trackers.append(_WeightsAndBiases(run_dir, config, started_at))
     return trackers
 
 
+def still_works(tracker: Tracker, action: Callable[[Tracker], None]) -> bool:
+    """Whether ``action`` could be done; where it could not, that is said."""
+    try:
+        action(tracker)
+    except Exception as error:  # of somebody else's client: any type
+        _leave_out(tracker.name, error)
+        return False
+    return True
+
+
+def _leave_out(name: str, error: Exception) -> None:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    logger.warning(f"{name} cannot write and is left out from here on: {reason}")
+
+
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, run_dir: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import; not all want it
 
+        # Its thread fails with a traceback of its own; the next call raises the same again.
+        threading.excepthook = _silent_about_tensorboard
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -67,7 +96,14 @@ class _TensorBoard:
         self._writer.close()
 
 
+def _silent_about_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
+
+
 class _WeightsAndBiases:
+    name = "Weights & Biases"
+
     def __init__(self, run_dir: Path, config: Config, started_at: float) -> None:
         import wandb  # heavy, and it starts a process
 

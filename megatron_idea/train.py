@@ -23,7 +23,7 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint import CheckpointError, Saving, TrainState
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.batches import Batches
-from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_idea.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from megatron_idea.distributed import (
     ProcessGroups,
     joined,
@@ -34,7 +34,8 @@ from megatron_idea.distributed import (
 from megatron_idea.estimate import num_steps
 from megatron_idea.evaluate import held_out_loss, open_batches, validation_batches
 from megatron_idea.generate import sample_live
-from megatron_idea.metrics import Progress, RunLog, peak_flops
+from megatron_idea.lock import RunLock
+from megatron_idea.metrics import Progress, RecordError, RunLog, peak_flops
 from megatron_idea.optim import Trainable, assemble, update
 from megatron_idea.prune import moves
 from megatron_idea.prune.compact import release
@@ -94,7 +95,8 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
     ``rendezvous`` as in ``start_distributed``; torchrun needs none.
 
     Returns: the state at the end; its tokens are fewer than the total when a signal ended the run.
-    Raises: ConfigError, DataError, CheckpointError, on every rank, for what the user can mend.
+    Raises: ConfigError, DataError, CheckpointError, RunFolderError, on every rank, for what the
+        user can mend.
     """
     # Modules stay: not visiting them takes 0.2 s off the collection that every compaction needs.
     gc.freeze()
@@ -104,7 +106,12 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
         if not config.data.train:
             raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
         with joined(config.parallel, config.training.seed, rendezvous) as groups:
-            return loop(config, groups)
+            lock = RunLock(config.run_dir)
+            together(lambda: lock.acquire() if groups.is_writer else None, groups)
+            try:
+                return loop(config, groups)
+            finally:
+                lock.release()
     finally:
         gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks at exit
         # Model and process groups are garbage in cycles, and the groups' threads wake all the time:
@@ -142,6 +149,7 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
     finish_saving(run)
     run.progress.close()
     run.log.close()
+    together(run.log.check, run.groups)
     dist.barrier()  # a launcher ends all workers when the first has left with a status
     return state
 
@@ -164,8 +172,13 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
 
     def open_log() -> RunLog:
         if groups.is_writer:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                (run_dir / "config.yaml").write_text(configuration.to_yaml(config), "utf-8")
+                if config.data.tokenizer != "byte":
+                    copy_tokenizer(config.data.tokenizer, run_dir / checkpoint.TOKENIZER)
+            except OSError as error:
+                raise RecordError.of(run_dir, error) from error
         peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         total = peak * groups.world.size() if peak else None
         return RunLog(run_dir, config, groups.is_writer, step=state.step, peak_flops=total)
@@ -345,15 +358,20 @@ def share_loss(run: Run, losses: list[Tensor]) -> tuple[float, bool, bool]:
     """The loss of the whole batch, whether to stop, and whether all ranks have written their part.
 
     Known to all ranks after one message.
+
+    Raises: RecordError on every rank when rank 0 could not write the last step's records.
     """
     groups = run.groups
-    word = torch.zeros(3, dtype=torch.float64, device=groups.device)
+    word = torch.zeros(4, dtype=torch.float64, device=groups.device)
     if losses and groups.tp.rank() == 0:
         word[0] = torch.stack(losses).double().mean() / groups.dp.size()
     word[1] = float(run.stop.received is not None)
     word[2] = float(run.saving is not None and not run.saving.done)
+    word[3] = float(run.log.failure is not None)
     dist.all_reduce(word)
-    loss, stops, writing = word.tolist()
+    loss, stops, writing, failed = word.tolist()
+    if failed:
+        together(run.log.check, groups)
     return loss, stops > 0, run.saving is not None and not writing
 
 

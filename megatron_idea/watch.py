@@ -344,7 +344,8 @@ def watch(
     view = View(run_dir)
     view.refresh()
     if once:
-        console.print(view.render(time.time(), console.width))
+        width = console.width if console.is_terminal else MOST_COLUMNS
+        console.print(view.render(time.time(), width), soft_wrap=True)
         return
     # Ctrl-C is how one leaves.
     try:

@@ -129,7 +129,10 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
         data=RandomBatches(config, groups),
         held_out=None,
         log=SimpleNamespace(
-            event=lambda *_, **__: None, write=lambda record: record, scores=lambda record: None
+            event=lambda *_, **__: None,
+            write=lambda record: record,
+            scores=lambda record: None,
+            failure=None,
         ),
         progress=SimpleNamespace(update=lambda record: None),
         stop=SimpleNamespace(received=None),

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idea.config import Config, replace
+from megatron_idea.config import BlendEntry, Config, replace, to_yaml
+from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.metrics import read_metrics
 from megatron_idea.testing import Workers, assert_equal
 
@@ -689,6 +690,43 @@ def test_another_model_schedule_or_data_is_refused_with_both_values(
         ({"prune": {"target_ffn_hidden_size": 32}}, "prune.target_ffn_hidden_size"),
     ):
         assert key in changes(config, path, **sections)
+
+
+def test_what_is_spelled_otherwise_and_means_the_same_is_the_same_run(
+    source: Callable[[str], Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = source("tp1").config
+    original = checkpoint_at(config.run_dir, STOPS["masked"])
+    for folder in ("data", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("data")
+    words = tmp_path / "data" / "tokenizer.json"
+    words.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    blend = [BlendEntry("data/x", 1.0), BlendEntry("data/y", 3.0)]
+    named = {"train": blend, "validation": blend, "tokenizer": "data/tokenizer.json"}
+    path = tmp_path / "run" / "checkpoints" / original.name
+    path.mkdir(parents=True)
+    config = replace(config, data=named)
+    (path / "config.yaml").write_text(to_yaml(config))
+    spelled = [BlendEntry("./data/../link//x", 2.0), BlendEntry(f"{tmp_path}/data/y", 6.0)]
+    for side in ("train", "validation"):
+        assert changes(config, path, data={side: spelled}) == ""
+        for other in (
+            [BlendEntry("data/x", 1.0), BlendEntry("data/y", 3.5)],
+            [BlendEntry("data/x", 1.0), BlendEntry("other/y", 3.0)],
+            blend[::-1],
+        ):
+            assert f"data.{side}: [" in changes(config, path, data={side: other})
+    moved = words.rename(tmp_path / "other" / "words.json")
+    words.write_text("{}")
+    for same in ("./data/tokenizer.json", "data", str(moved)):
+        assert changes(config, path, data={"tokenizer": same}) == ""
+    copy_tokenizer(words, tmp_path / "run" / "tokenizer")
+    words.write_text("[]")  # under the old name lies another one
+    assert "data.tokenizer" in changes(config, path)
+    assert changes(config, path, data={"tokenizer": str(moved)}) == ""
+    assert "data.tokenizer" in changes(config, path, data={"tokenizer": "byte"})
 
 
 def test_layout_checkpoints_evaluation_and_logs_may_change(

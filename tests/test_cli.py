@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+import megatron_idea
 from megatron_idea import cli, config, metrics
 from megatron_idea.config import Config, ConfigError
 
@@ -114,6 +117,44 @@ def test_plan_prints_the_run_without_running_it(config_path: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("columns", ["20", "80", "300"])
+def test_no_fact_of_a_plan_is_broken(
+    config_path: Path, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipe at all; in a terminal, where tables may change, neither."""
+    monkeypatch.setenv("COLUMNS", columns)
+    run_dir = "runs/" + "a-long-name" * 20 + " with words in it"
+    plans = [run("plan", config_path, f"run_dir={run_dir}").stdout]
+    monkeypatch.setattr(cli, "Console", lambda: Console(force_terminal=True, color_system=None))
+    plans.append(run("plan", config_path, f"run_dir={run_dir}").stdout)
+    for plan in plans:
+        lines = [line.rstrip() for line in plan.splitlines()]
+        assert lines[0] == run_dir
+        assert lines[1].startswith("4M tokens in 1,954 steps")
+        assert lines[2].endswith("vocabulary 4096, sequence 256")
+        assert "target from scratch" in plan and "…" not in plan
+
+
+def test_a_table_of_sentences_fits_a_terminal_and_is_unbroken_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_idea.doctor import Row, render
+
+    monkeypatch.setenv("COLUMNS", "60")
+    table = render([Row("a name", "ok", "words " * 20, "path/" * 20)])
+    cli._show(table)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.setattr(cli, "Console", lambda: Console(force_terminal=True, color_system=None))
+    cli._show(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 2 and "path/" * 20 in "".join(lines)
+    assert any("path/" * 20 in line for line in lines)
+
+
+def test_the_version_is_said() -> None:
+    assert run("--version").stdout == f"megatron-idea {megatron_idea.__version__}\n"
+
+
 def test_plan_as_json_is_json(config_path: Path) -> None:
     result = run("plan", config_path, "training.micro_batch_size=4", "--json", "--nproc", 4)
     plan = json.loads(result.stdout)
@@ -167,7 +208,7 @@ def test_a_missing_configuration_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_message_of_the_yaml_parser_is_one_line_too(config_path: Path) -> None:
-    assert_user_error(run("plan", config_path, "prune.ema=[red]x"), "cannot read configuration")
+    assert_user_error(run("plan", config_path, "data.train=[red]x"), "cannot read configuration")
 
 
 def test_square_brackets_in_a_message_are_printed_as_they_are(tmp_path: Path) -> None:
@@ -326,3 +367,27 @@ def test_the_byte_tokenizer_cannot_be_trained(tmp_path: Path) -> None:
 
 def test_config_errors_are_value_errors() -> None:
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_full_disk_is_one_line_in_any_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(out: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+
+    monkeypatch.setattr("megatron_idea.data.corpus.build_corpus", full)
+    assert_user_error(run("corpus", "out.jsonl"), "No space left on device for out.jsonl")
+
+
+def test_workers_of_one_machine_meet_without_a_name(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.launcher import api
+
+    given: list[api.LaunchConfig] = []
+    monkeypatch.setattr(api, "elastic_launch", lambda settings, _: given.append(settings) or print)
+    assert run("train", config_path).exit_code == 0
+    assert (given[0].local_addr, given[0].rdzv_endpoint) == ("127.0.0.1", "127.0.0.1:0")
+
+
+def test_a_first_node_without_an_address_is_named_at_once(config_path: Path) -> None:
+    nodes = ("--nnodes", 2, "--nproc", 1, "--master", "no-such-host.invalid:29500")
+    assert_user_error(run("train", config_path, *nodes), "'no-such-host.invalid'", "no address")

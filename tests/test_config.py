@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +247,176 @@ def test_the_default_block_is_a_legal_sixteenth_of_the_width() -> None:
 def test_the_moving_average_reads_its_coefficient_on_either_term() -> None:
     assert replace(Config(), prune={"ema": 0.3}).prune.history == 0.3
     assert replace(Config(), prune={"ema": 0.3, "ema_on": "new"}).prune.history == 0.7
+
+
+TEXT_KEYS = (
+    "run_dir", "data.tokenizer", "data.cache_dir", "logging.wandb", "data.train[].prefix",
+    "evaluation.sample_prompts[]",
+)  # fmt: skip
+TYPED = (
+    "12345_1", "0012", "1e3", "12:30:45", "on", "1.10", "null", "~", "0x1F", "2026-11-25", ".inf",
+    "a #b", " padded ", "key: value", "${HOME}", "${", "${oc.env:HOME}", "???", "{", "'quoted'",
+    "*alias", "&anchor", "!tag", "%", "a=b", "-", "Größe 大", "two\nlines\n", "\x00\x85\u2028",
+)  # fmt: skip
+
+
+def text_of(config: Config, key: str) -> str:
+    if key.startswith("data.train"):
+        return config.data.train[0].prefix
+    if key.startswith("evaluation"):
+        return config.evaluation.sample_prompts[0]
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
+
+
+def as_yaml(key: str, value: str) -> str:
+    """A file that sets one text; ``value`` is written as it stands."""
+    names = key.replace("[]", ".[]").split(".")
+    marks = ["-" if name == "[]" else f"{name}:" for name in names]
+    lines = [f"{' ' * depth}{mark}" for depth, mark in enumerate(marks)]
+    return "\n".join(lines) + f" {value}\n"
+
+
+def test_every_key_that_is_a_text_is_in_the_list() -> None:
+    def texts(values: Any, name: str) -> set[str]:
+        if isinstance(values, dict):
+            return {t for k, v in values.items() for t in texts(v, f"{name}.{k}" if name else k)}
+        if isinstance(values, list):
+            return texts(values[0], f"{name}[]")
+        return {name} if isinstance(values, str) else set()
+
+    full = load(None, ["data.train=[{}]", "data.validation=[{}]", "evaluation.sample_prompts=['']"])
+    choices = {
+        "training.precision", "training.kernel_implementation", "optimizer.lr_scaling",
+        "schedule.kind", "schedule.removal", "prune.strategy", "prune.element", "prune.row_reduce",
+        "prune.matrix_reduce", "prune.ema_on", "prune.scope", "prune.placement",
+        "checkpoint.on_damage", "guard.on_spike",
+    }  # fmt: skip
+    found = texts(dataclasses.asdict(full), "")
+    assert found - choices == {*TEXT_KEYS, "data.validation[].prefix"}
+
+
+@pytest.mark.parametrize("value", TYPED)
+def test_a_text_is_what_was_typed_and_survives_being_saved(value: str, tmp_path: Path) -> None:
+    overrides = [f"{key}={value}" for key in TEXT_KEYS if "[]" not in key]
+    quoted = json.dumps(value)
+    overrides += [f"data.train=[{{prefix: {quoted}}}]", f"evaluation.sample_prompts=[{quoted}]"]
+    config = load(None, overrides)
+    assert {text_of(config, key) for key in TEXT_KEYS} == {value}
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config), encoding="utf-8")
+    assert load(saved) == config
+
+
+@pytest.mark.parametrize("key", TEXT_KEYS)
+@pytest.mark.parametrize(
+    "value", ["12345_1", "0012", "1e3", "12:30:45", "on", "1.10", "???", "0o7"]
+)
+def test_a_text_in_a_file_needs_no_quotes(key: str, value: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(as_yaml(key, value))
+    assert text_of(load(path), key) == value
+
+
+@pytest.mark.parametrize("value", ["12345_1", "0012", "1e3", "12:30:45", "on", "1.10"])
+def test_a_text_in_a_list_on_the_command_line_needs_no_quotes(value: str) -> None:
+    config = load(
+        None, [f"data.train=[{{prefix: {value}}}]", f"evaluation.sample_prompts=[{value}, 'a #b']"]
+    )
+    assert config.data.train[0].prefix == value
+    assert config.evaluation.sample_prompts == [value, "a #b"]
+
+
+def test_nothing_in_a_file_is_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "told")
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: ${oc.env:SECRET}\nmodel: {num_layers: '${model.hidden_size}'}\n")
+    with pytest.raises(ConfigError, match=r"num_layers is '\$\{model.hidden_size\}'; it must be a"):
+        load(path)
+    path.write_text("run_dir: ${oc.env:SECRET}\ndata: {tokenizer: '${run_dir}'}\n")
+    config = load(path)
+    assert (config.run_dir, config.data.tokenizer) == ("${oc.env:SECRET}", "${run_dir}")
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [("010", 10), ("1_000", 1000), ("+5", 5), (" 7 ", 7), ("1e1", 10), ("2.0", 2), ("0008", 8)],
+)
+def test_numbers_are_decimal_in_overrides_and_files(
+    given: str, number: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"training: {{seed: {given}}}\nguard: {{spike_increase: {given}}}\n")
+    overrides = [f"training.seed={given}", f"guard.spike_increase={given}"]
+    for config in (load(path), load(None, overrides)):
+        assert config.training.seed == number
+        assert config.guard.spike_increase == number
+
+
+@pytest.mark.parametrize(
+    "given", ["12:30", "0x10", "0o17", "0b1", "", "null", "1e400", "٣", "1e9999999999"]
+)
+def test_what_is_no_decimal_number_is_refused(given: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"training: {{seed: {given}}}\n", encoding="utf-8")
+    for arguments in ((path, []), (None, [f"training.seed={given}"])):
+        with pytest.raises(ConfigError, match=r"training\.seed is .*; it must be a whole number"):
+            load(*arguments)
+
+
+def test_large_whole_numbers_are_exact() -> None:
+    for given in ("9007199254740993", "9.007199254740993e15"):
+        assert load(None, [f"training.seed={given}"]).training.seed == 9007199254740993
+
+
+def test_switches_are_read_as_people_write_them() -> None:
+    for given, expected in (("true", True), ("ON", True), ("no", False), ("False", False)):
+        config = load(None, [f"logging.progress={given}"])
+        assert config.logging.progress is expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.sample_prompts=hello", r"is 'hello'; it must be a list: \[a, b\]"),
+        ("evaluation.sample_prompts=[[a]]", r"sample_prompts\[0\] is \['a'\]; it must be a text"),
+        ("data.train=[{prefix: a, wieght: 1}]", r"did you mean 'data\.train\[0\]\.weight'"),
+        ("data.train=[a]", r"data\.train\[0\] is 'a'; it must be a mapping"),
+        ("run_dir.x=1", r"run_dir is \{'x': '1'\}; it must be a text"),
+        ("data.train=[{", "cannot read configuration override"),
+    ],
+)
+def test_a_list_or_a_section_in_the_wrong_place_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])
+
+
+def test_a_section_can_be_overridden_at_once() -> None:
+    config = load(None, ["prune={ema: 0.3, scope: global}", "prune.ema=0.4"])
+    assert (config.prune.ema, config.prune.scope) == (0.4, "global")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "run_dir: a\nrun_dir: b\n",  # which of them?
+        "run_dir:\n",  # nothing, where a text is wanted
+        "- a\n",
+        "run_dir: !!python/object/apply:os.system [true]\n",
+        "run_dir: !!timestamp 2026-11-25\n",
+        "a: &a [x]\n"
+        + "".join(f"{n}: &{n} [*{m}, *{m}, *{m}, *{m}]\n" for m, n in pairwise("abcdefghijklmnop"))
+        + "model: *p\n",
+        "model: &m {<<: [*m, *m]}\n",
+        "model: " + "[" * 1000,
+        "run_dir: \x07\n",
+        "#" * ((1 << 20) + 1),
+    ],
+    ids=lambda content: content[:20],
+)  # fmt: skip
+def test_a_hostile_or_ambiguous_file_is_refused_in_a_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert len(str(caught.value)) < 1500

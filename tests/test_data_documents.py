@@ -1,6 +1,7 @@
 """Corpus and documents: every format, and errors that name the line."""
 
 import gzip
+import importlib
 import json
 
 import pyarrow as pa
@@ -8,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_idea.data.corpus import build_corpus
-from megatron_idea.data.documents import BadDocumentError, DataError, Documents
+from megatron_idea.data.documents import _ZSTD, BadDocumentError, DataError, Documents
+
+zstd_module = importlib.import_module(_ZSTD)
 
 TEXTS = ["one\ntwo", "drei \u00fc\u4e2d\U0001f600", "", "last"]
 JSONL = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -43,6 +46,17 @@ def test_concatenated_compressed_files_are_read_to_the_end(tmp_path, pack):
     assert texts_of(write(tmp_path / f"a.jsonl{suffix}", pack(JSONL) + pack(JSONL))) == 2 * TEXTS
 
 
+def test_any_window_of_zstd_is_read(tmp_path):
+    stream = zstd_module.ZstdCompressor(
+        options={
+            zstd_module.CompressionParameter.window_log: 31,
+            zstd_module.CompressionParameter.enable_long_distance_matching: 1,
+        }
+    )
+    packed = stream.compress(JSONL) + stream.flush()  # of a size that was not known, as from a pipe
+    assert texts_of(write(tmp_path / "a.jsonl.zst", packed)) == TEXTS
+
+
 def test_parquet_is_read_by_column(tmp_path):
     pq.write_table(pa.table({"id": range(4), "body": TEXTS}), tmp_path / "a.parquet")
     documents = list(Documents([tmp_path / "a.parquet"], text_key="body"))
@@ -59,6 +73,39 @@ def test_a_folder_is_walked_in_sorted_order_and_ignores_other_files(tmp_path):
     write(tmp_path / "c.rst.gz", gzip.compress(b"fourth"))
     write(tmp_path / "photo.png", b"\x89PNG")
     assert texts_of(tmp_path) == ["first", "second", "third", "fourth"]
+
+
+def test_hidden_names_in_a_folder_are_left_out_and_read_when_they_are_named(tmp_path):
+    write(tmp_path / "a.jsonl", JSONL)
+    hidden = [write(tmp_path / "._a.jsonl", b"\0\5\x16\7"), tmp_path / ".Trash-1000"]
+    copy = write(tmp_path / ".ipynb_checkpoints" / "a-checkpoint.jsonl", JSONL)
+    write(tmp_path / ".Trash-1000" / "deleted.jsonl", JSONL)
+    photo = write(tmp_path / "photo.png", b"\x89PNG")
+    documents = Documents([tmp_path])
+    assert [document.text for document in documents] == TEXTS
+    assert set(documents.passed_over) == {*hidden, copy.parent, photo}
+    assert texts_of(copy) == texts_of(copy.parent) == TEXTS
+    with pytest.raises(BadDocumentError, match=r"\._a\.jsonl:1 is not"):
+        texts_of(hidden[0])
+
+
+def test_links_are_followed_and_each_target_is_read_once(tmp_path):
+    elsewhere = tmp_path / "disk"
+    write(elsewhere / "sub" / "b.txt", b"second")
+    write(elsewhere / "a.txt", b"first")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "1.txt").symlink_to(elsewhere / "a.txt")
+    (data / "2").symlink_to(elsewhere / "sub")
+    (data / "3").symlink_to(elsewhere / "sub")
+    (data / "4.txt").symlink_to(data / "1.txt")
+    (elsewhere / "sub" / "loop").symlink_to(data)
+    documents = Documents([data])
+    assert [document.text for document in documents] == ["first", "second"]
+    assert documents.passed_over == [data / "2" / "loop", data / "3", data / "4.txt"]
+    (data / "5.txt").symlink_to(elsewhere / "gone.txt")
+    with pytest.raises(DataError, match=r"5\.txt is a link to .*gone\.txt, which is not there"):
+        texts_of(data)
 
 
 def test_missing_unknown_and_empty_inputs_are_named(tmp_path):

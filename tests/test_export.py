@@ -19,8 +19,10 @@ from jobs import small
 from typer.testing import CliRunner
 
 from megatron_idea import checkpoint, cli, storage
+from megatron_idea import config as configuration
+from megatron_idea.checkpoint import CheckpointError
 from megatron_idea.config import ConfigError, replace
-from megatron_idea.data.tokenizer import DataError, load_tokenizer, train_tokenizer
+from megatron_idea.data.tokenizer import DataError, copy_tokenizer, load_tokenizer, train_tokenizer
 from megatron_idea.export import CheckpointTensors, byte_tokenizer_json, export_checkpoint
 from megatron_idea.hf_import import import_checkpoint
 from megatron_idea.testing import Workers, assert_close, assert_equal
@@ -260,6 +262,49 @@ def test_a_folder_that_cannot_be_written_is_said_before_and_leaves_nothing(
     with pytest.raises(ConfigError, match=r"cannot write .*out: .*No space left"):
         export_checkpoint(plain, tmp_path / "out")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("out")]
+
+
+def test_a_number_that_is_none_is_not_exported(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = "decoder.layers.1.mlp.linear_fc1.weight"
+    read_tensors = CheckpointTensors.read
+
+    def damaged(self: CheckpointTensors, names: Any) -> Any:
+        found = read_tensors(self, names)
+        if broken in found:
+            found[broken].view(-1)[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(CheckpointTensors, "read", damaged)
+    with pytest.raises(CheckpointError, match=f"NaN or infinity in {broken}: nothing is exported"):
+        export_checkpoint(plain, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_runs_tokenizer_is_found_beside_it_from_anywhere(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration's own path is relative, and leads nowhere from here."""
+    run = tmp_path / "moved"
+    shutil.copytree(plain, run)
+    found = checkpoint.latest(run)
+    assert found is not None
+    config = configuration.load(found / "config.yaml")
+    config = configuration.replace(config, data={"tokenizer": "data/own.json"})
+    (found / "config.yaml").write_text(configuration.to_yaml(config))
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    bpe = train_tokenizer([tmp_path / "text.txt"], 262, tmp_path / "bpe.json")
+    assert checkpoint.read_config(found).data.tokenizer == "data/own.json"  # an older run
+    copy_tokenizer(tmp_path / "bpe.json", run / "tokenizer")
+    monkeypatch.chdir(run.parent)
+    for path in (found, found.relative_to(run.parent)):
+        kept = checkpoint.read_config(path).data.tokenizer
+        assert load_tokenizer(kept).digest == bpe.digest
+    monkeypatch.chdir(found)
+    assert load_tokenizer(checkpoint.read_config(Path(".")).data.tokenizer).digest == bpe.digest
+    given = checkpoint.read_config(found, ["data.tokenizer=byte"])
+    assert given.data.tokenizer == "byte"
 
 
 def test_the_byte_tokenizer_knows_every_byte() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hf import ours, read, theirs, trained
-from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from megatron_idea import checkpoint, cli
@@ -20,6 +20,7 @@ from megatron_idea.config import Config, ConfigError, to_yaml
 from megatron_idea.export import byte_tokenizer_json, export_checkpoint
 from megatron_idea.hf_import import import_checkpoint, widen
 from megatron_idea.huggingface import from_hf_config
+from megatron_idea.lock import RunFolderError, RunLock
 from megatron_idea.metrics import read_events
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
@@ -190,11 +191,11 @@ def test_a_widened_model_trains_on_and_is_pruned_back(
 ) -> None:
     """Over two ranks, in fp32 and bf16: it begins with the loss of the model that was imported."""
     source = hf_model(tmp_path / "hf", "qwen3_tied")
-    given = dict(OmegaConf.create(to_yaml(tiny)))
+    given = yaml.safe_load(to_yaml(tiny))
     del given["model"], given["run_dir"]
     given["prune"]["target_ffn_hidden_size"] = 24
     given["parallel"]["tensor_model_parallel_size"] = 2
-    OmegaConf.save(OmegaConf.create(given), tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
 
     def imported(precision: str, *options: str) -> Path:
         run = tmp_path / f"{precision}{''.join(options)}"
@@ -344,6 +345,23 @@ def test_what_the_user_asks_for_in_vain_is_said(tmp_path: Path) -> None:
     save_file(extra, source / "model.safetensors")
     refused("1 tensors that our model has no place for: model.layers.0.self_attn.q_proj.bias")
     save_file(tensors, source / "model.safetensors")
+    with RunLock(tmp_path / "run"), pytest.raises(RunFolderError, match="in use by process"):
+        import_checkpoint(source, tmp_path / "run")
     import_checkpoint(source, tmp_path / "run")
     with pytest.raises(ConfigError, match="has checkpoints already"):
         import_checkpoint(source, tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_number_that_is_none_is_refused_with_its_tensor(tmp_path: Path, value: float) -> None:
+    from safetensors.torch import save_file
+
+    source = hf_model(tmp_path / "hf", "llama_mqa")
+    sound = read(source)
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        broken = sound[name].clone()
+        broken.view(-1)[3] = value
+        save_file(sound | {name: broken}, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConfigError, match=f"hf holds NaN or infinity in {name}"):
+            import_checkpoint(source, tmp_path / "run")
+        assert not checkpoint.complete(tmp_path / "run")

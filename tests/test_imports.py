@@ -19,7 +19,7 @@ LAYERS = (
     {"distributed", "cpu"},
     {"layers", "model", "data", "optim", "metrics", "estimate", "trackers"},
     {"prune"},
-    {"checkpoint", "storage"},
+    {"checkpoint", "storage", "lock"},
     {
         "train",
         "measure",

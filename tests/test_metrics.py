@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +21,7 @@ from megatron_idea.config import Config, ConfigError
 from megatron_idea.estimate import flops_per_token, remaining_flops
 from megatron_idea.metrics import (
     Progress,
+    RecordError,
     RunLog,
     human_duration,
     peak_flops,
@@ -152,6 +155,54 @@ def test_asking_for_a_missing_tensorboard_fails_on_every_rank(
     for is_writer in (True, False):
         with pytest.raises(ConfigError, match=r"set logging\.tensorboard=false"):
             RunLog(tmp_path, Config(), is_writer)
+
+
+def test_a_record_that_cannot_be_written_is_noted_and_told_when_asked(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 1)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, QUIET, is_writer=True)
+    log.write(record(1))
+    log.event("saved", step=1)  # nothing is added after a gap
+    log.close()
+    assert [event["kind"] for event in read_events(tmp_path)] == ["started"] * 2
+    where = rf"cannot write the records of run folder {tmp_path}: No space left on device"
+    with pytest.raises(RecordError, match=f"{where}; nothing was saved yet"):
+        log.check()
+    saved = tmp_path / "checkpoints" / "step_00000004"
+    saved.mkdir(parents=True)
+    (saved / "state.json").touch()
+    log = RunLog(tmp_path, QUIET, is_writer=True)
+    log.write(record(1))
+    with pytest.raises(RecordError, match=f"the last checkpoint is {saved}"):
+        log.check()
+
+
+def test_a_tracker_that_cannot_write_is_left_out_with_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = RunLog(tmp_path, Config(), is_writer=True)
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    for step in range(1, 30):
+        log.write(record(step))
+    log.close()
+    log.check()
+    assert len(read_metrics(tmp_path)) == 29
+    (said,) = [line for line in caplog.messages if "TensorBoard" in line]
+    assert said.startswith("TensorBoard cannot write and is left out") and "No space left" in said
+    assert "Traceback" not in capfd.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tensorboard").touch()  # where its folder should be
+    RunLog(tmp_path / "other", Config(), is_writer=True).check()
+    assert len([line for line in caplog.messages if "TensorBoard" in line]) == 2
 
 
 class FakeWandb(ModuleType):

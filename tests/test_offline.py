@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from megatron_idea import checkpoint, cli
 from megatron_idea.config import Config, replace, validate
+from megatron_idea.lock import RunLock
 from megatron_idea.testing import Workers
 
 runner = CliRunner()
@@ -210,5 +211,7 @@ def test_widths_that_cannot_be_are_refused(trained: Path, tmp_path: Path) -> Non
     refused(trained, "--out", out, "--to", "28,28,28", says="--to has 3 widths")
     refused(trained, "--out", out, "--to", "small", says="give whole numbers")
     refused(trained, "--out", trained, says="has checkpoints already")
+    with RunLock(out):
+        refused(trained, "--out", out, "--to", "28", says=f"{out} is in use by process")
     refused(tmp_path / "nowhere", "--out", out, says="neither a checkpoint nor a run")
     refused(f"{trained}_early", "--out", out, "--to", "32", says="has no scores")

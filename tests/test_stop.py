@@ -136,6 +136,28 @@ def test_an_echo_of_a_signal_is_not_a_second_one(monkeypatch: pytest.MonkeyPatch
             signal.signal(number, handler)
 
 
+DEAF = """
+import ctypes, threading
+from megatron_idea.launcher import PassOn
+with PassOn("no worker"):
+    print("waiting", flush=True)
+    mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # never returns, and runs no handler
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_launcher_that_waits_inside_torch_hears_a_signal(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (STOPPED, "stopped while waiting for the other nodes\n")
+
+
 def test_a_failed_job_does_not_wait_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_idea import distributed
 

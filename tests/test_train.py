@@ -15,7 +15,7 @@ import pytest
 
 from megatron_idea import checkpoint
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import read_events, read_metrics, read_samples
+from megatron_idea.metrics import RecordError, read_events, read_metrics, read_samples
 from megatron_idea.schedule import keep_ratio, learning_rate, phase
 from megatron_idea.testing import Workers
 
@@ -372,3 +372,25 @@ def test_a_run_that_died_in_a_compaction_goes_on_from_right_before_it(
         for c in (config, undisturbed)
     ]
     assert plans[0] == plans[1] and len(plans[0]) > 2
+
+
+def full_job(rendezvous: str, config: Config) -> str:
+    from megatron_idea.train import train
+
+    try:
+        train(config, rendezvous)
+    except RecordError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_full_disk_ends_a_run_on_every_rank_with_what_was_saved_last(
+    tiny: Config, workers: Workers
+) -> None:
+    run_dir = Path(tiny.run_dir)
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+    said = workers.run(full_job, 2, tiny)
+    expected = f"cannot write the records of run folder {run_dir}: No space left on device"
+    assert said[0] == f"{expected}; nothing was saved yet"
+    assert said[1] == f"rank 0: {said[0]}"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
-import io
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 FORMATS = (".jsonl", ".parquet", *TEXT_SUFFIXES)
 COMPRESSIONS = (".gz", ".zst")
+_ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 _LEGAL = f"legal: {', '.join(FORMATS)}; all but .parquet also with {' or '.join(COMPRESSIONS)}"
 
 
@@ -42,7 +43,7 @@ class Documents:
     """Iterate over the documents of ``inputs``: files, or folders that are walked in sorted order.
 
     A JSONL line is a document, so is a Parquet row, so is a text file. A folder contributes its
-    files of known format and ignores the others. Nothing is held in memory but the document at
+    files of known format, as ``input_files`` says. Nothing is held in memory but the document at
     hand (Parquet: a batch of rows).
 
     Raises, while iterating: DataError for a missing or unreadable file; BadDocumentError for a
@@ -55,10 +56,12 @@ class Documents:
     skip_bad_documents: bool = False
     skipped: int = field(default=0, init=False)
     """Bad documents left out so far by the latest iteration."""
+    passed_over: list[Path] = field(default_factory=list, init=False)
+    """What the latest iteration left aside in folders."""
 
     def __iter__(self) -> Iterator[Document]:
-        self.skipped = 0
-        for path in input_files(self.inputs):
+        self.skipped, self.passed_over = 0, []
+        for path in input_files(self.inputs, self.passed_over):
             for document in _read(path, self.text_key):
                 if isinstance(document, Document):
                     yield document
@@ -68,15 +71,21 @@ class Documents:
                     raise document
 
 
-def input_files(inputs: Sequence[str | Path]) -> list[Path]:
+def input_files(inputs: Sequence[str | Path], passed_over: list[Path] | None = None) -> list[Path]:
     """Resolve files and folders to files of known format, in the order they will be read.
 
-    Raises: DataError for a missing path, an unknown suffix, a folder with nothing to read.
+    A folder is walked with its links, to files and to folders, each target once. Left aside, and
+    added to ``passed_over``, are names that begin with a dot (copies and metadata that editors and
+    systems keep), other formats, and targets that were there before. What is named itself is read.
+
+    Raises: DataError for a missing path, an unknown suffix, a folder with nothing to read, a link
+        that leads nowhere.
     """
     files: list[Path] = []
+    passed_over = [] if passed_over is None else passed_over
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p) in FORMATS)
+            found = list(_walk(path, {path.resolve()}, passed_over))
             if not found:
                 raise DataError(f"folder {path} holds no file of a known format; {_LEGAL}")
             files += found
@@ -87,6 +96,30 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path]:
         else:
             files.append(path)
     return files
+
+
+def _walk(folder: Path, seen: set[Path], passed_over: list[Path]) -> Iterator[Path]:
+    """``seen`` has the targets of links and files that were met."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
+    for path in entries:
+        is_folder = path.is_dir()
+        if path.name.startswith(".") or not (is_folder or _format(path) in FORMATS):
+            passed_over.append(path)
+            continue
+        if path.is_symlink() and not path.exists():
+            raise DataError(f"{path} is a link to {path.readlink()}, which is not there")
+        target = path.resolve()
+        if target in seen or not (is_folder or path.is_file()):
+            passed_over.append(path)
+            continue
+        seen.add(target)
+        if is_folder:
+            yield from _walk(path, seen, passed_over)
+        else:
+            yield path
 
 
 def hash_fraction(text: str, salt: bytes) -> float:
@@ -162,9 +195,11 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix == ".zst":
-        # Not the zstandard package: it takes a truncated stream for a short one.
-        stream = _module("pyarrow", path).input_stream(path, compression="zstd")
-        return io.BufferedReader(stream, buffer_size=1 << 20)
+        # Not the zstandard package: it takes a truncated stream for a short one. Nor pyarrow: it
+        # refuses what zstd --long wrote. The largest window takes 2 GiB while the file is read.
+        zstd = _module(_ZSTD, path)
+        window = zstd.DecompressionParameter.window_log_max
+        return cast(IO[bytes], zstd.open(path, options={window: window.bounds()[1]}))
     return path.open("rb")
 
 
@@ -183,7 +218,9 @@ def _parquet_column(path: Path, column: str) -> Iterator[Any]:
 def _read_errors(path: Path) -> tuple[type[Exception], ...]:
     """What reading a damaged file of this format raises."""
     errors = (OSError, EOFError, zlib.error)
-    if path.suffix in (".parquet", ".zst"):
+    if path.suffix == ".zst":
+        return (*errors, _module(_ZSTD, path).ZstdError, MemoryError)
+    if path.suffix == ".parquet":
         return (*errors, _module("pyarrow", path).ArrowException)
     return errors
 
@@ -193,5 +230,4 @@ def _module(name: str, path: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
-        raise DataError(f"reading {path} needs the Python package {package}") from error
+        raise DataError(f"reading {path} needs the Python module {name}") from error

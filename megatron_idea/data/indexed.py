@@ -43,6 +43,8 @@ class TokenizeSummary:
     held_out_tokens: int
     text_bytes: int
     """UTF-8, on both sides."""
+    passed_over: list[Path]
+    """Left aside in folders: hidden names, other formats, targets of links that were read."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def tokenize(
         documents=train.documents + held.documents,
         held_out_documents=held.documents,
         skipped_documents=documents.skipped + empty,
+        passed_over=documents.passed_over,
         train_tokens=train.tokens,
         held_out_tokens=held.tokens,
         text_bytes=train.text_bytes + held.text_bytes,

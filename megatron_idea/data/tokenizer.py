@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ END_OF_DOCUMENT_NAMES = (
     "<eod>",
 )
 """What public tokenizers call the token that ends a document; the first one present is taken."""
+SETTINGS = (
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
+)  # fmt: skip
+"""What other programs read beside a ``tokenizer.json``."""
 _PIECE_CHARACTERS = 16_384
 _MOST_BYTES = 1 << 28
 """Of a tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB."""
@@ -158,12 +163,29 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """
     if str(name) == "byte":
         return ByteTokenizer()
-    path = Path(name)
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    path = tokenizer_file(name)
     if not path.is_file():
         raise DataError(f"no tokenizer at {name}; legal: a tokenizer.json, its folder, or 'byte'")
     return JsonTokenizer(path, str(name))
+
+
+def tokenizer_file(name: str | Path) -> Path:
+    """The ``tokenizer.json`` that ``name`` means: itself, or the one in that folder."""
+    path = Path(name)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def copy_tokenizer(name: str | Path, to: Path) -> None:
+    """Copy a ``tokenizer.json`` and its settings into folder ``to``."""
+    path = tokenizer_file(name)
+    if to.resolve() == path.parent.resolve() and path.name == "tokenizer.json":
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    for source, target in [(path, "tokenizer.json"), *((path.with_name(n), n) for n in SETTINGS)]:
+        if source.is_file():
+            part = to / f".{target}.{os.getpid()}.part"
+            shutil.copyfile(source, part)
+            part.replace(to / target)
 
 
 def train_tokenizer(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import rich.table
+from rich.console import Group
 
 from megatron_idea.report import charts, tables
 from megatron_idea.report.page import page
@@ -58,12 +58,12 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
     return paths
 
 
-def closing_table(run_dir: Path) -> rich.table.Table:
+def closing_table(run_dir: Path) -> Group:
     """A run's closing table for a terminal; raises ValueError as ``report`` does."""
     return tables.in_terminal(tables.closing(read_run(Path(run_dir))))
 
 
-def comparison_table(run_dirs: Sequence[Path]) -> rich.table.Table:
+def comparison_table(run_dirs: Sequence[Path]) -> Group:
     """One row a run for a terminal; raises ValueError as ``report`` does."""
     return tables.in_terminal(tables.compared([read_run(Path(run)) for run in run_dirs]))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import rich.table
+from rich.console import Group
 from rich.text import Text
 
 from megatron_idea.config import Config
@@ -344,8 +345,8 @@ def share(run: Run) -> float:
     return min(1.0, run.tokens / run.config.schedule.total_tokens)
 
 
-def in_terminal(table: Table) -> rich.table.Table:
-    """For a console: without a title, the first column to the left."""
+def in_terminal(table: Table) -> Group:
+    """For a console: without a title, the first column to the left; its note below."""
     drawn = rich.table.Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(table.columns):
         # A long name of a run gives way, numbers do not.
@@ -358,8 +359,5 @@ def in_terminal(table: Table) -> rich.table.Table:
         )
     for row in table.rows:
         drawn.add_row(*map(Text, row))  # a string would be read as rich's markup
-    if table.note:
-        # A table is as wide as its cells, and its caption no wider: up to a line give it room.
-        drawn.caption, drawn.caption_justify = Text(table.note), "left"
-        drawn.min_width = min(len(table.note), 76)
-    return drawn
+    # Not the table's caption: that would be broken where the cells end.
+    return Group(drawn, Text(table.note, style="dim")) if table.note else Group(drawn)
