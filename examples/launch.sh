@@ -28,7 +28,8 @@
 #   CONTAINER_MOUNTS  as the runtime takes them; default: this folder under its own name
 #   MASTER_ADDR, MASTER_PORT  where the nodes meet (Slurm's address of the first one, a free port)
 # sbatch's own SBATCH_* and srun's SLURM_* variables work as everywhere, and everything else that is
-# exported (NCCL_*, CUDA_*, OMP_NUM_THREADS) reaches the processes as it is.
+# exported (NCCL_*, CUDA_*, OMP_NUM_THREADS) reaches the processes as it is; docs/running_at_scale.md
+# says what train itself sets where nobody has.
 #
 # A job that is told to stop (SIGUSR1 from Slurm before the limit, SIGTERM at preemption, a signal
 # from you: scancel --signal=USR1 JOB) finishes its step, saves, ends with status 75, and is requeued.

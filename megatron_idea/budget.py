@@ -295,6 +295,7 @@ def make_budget(
     Raises: ConfigError when the configuration cannot run on so many.
     """
     assume = assume or Assumptions()
+    config = configuration.replace(config, parallel=config.parallel.resolved(cuda=True))
     plan = make_plan(config, world_size)
     widths = [config.model.ffn_hidden_size, *(change.width for change in plan.width_changes)]
     begins = [0, *(change.tokens for change in plan.width_changes)]

@@ -16,6 +16,7 @@ import reprlib
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -145,8 +146,11 @@ class ParallelConfig:
     """Split norms and residuals over TP ranks too; has a meaning only when TP > 1."""
     use_distributed_optimizer: bool = True
     """Shard main weights and Adam moments over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass goes on; null: where there is CUDA."""
+    overlap_param_gather: bool | None = None
+    """Gather weights while the forward pass goes on; null: where there is CUDA, if gradients are
+    reduced so and the optimizer is distributed."""
     bucket_size: int = 0
     """Elements per gradient bucket; 0 leaves the choice to megatron-core."""
     distributed_timeout_minutes: float = 10.0
@@ -164,7 +168,7 @@ class ParallelConfig:
         )
         _require(
             not self.overlap_param_gather
-            or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            or (self.use_distributed_optimizer and bool(self.overlap_grad_reduce)),
             "parallel.overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
         )
         _require(self.bucket_size >= 0, "parallel.bucket_size must not be negative")
@@ -172,6 +176,13 @@ class ParallelConfig:
             0 < self.distributed_timeout_minutes < math.inf,
             "parallel.distributed_timeout_minutes must be positive",
         )
+
+    def resolved(self, cuda: bool) -> ParallelConfig:
+        """The same with every null decided, for a machine with or without CUDA."""
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        reduce = cuda if reduce is None else reduce
+        gather = cuda and reduce and self.use_distributed_optimizer if gather is None else gather
+        return dataclasses.replace(self, overlap_grad_reduce=reduce, overlap_param_gather=gather)
 
 
 @dataclass(frozen=True)
@@ -587,6 +598,10 @@ def _read_value(value: Any, kind: Any, name: str) -> Any:
         assert isinstance(kind, type)
         _reject_unknown(value, kind, prefix=f"{name}.")
         return _read_section(value, kind, prefix=f"{name}.")
+    if NoneType in get_args(kind):
+        if value is None or value == "null":
+            return None
+        (kind,) = (option for option in get_args(kind) if option is not NoneType)
     if get_origin(kind) is list:
         _require(isinstance(value, list), f"{name} is {_brief(value)}; it must be a list: [a, b]")
         (item,) = get_args(kind)

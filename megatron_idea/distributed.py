@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_idea import cpu
 from megatron_idea.config import ConfigError, ParallelConfig
@@ -63,6 +64,20 @@ class ProcessGroups:
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pp.rank() == self.pp.size() - 1
+
+
+def device() -> torch.device:
+    """The device of this process: its current GPU, or the CPU without CUDA."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def on_device(tensor: Tensor, target: torch.device) -> Tensor:
+    """A copy of a CPU tensor on ``target``, for which the host does not wait."""
+    if target.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(target, non_blocking=True)
 
 
 def world_size_from_environment() -> int:
@@ -134,17 +149,22 @@ def start_distributed(
     """
     has_cuda = torch.cuda.is_available()
     if has_cuda:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     cpu.install()
     if not dist.is_initialized():
         choose_interface()
         backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
         timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+        # NCCL then connects at once: a broken link shows here, not in the first step.
+        bound = device() if has_cuda else None
         if rendezvous is None and "RANK" not in os.environ:
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                backend,
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=timeout,
+                device_id=bound,
             )
         else:
             dist.init_process_group(
@@ -153,6 +173,7 @@ def start_distributed(
                 rank=int(os.environ["RANK"]),
                 world_size=int(os.environ["WORLD_SIZE"]),
                 timeout=timeout,
+                device_id=bound,
             )
     vpp = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -164,7 +185,7 @@ def start_distributed(
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return ProcessGroups(ProcessGroupCollection.use_mpu_process_groups(), device)
+    return ProcessGroups(ProcessGroupCollection.use_mpu_process_groups(), device())
 
 
 def stop_distributed() -> None:
@@ -260,7 +281,7 @@ def assert_same_on_all_ranks(content: bytes, what: str, groups: ProcessGroups) -
     """
     digest = hashlib.sha256(content).digest()
     if groups.world.size() > 1:
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(groups.device)
+        mine = on_device(torch.frombuffer(bytearray(digest), dtype=torch.uint8), groups.device)
         everyones = torch.empty(
             groups.world.size() * mine.numel(), dtype=torch.uint8, device=mine.device
         )

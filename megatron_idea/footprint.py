@@ -179,8 +179,9 @@ def step(paper: Paper, trainable: Trainable) -> Step:
         before = live.live
         forward_backward(run, TrainState.fresh(config))
     core.finalize_model_grads_func = finish
-    if config.parallel.use_distributed_optimizer and not config.parallel.overlap_param_gather:
-        for chunk in trainable.chunks:  # the optimizer does that; with overlap the forward does
+    for chunk in trainable.chunks:  # the optimizer does that; with overlap the forward does
+        ddp = chunk.ddp_config
+        if ddp.use_distributed_optimizer and not ddp.overlap_param_gather:
             chunk.start_param_sync()
     return Step(live.peak - before, _by_kind(operations.sent, groups, in_step / count))
 

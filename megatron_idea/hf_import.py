@@ -326,5 +326,3 @@ def _notes(config: Config, hf: dict[str, Any]) -> list[str]:
     if not config.data.train:
         notes.append("data.train is empty: import with --config or data.train=... to train on")
     return notes
-
-

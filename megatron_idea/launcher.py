@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -122,8 +125,7 @@ def launch(job: Job, arguments: list[str]) -> Ended:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # As torchrun would, without its warning: ranks that share cores must not each take them all.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    set_defaults(os.environ)
     # The working directory is not searched for modules: a folder there must not hide a package.
     os.environ["PYTHONSAFEPATH"] = "1"
     # A rank says itself what went wrong; torchrun's account of it would only push that away.
@@ -159,6 +161,43 @@ def launch(job: Job, arguments: list[str]) -> Ended:
                 1, f"node {job.node_rank} cannot meet the others at {job.master}: {reason}"
             )
     return Ended(0)
+
+
+def set_defaults(environment: MutableMapping[str, str]) -> None:
+    """Put into the workers' environment what a run needs and nobody has set.
+
+    CUDA, its allocator and gloo read it when a process starts to use them.
+    """
+    # As torchrun would, without its warning: ranks that share cores must not each take them all.
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    # gloo would take the interface of the host's name, which may be the loopback. NCCL's variable
+    # may also have a prefix of names or a list, which gloo does not know.
+    name = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if name in (known for _, known in socket.if_nameindex()):
+        environment.setdefault("GLOO_SOCKET_IFNAME", name)
+    capability = _compute_capability()
+    if capability is None:
+        return
+    # Each compaction gives all buffers back and takes smaller ones.
+    if "PYTORCH_ALLOC_CONF" not in environment:
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # One queue: megatron-core's tensor-parallel layers count on the order in which they launch a
+    # collective and a GEMM. From Blackwell on it asks for no such thing.
+    if capability < 10:
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _compute_capability() -> float | None:
+    """The least of this node's GPUs, None without any; asked of the driver, not of CUDA.
+
+    A CUDA context in this process would hold memory of a GPU during the whole run.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return min((float(line) for line in said.split()), default=None)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
 
 
 def _ended(rank: int, failure: Any, stopped_by: int | None) -> Ended:

@@ -134,18 +134,23 @@ class PrunableMLP(MLP):
         """Physical neurons on this TP rank."""
         return self.mask.numel()
 
-    def set_mask(self, mask: Tensor) -> None:
-        """Set which of this rank's neurons are alive: bool [width]."""
-        self.mask.copy_(mask)
-        self.refresh_mask()
+    def set_mask(self, mask: Tensor, whole: bool | None = None) -> None:
+        """Set which of this rank's neurons are alive: bool [width].
 
-    def refresh_mask(self, scale: float = 1.0) -> None:
+        ``whole``: whether all are; a caller that knows it spares the host a look at the device.
+        """
+        self.mask.copy_(mask)
+        self.refresh_mask(whole=whole)
+
+    def refresh_mask(self, scale: float = 1.0, whole: bool | None = None) -> None:
         """Derive the activation's factor from ``mask``; call it after the buffer was loaded.
 
-        ``scale`` multiplies what is alive, until the next call.
+        ``scale`` multiplies what is alive, until the next call. ``whole`` as in ``set_mask``.
         """
-        whole = bool(self.mask.all()) and scale == 1.0
-        self._factor = None if whole else self.mask.to(self.linear_fc1.weight.dtype) * scale
+        if whole is None:
+            whole = bool(self.mask.all())
+        unchanged = whole and scale == 1.0
+        self._factor = None if unchanged else self.mask.to(self.linear_fc1.weight.dtype) * scale
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any

@@ -72,9 +72,11 @@ def micro_batches(
     """Those of one step, with ``text_bytes``: of whole documents, or of each label."""
     for batch in rows.step(begin):
         if "text_bytes" not in batch:
-            scored = batch["labels"][batch["loss_mask"] > 0]
+            labels = batch["labels"]
             batch["text_bytes"] = (
-                scored.new_zeros(1) if token_bytes is None else token_bytes[scored]
+                labels.new_zeros(1)
+                if token_bytes is None
+                else token_bytes[labels] * (batch["loss_mask"] > 0)
             )
         yield batch
 

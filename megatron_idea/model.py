@@ -89,6 +89,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         # p2p cannot tell apart (Megatron-LM issue 750): it trains wrongly, without an error.
         overlap_p2p_comm=vpp > 1,
         batch_p2p_comm=vpp == 1,
+        # By default the host waits for the whole device at each exchange, for torch of 2021.
+        batch_p2p_sync=False,
         # Frees an output once it was handed to send. gloo may still be reading it then: the next
         # stage would compute on freed memory. CUDA orders the two on the stream.
         deallocate_pipeline_outputs=torch.cuda.is_available(),

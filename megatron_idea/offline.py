@@ -30,6 +30,7 @@ from megatron_idea.optim import (
 )
 from megatron_idea.prune.compact import stored
 from megatron_idea.prune.legal import due_widths
+from megatron_idea.prune.mask import apply_mask
 from megatron_idea.prune.pruner import Pruner, make_plan
 from megatron_idea.prune.strategy import Plan, Stats, live_counts, select
 
@@ -138,7 +139,7 @@ def _cut(trainable: Trainable, plan: Plan, step: int) -> Trainable:
         finish_main_update(fresh.optimizer, fresh.chunks)
     for (layer, old), (_, new) in zip(trainable.mlps, fresh.mlps, strict=True):
         new.neuron_ids.copy_(old.neuron_ids[kept[layer]])
-        new.set_mask(plan.alive[layer, new.neuron_ids])
+    apply_mask(fresh.mlps, plan)
     return fresh
 
 

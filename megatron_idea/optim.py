@@ -16,6 +16,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import (
     DistributedOptimizer,
     MegatronOptimizer,
+    clip_grads,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_idea.config import Config
-from megatron_idea.distributed import ProcessGroups
+from megatron_idea.distributed import ProcessGroups, device
 from megatron_idea.layers import PrunableMLP
 from megatron_idea.model import (
     build_model,
@@ -48,14 +49,14 @@ def wrap_data_parallel(
 
     Gradients are accumulated and reduced in fp32, and averaged over data-parallel ranks.
     """
-    parallel = config.parallel
+    parallel = config.parallel.resolved(cuda=groups.device.type == "cuda")
     wrapped = [
         DistributedDataParallel(
             config=core,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                overlap_grad_reduce=parallel.overlap_grad_reduce,
-                overlap_param_gather=parallel.overlap_param_gather,
+                overlap_grad_reduce=bool(parallel.overlap_grad_reduce),
+                overlap_param_gather=bool(parallel.overlap_param_gather),
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 bucket_size=parallel.bucket_size or None,
             ),
@@ -101,7 +102,7 @@ def build_optimizer(
         bf16=config.training.precision == "bf16",
         params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(core_config)
     scale = min(768 / config.model.hidden_size, 1.0)
@@ -115,10 +116,28 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
     ).chained_optimizers
-    if not torch.cuda.is_available():
+    if _is_torch_adam(optimizer.optimizer):
         for group in optimizer.optimizer.param_groups:
             group["fused"] = True  # one pass per parameter instead of ten
     return optimizer
+
+
+@torch.no_grad()
+def squared_grad_norm(optimizer: MegatronOptimizer) -> Tensor:
+    """Global squared norm of the reduced gradients: fp32 [1] on the device, equal on all ranks.
+
+    megatron-core's own function returns a number, for which the host waits; without Transformer
+    Engine and apex it waits for each gradient. Collective over all ranks.
+    """
+    optimizer.prepare_grads()
+    renamed = getattr(optimizer, "get_grads_for_grad_norm", None)  # megatron-core 0.19
+    gradients = (renamed or optimizer.get_main_grads_for_grad_norm)()
+    if gradients:
+        squared = torch.nn.utils.get_total_norm(gradients).square().view(1)
+    else:  # all shards are on other ranks
+        squared = torch.zeros(1, device=device())
+    torch.distributed.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
+    return squared
 
 
 def update(optimizer: MegatronOptimizer, config: Config, lr: float) -> float:
@@ -127,17 +146,24 @@ def update(optimizer: MegatronOptimizer, config: Config, lr: float) -> float:
     Returns: the global gradient norm before clipping. When it is not finite no weight, moment or
     step count is changed.
     """
+    grad_norm = squared_grad_norm(optimizer).item() ** 0.5
+    if math.isfinite(grad_norm):
+        clip_and_step(optimizer, config, lr, grad_norm)
+    return grad_norm
+
+
+def clip_and_step(
+    optimizer: MegatronOptimizer, config: Config, lr: float, grad_norm: float
+) -> None:
+    """Scale gradients of norm ``grad_norm`` down to ``clip_grad`` and take one step at ``lr``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["max_lr"] / config.schedule.lr
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
-    optimizer.prepare_grads()
-    clip = config.optimizer.clip_grad
-    with torch.no_grad():
-        grad_norm = optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm()
-    grad_norm = float(grad_norm)
-    if math.isfinite(grad_norm):
-        optimizer.step_with_ready_grads()
-    return grad_norm
+    if config.optimizer.clip_grad > 0:
+        clip_grads.clip_grad_by_total_norm_fp32(
+            optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm
+        )
+    optimizer.step_with_ready_grads()
 
 
 @dataclass(frozen=True)
@@ -216,14 +242,14 @@ def set_state(
     state = inner.state[part.main]
     for name, value in moments.items():
         state[name] = value.clone().view_as(part.main)
-    if _keeps_step_per_parameter(inner):
-        state["step"] = torch.tensor(float(step))
+    if _is_torch_adam(inner):  # fused, it counts on the parameter's device
+        state["step"] = torch.full((), float(step), device=part.main.device)
     else:
         for group in inner.param_groups:
             group["step"] = step
 
 
-def _keeps_step_per_parameter(inner: torch.optim.Optimizer) -> bool:
+def _is_torch_adam(inner: torch.optim.Optimizer) -> bool:
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
 

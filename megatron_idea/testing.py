@@ -61,8 +61,12 @@ class Workers:
     must be importable: a module-level function of a test file.
     """
 
-    def __init__(self, folder: Path, timeout_s: float = 240.0) -> None:
+    def __init__(
+        self, folder: Path, timeout_s: float = 240.0, serve: Callable[..., None] | None = None
+    ) -> None:
+        """``serve(pipe, path)`` is a process's life; default: ``serve_jobs``."""
         self._folder = folder
+        self._serve = serve or serve_jobs
         self._timeout_s = timeout_s
         self._processes: list[mp.process.BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -95,7 +99,7 @@ class Workers:
     def _start(self) -> None:
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, sys.path))
+        process = context.Process(target=self._serve, args=(theirs, sys.path))
         process.start()
         theirs.close()
         self._processes.append(process)
@@ -111,8 +115,8 @@ class Workers:
         self._processes, self._pipes = [], []
 
 
-def _serve(pipe: Connection, path: list[str]) -> None:
-    """A worker's life: one job after another until the pipe is closed."""
+def serve_jobs(pipe: Connection, path: list[str]) -> None:
+    """Run one job after another until the pipe is closed: a worker's life."""
     sys.path[:] = path
     torch.set_num_threads(1)
     quiet()

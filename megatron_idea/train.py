@@ -36,7 +36,7 @@ from megatron_idea.evaluate import held_out_loss, open_batches, validation_batch
 from megatron_idea.generate import sample_live
 from megatron_idea.lock import RunLock
 from megatron_idea.metrics import Progress, RecordError, RunLog, peak_flops
-from megatron_idea.optim import Trainable, assemble, update
+from megatron_idea.optim import Trainable, assemble, clip_and_step, squared_grad_norm
 from megatron_idea.prune import moves
 from megatron_idea.prune.compact import release
 from megatron_idea.prune.mask import apply_mask
@@ -210,13 +210,14 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
     tokens = state.consumed_tokens + config.batch_tokens
     lr = learning_rate(config.schedule, tokens)
     losses = forward_backward(run, state)  # gradients are reduced over DP, not yet clipped
-    loss, stopping, saved = share_loss(run, losses)
     observed = pruner.observe(trainable, tokens)  # weights before the update, unclipped gradients
-    grad_norm = update(trainable.optimizer, config, lr) if math.isfinite(loss) else math.nan
+    loss, grad_norm, stopping, saved = share(run, losses)
+    taken = math.isfinite(loss) and math.isfinite(grad_norm)
+    if taken:
+        clip_and_step(trainable.optimizer, config, lr, grad_norm)
     if saved:
         finish_saving(run)
     step_s = time.perf_counter() - begin
-    taken = math.isfinite(grad_norm)
     watch, state.watch = state.watch, guard.observe(config.guard, state.watch, loss, taken)
     plan = None
     if taken:
@@ -238,7 +239,7 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
         "keep_ratio": keep_ratio(config.schedule, tokens, config.final_keep_ratio),
         "ffn_live": plan.live if plan else pruner.live,
         "ffn_width": list(plan.widths if plan else trainable.widths),
-        "grad_norm": grad_norm,
+        "grad_norm": grad_norm if math.isfinite(loss) else math.nan,
         "tokens_per_s": config.batch_tokens / step_s,
         "step_s": step_s,
         "memory_bytes": memory_bytes(),
@@ -354,25 +355,33 @@ def forward_step(
     return output, mean_loss
 
 
-def share_loss(run: Run, losses: list[Tensor]) -> tuple[float, bool, bool]:
-    """The loss of the whole batch, whether to stop, and whether all ranks have written their part.
+def share(run: Run, losses: list[Tensor]) -> tuple[float, float, bool, bool]:
+    """Exchange what all ranks must know of a step; of all in it only this makes the host wait.
 
-    Known to all ranks after one message.
-
+    Returns: the loss of the whole batch, the global gradient norm, whether to stop, and whether all
+    ranks have written their part of a checkpoint.
     Raises: RecordError on every rank when rank 0 could not write the last step's records.
     """
     groups = run.groups
-    word = torch.zeros(4, dtype=torch.float64, device=groups.device)
-    if losses and groups.tp.rank() == 0:
-        word[0] = torch.stack(losses).double().mean() / groups.dp.size()
-    word[1] = float(run.stop.received is not None)
-    word[2] = float(run.saving is not None and not run.saving.done)
-    word[3] = float(run.log.failure is not None)
+
+    def number(value: float) -> Tensor:
+        return torch.full((), float(value), dtype=torch.float64, device=groups.device)
+
+    counts = bool(losses) and groups.tp.rank() == 0
+    word = torch.stack(
+        [
+            torch.stack(losses).double().mean() / groups.dp.size() if counts else number(0.0),
+            number(run.stop.received is not None),
+            number(run.saving is not None and not run.saving.done),
+            number(run.log.failure is not None),
+        ]
+    )
     dist.all_reduce(word)
-    loss, stops, writing, failed = word.tolist()
+    squared_norm = squared_grad_norm(run.trainable.optimizer)
+    loss, stops, writing, failed, squared = torch.cat([word, squared_norm.double()]).tolist()
     if failed:
         together(run.log.check, groups)
-    return loss, stops > 0, run.saving is not None and not writing
+    return loss, squared**0.5, stops > 0, run.saving is not None and not writing
 
 
 def evaluate(run: Run, state: TrainState, why: str) -> None:

@@ -29,6 +29,9 @@ export PATH="$venv/bin:$PATH"
 # Tests start several ranks on one machine: one thread each, as torchrun sets it.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+# A stand-in for a CUDA device, for tests/test_cuda_path.py, which waits for it or says what is wrong.
+python tests/cuda_stand_in/build.py >/dev/null 2>&1 &
+
 ruff check
 ruff format --check
 mypy

@@ -14,6 +14,7 @@ from megatron_idea.config import (
     BlendEntry,
     Config,
     ConfigError,
+    ParallelConfig,
     from_dict,
     load,
     replace,
@@ -420,3 +421,32 @@ def test_a_hostile_or_ambiguous_file_is_refused_in_a_line(content: str, tmp_path
     with pytest.raises(ConfigError) as caught:
         load(path)
     assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("given", "cuda", "reduces", "gathers"),
+    [
+        ({}, True, True, True),
+        ({}, False, False, False),
+        ({"use_distributed_optimizer": False}, True, True, False),
+        ({"overlap_grad_reduce": False}, True, False, False),
+        ({"overlap_param_gather": False}, True, True, False),
+        ({"overlap_grad_reduce": True}, False, True, False),
+    ],
+)
+def test_communication_overlaps_where_there_is_cuda_unless_told_otherwise(
+    given: dict[str, bool], cuda: bool, reduces: bool, gathers: bool
+) -> None:
+    parallel = ParallelConfig(**given)
+    resolved = parallel.resolved(cuda)
+    assert (resolved.overlap_grad_reduce, resolved.overlap_param_gather) == (reduces, gathers)
+    assert from_dict({"parallel": given}).parallel == parallel  # what is stored stays undecided
+
+
+def test_what_is_undecided_is_saved_and_given_as_null(tmp_path: Path) -> None:
+    undecided = load(None, ["parallel.overlap_grad_reduce=null"])
+    assert undecided.parallel.overlap_grad_reduce is None
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(undecided), encoding="utf-8")
+    assert load(saved) == undecided
+    assert load(saved, ["parallel.overlap_grad_reduce=on"]).parallel.overlap_grad_reduce is True

@@ -72,7 +72,7 @@ def job(rendezvous: str, config: Config, strange: dict[int, float]) -> list[tupl
     """
     from megatron_idea import train as module
 
-    share, seen = module.share_loss, []
+    share, seen = module.share, []
     read = module.Batches.step
     first = [0]
 
@@ -85,11 +85,11 @@ def job(rendezvous: str, config: Config, strange: dict[int, float]) -> list[tupl
         seen.append((len(seen) + 1, first[0]))
         return strange.get(first[0], loss), *rest
 
-    module.share_loss, module.Batches.step = told, noted  # type: ignore[method-assign]
+    module.share, module.Batches.step = told, noted  # type: ignore[method-assign]
     try:
         module.train(config, rendezvous)
     finally:
-        module.share_loss, module.Batches.step = share, read  # type: ignore[method-assign]
+        module.share, module.Batches.step = share, read  # type: ignore[method-assign]
     return seen
 
 

@@ -15,11 +15,21 @@ PACKAGE = "megatron_idea"
 
 # A part may import parts of its own rank or below.
 LAYERS = (
-    {"config", "schedule", "guard", "kernels", "_C", "__init__", "core_versions"},
+    {
+        "config",
+        "schedule",
+        "guard",
+        "kernels",
+        "_C",
+        "__init__",
+        "core_versions",
+        "files",
+        "terminal",
+    },
     {"distributed", "cpu"},
     {"layers", "model", "data", "optim", "metrics", "estimate", "trackers"},
     {"prune"},
-    {"checkpoint", "storage", "lock"},
+    {"checkpoint", "checkpoint_index", "storage", "lock", "huggingface"},
     {
         "train",
         "measure",
@@ -27,7 +37,6 @@ LAYERS = (
         "harness",
         "export",
         "hf_import",
-        "huggingface",
         "nemotron_nas_config",
         "generate",
         "report",

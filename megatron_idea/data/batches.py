@@ -28,6 +28,7 @@ from megatron_idea.config import BlendEntry
 from megatron_idea.data.documents import DataError
 from megatron_idea.data.indexed import DatasetInfo, check_dataset
 from megatron_idea.data.tokenizer import Tokenizer
+from megatron_idea.distributed import on_device
 
 Built = TypeVar("Built")
 
@@ -219,9 +220,7 @@ class Batches(Rows):
                 )
         batch = {}
         for key, tensor in stacked.items():
-            if self.device.type == "cuda":
-                tensor = tensor.pin_memory()
-            batch[key] = tensor.to(self.device, non_blocking=True)
+            batch[key] = on_device(tensor, self.device)
         return batch
 
     def _sample(self, index: int) -> dict[str, Tensor]:

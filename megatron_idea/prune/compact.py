@@ -66,7 +66,7 @@ class CompactReport:
 def stored(alive: Tensor, ids: Sequence[Tensor], width: int) -> list[Tensor]:
     """Which neurons of a layer stay in memory: the live, then masked ones by id up to ``width``."""
     present = torch.cat(list(ids))
-    is_alive = alive.cpu()[present]
+    is_alive = alive[present]
     spare = width - int(is_alive.sum())
     assert spare >= 0, f"{width} neurons cannot hold {int(is_alive.sum())} live ones"
     stored = is_alive.clone()
@@ -163,7 +163,7 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     for layer, mlp in fresh.mlps:
         source = relocations[layer].sources[groups.tp.rank()]
         mlp.neuron_ids.copy_(torch.stack(ids[layer])[source[:, 0], source[:, 1]])
-        mlp.set_mask(plan.alive[layer, mlp.neuron_ids])
+    apply_mask(fresh.mlps, plan)
     for chunk in fresh.chunks:
         chunk.restore_grad_buffers()
     trainable.core, trainable.chunks = fresh.core, fresh.chunks

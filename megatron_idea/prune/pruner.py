@@ -30,8 +30,8 @@ def build_strategy(config: Config) -> Strategy:
 
 
 def make_plan(alive: Tensor, widths: tuple[int, ...]) -> Plan:
-    """A plan with its digest: ``alive`` [L, F] bool in original numbering."""
-    content = alive.cpu().numpy().tobytes() + repr(widths).encode()
+    """A plan with its digest: ``alive`` [L, F] bool in original numbering, on the CPU."""
+    content = alive.numpy().tobytes() + repr(widths).encode()
     return Plan(alive, widths, hashlib.sha256(content).hexdigest())
 
 
@@ -39,7 +39,8 @@ class Pruner:
     """Keeps score of a model's neurons and says which live on.
 
     Nothing here counts steps or stores a phase: what is due follows from the consumed tokens and
-    from who is alive. ``alive`` [L, F] is equal on every rank and is derived from the masks.
+    from who is alive. ``alive`` [L, F] is equal on every rank and is derived from the masks. It is
+    on the CPU, where plans are made: of a plan the host waits for the ranking of neurons only.
     """
 
     def __init__(self, trainable: Trainable) -> None:
@@ -53,7 +54,7 @@ class Pruner:
 
     def _read_masks(self, trainable: Trainable) -> Tensor:
         masks = [mlp.mask.to(torch.int32) for _, mlp in trainable.mlps]
-        return self.in_original_numbering(trainable, masks) > 0
+        return self.in_original_numbering(trainable, masks).cpu() > 0
 
     @property
     def live(self) -> list[int]:
@@ -109,7 +110,7 @@ class Pruner:
             widths = due_widths(
                 widths, live_counts(alive), config.ffn_multiple, config.compaction_block, final
             )
-        if widths == trainable.widths and bool((alive == self.alive).all()):
+        if widths == trainable.widths and torch.equal(alive, self.alive):
             return None
         return make_plan(alive, widths)
 

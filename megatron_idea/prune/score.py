@@ -82,25 +82,23 @@ class ScoreTracker:
 
     def record(self, sums: Sequence[Tensor]) -> None:
         """Add a step's sums to the window."""
-        for window, value in zip(self.window, sums, strict=True):
-            window += value
+        torch._foreach_add_(self.window, list(sums))
         self.window_steps += 1
 
     def reduce_window(self, groups: ProcessGroups) -> None:
         """Sum the window over data-parallel ranks; the first of them carries it on."""
         _all_reduce(self.window, dist.ReduceOp.SUM, groups)
         if groups.dp.rank() > 0:
-            for window in self.window:
-                window.zero_()
+            torch._foreach_zero_(self.window)
 
     def fold(self, groups: ProcessGroups) -> None:
         """Let the window into the average and empty it; nothing when it is empty."""
         if self.window_steps == 0:
             return
         _all_reduce(self.window, dist.ReduceOp.SUM, groups)
-        for ema, window in zip(self.ema, self.window, strict=True):
-            ema.mul_(self.history).add_(window, alpha=(1 - self.history) / self.window_steps)
-            window.zero_()
+        torch._foreach_mul_(self.ema, self.history)
+        torch._foreach_add_(self.ema, self.window, alpha=(1 - self.history) / self.window_steps)
+        torch._foreach_zero_(self.window)
         self.window_steps = 0
 
 

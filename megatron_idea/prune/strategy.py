@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_idea.distributed import on_device
+
 GATE, UP, DOWN = range(3)
 
 
@@ -31,7 +33,7 @@ class Plan:
     """Which neurons live on and how wide the layers are stored, the same on every rank."""
 
     alive: Tensor
-    """[L, F] bool; a subset of the previous plan's."""
+    """[L, F] bool, on the CPU; a subset of the previous plan's."""
     widths: tuple[int, ...]
     """Physical neurons per layer; larger than the live count where masked ones stay for now."""
     digest: str
@@ -63,7 +65,8 @@ class Strategy(Protocol):
     def allocate(self, importance: Tensor, alive: Tensor, keep_count: int) -> list[int]:
         """Neurons to keep in each layer when ``keep_count`` a layer may live on average.
 
-        Never more than are alive in that layer.
+        Never more than are alive in that layer. ``alive`` is on the CPU, ``importance`` where it
+        was measured.
         """
         ...
 
@@ -71,12 +74,16 @@ class Strategy(Protocol):
 def select(importance: Tensor, alive: Tensor, budget: list[int]) -> Tensor:
     """The ``budget[l]`` most important live neurons of each layer; ties go to the lower index.
 
-    Returns: [L, F] bool, a subset of ``alive``.
+    Importance is ranked where it is, and the order is the one thing that the host waits for.
+
+    Returns: [L, F] bool on the CPU, as ``alive`` is, and a subset of it.
     Raises: ValueError when importance is not finite: a broken gradient must not pick neurons.
     """
-    if not bool(torch.isfinite(importance[alive]).all()):
+    here = on_device(alive, importance.device)
+    finite = (torch.isfinite(importance) | ~here).all()
+    order = torch.where(finite, ranked(importance, here), -1).cpu()
+    if int(order[0, 0]) < 0:
         raise ValueError("importance of a live neuron is not finite")
-    order = ranked(importance, alive)
     keep = torch.zeros_like(alive)
     for layer, count in enumerate(budget):
         keep[layer, order[layer, :count]] = True
@@ -85,6 +92,9 @@ def select(importance: Tensor, alive: Tensor, budget: list[int]) -> Tensor:
 
 
 def ranked(importance: Tensor, alive: Tensor) -> Tensor:
-    """[L, F] neuron indices from most to least important, removed ones last, ties by index."""
-    score = importance.masked_fill(~alive, float("-inf"))
+    """[L, F] neuron indices from most to least important, removed ones last, ties by index.
+
+    On the device of ``importance``; ``alive`` may be on the CPU.
+    """
+    score = importance.masked_fill(~on_device(alive, importance.device), float("-inf"))
     return torch.sort(score, dim=1, descending=True, stable=True).indices
