@@ -37,8 +37,8 @@ from megatron_idea.distributed import (
     memory_bytes,
 )
 from megatron_idea.optim import Trainable, assemble
-from megatron_idea.prune.moves import extension
 from megatron_idea.prune.pruner import Pruner, make_plan
+from megatron_idea.prune.relocate import extension
 from megatron_idea.testing import Workers
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out

@@ -1,14 +1,12 @@
 """How near the Triton kernels come to the memory's bandwidth, and what else computes the same.
 
-    python benchmarks/kernels.py                  laid out for 8 minutes of an H100 or H200
-    python benchmarks/kernels.py --quick          one shape and few rounds: does it run?
-    python benchmarks/kernels.py --ahead-of-time  what is known without a GPU: the machine code
+    python benchmarks/kernels.py            laid out for 8 minutes of an H100 or H200
+    python benchmarks/kernels.py --quick    one shape and few rounds, keeps nothing: does it run?
 
 First every contender is compared with fp64, values and gradients. Then each is timed with CUDA
 events, in rounds that alternate, over buffers that do not fit the cache together; forward and
-backward apart, dy made beforehand. Clock ``queued`` fills the GPU's queue behind a wait, so the
-kernels alone count; clock ``called`` counts what Python, autograd and launches cost as well.
-GB/s are of the bytes that the mathematics must move, whatever a contender moves.
+backward apart, dy made beforehand. The GPU's queue is filled behind a wait, so that the kernels
+alone count. GB/s are of the bytes that the mathematics must move, whatever a contender moves.
 
 Without a GPU the comparison and the whole harness run on small shapes, and no figure is kept.
 """
@@ -18,24 +16,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch._functorch.config
-from torch import Tensor
 
 from megatron_idea import config as configuration
 from megatron_idea.cli import quiet
 from megatron_idea.distributed import joined
-from megatron_idea.kernels import FfnShard, ffn_scores
 from megatron_idea.kernels.dispatch import can_launch, jit, launch, tl
 from megatron_idea.optim import assemble
 from megatron_idea.schedule import phase_ends
-from megatron_idea.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
@@ -44,18 +39,35 @@ from kernel_contenders import (
     PASSES,
     Contender,
     Inputs,
-    Pass,
     contenders,
+    draw_ffns,
     runnable,
-    score_formula,
+    score_calls,
 )
-from kernel_goals import Findings, Row
-from machine_code import ahead_of_time
-from measure import alternate, ratio
+from measure import alternate, ratio, write
 from training import FixedBatch, full_widths, stepper
 
 # Out again: transformers looks for a package `kernels`, and would find this file.
 sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
+
+BOTH = tuple(PASSES)
+# Name: ours, the other, passes taken together, and how much of the other's time ours may take.
+GOALS = {
+    "forward_to_copy": ("ours", "copy", ("forward",), 1.09),
+    "backward_to_copy": ("ours", "copy", ("backward",), 1.11),
+    "to_compile_static": ("ours", "compile_static", BOTH, 1.02),
+    "to_compile_dynamic": ("ours", "compile_dynamic", BOTH, 0.83),
+    "to_megatron_mask": ("ours", "megatron_mask", BOTH, 0.74),
+    "to_eager": ("ours", "eager", BOTH, 0.25),
+    "unmasked_to_liger": ("ours_unmasked", "liger", BOTH, 1.00),
+    "to_liger_mask": ("ours", "liger_mask", BOTH, 0.74),
+    "scores_to_read": ("ours", "read", ("scores",), 1.14),
+    "scores_to_compile": ("ours", "compile_static", ("scores",), 0.91),
+    "scores_to_eager": ("ours", "eager", ("scores",), 0.25),
+}
+STEP_GOAL = {"step_with_pruning_to_without": 1.01}
+LARGE = 64 * 2**20
+"""Tokens x width: smaller launches cannot fill an H200, and are not judged."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +86,63 @@ class Protocol:
 
 
 WIDTHS = (704, 1408, 5632, 6912, 14336, 14848)
-MODEL_2P8B = (32, 2560, 6912)
 FULL = Protocol(
     shapes=tuple((tokens, width) for tokens in (16384, 4096, 65536) for width in WIDTHS),
     slow_shapes=(*((16384, width) for width in WIDTHS), (4096, 6912), (65536, 6912)),
-    ffn=MODEL_2P8B,
+    ffn=(32, 2560, 6912),
 )
 QUICK = dataclasses.replace(
     FULL, shapes=((16384, 6912),), slow_shapes=((16384, 6912),), rounds=2, iterations=10
 )
 TINY = Protocol(((32, 24),), ((32, 24),), (2, 16, 24), rounds=2, iterations=2, buffer_bytes=2**17)
+
+
+@dataclass
+class Findings:
+    """Medians, and what there is none of."""
+
+    bandwidth_gb_per_s: dict[str, float]
+    left_out: dict[str, str]
+    fuser: str
+    rows: dict[tuple[str, str, int, int], tuple[float, float]] = field(default_factory=dict)
+    """Contender, pass, tokens, width (for scores: 0, number of weights): ms, GB/s."""
+    step: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, contender: str, what: str, shape: tuple[int, int], s: float, moved: int) -> None:
+        self.rows[contender, what, *shape] = (1e3 * s, moved / s / 1e9)
+
+    def judged(self) -> dict[str, dict[str, object]]:
+        """Of every goal the worst ratio over the large shapes on which both were measured."""
+        found: dict[str, dict[str, object]] = dict(self.step)
+        shapes = {(tokens, width) for _, _, tokens, width in self.rows}
+        for name, (ours, other, passes, _) in GOALS.items():
+            ratios = {}
+            for shape in shapes:
+                keys = [[(who, what, *shape) for what in passes] for who in (ours, other)]
+                large = shape[0] == 0 or math.prod(shape) >= LARGE
+                if large and all(key in self.rows for pair in keys for key in pair):
+                    mine, theirs = (sum(self.rows[key][0] for key in pair) for pair in keys)
+                    ratios[shape] = mine / theirs
+            if ratios:
+                worst = max(ratios, key=ratios.__getitem__)
+                found[name] = {"ratio": round(ratios[worst], 4), "tokens x width": list(worst)}
+        return found
+
+    def save(self) -> None:
+        limits = {name: at_most for name, (*_, at_most) in GOALS.items()} | STEP_GOAL
+        judged = self.judged()
+        content = {
+            "bandwidth_gb_per_s": self.bandwidth_gb_per_s,
+            "left_out": self.left_out,
+            "fuser": self.fuser,
+            **judged,
+            "columns": "contender pass tokens width ms gb_per_s",
+            "rows": [
+                " ".join([*map(str, key), f"{ms:.5g}", f"{gb_per_s:.5g}"])
+                for key, (ms, gb_per_s) in self.rows.items()
+            ],
+        }
+        write("kernels", content, {name: limits[name] for name in limits if name in judged})
 
 
 @jit
@@ -132,7 +191,7 @@ def measure_swiglu(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Rows of every shape, for as long as the budget of time lasts; those with baselines first."""
+    """Every shape, for as long as the budget of time lasts; those with baselines first."""
     deadline = time.monotonic() + protocol.budget_s
     for shape in sorted(protocol.shapes, key=lambda shape: shape not in protocol.slow_shapes):
         name = "{} x {}".format(*shape)
@@ -143,97 +202,44 @@ def measure_swiglu(
         torch.compiler.reset()  # else torch.compile would go dynamic at the second shape
         try:
             inputs = Inputs.draw(*shape, dtype, device, protocol.buffer_bytes // 4)
-            rows = rows_of(inputs, here, clock, protocol, findings.bandwidth_gb_per_s["copy"])
+            measure_shape(inputs, here, clock, protocol, findings)
         except torch.cuda.OutOfMemoryError as error:
             findings.left_out[name] = str(error).splitlines()[0]
-            continue
-        findings.rows += rows
-        print(f"{name}: {len(rows)} medians", flush=True)
+        print(f"{name}: {len(findings.rows)} medians", flush=True)
 
 
-def rows_of(
-    inputs: Inputs, here: list[Contender], clock: Clock, protocol: Protocol, copy_gb_per_s: float
-) -> list[Row]:
-    """Time every pass of every contender on one shape, by both clocks."""
-    tokens, width = inputs.dys[0].shape
-    itemsize = inputs.dys[0].element_size()
-    calls: dict[Pass, dict[str, Call]] = {each: {} for each in PASSES}
-    for contender in here:
-        for each, call in inputs.calls(contender):
+def measure_shape(
+    inputs: Inputs, here: list[Contender], clock: Clock, protocol: Protocol, findings: Findings
+) -> None:
+    calls = {contender.name: inputs.calls(contender) for contender in here}
+    shape = (tokens, width) = tuple(inputs.dys[0].shape)
+    for what, elements in PASSES.items():
+        of_pass = {name: by_pass[what] for name, by_pass in calls.items()}
+        for call in of_pass.values():
             for i in range(3):  # compiles
                 call(i)
-            calls[each][contender.name] = call
-    alive = {contender.name: contender.alive for contender in here}
-    counts = (protocol.rounds, protocol.iterations)
-    rows = []
-    for each, of_pass in calls.items():
-        moved = each.bytes(tokens, width, itemsize, 1.0)
-        ideal_ms = moved / copy_gb_per_s / 1e6
-        rows.append(Row("copy", each.name, "queued", tokens, width, ideal_ms, copy_gb_per_s))
-        for kind in ("queued", "called"):
-            medians = clock.medians(of_pass, *counts, queued=kind == "queued")
-            for name, s in medians.items():
-                moved = each.bytes(tokens, width, itemsize, alive[name])
-                rows.append(Row(name, each.name, kind, tokens, width, 1e3 * s, moved / s / 1e9))
-    return rows
-
-
-def draw_ffns(layers: int, hidden: int, f: int, device: torch.device) -> list[FfnShard]:
-    """bf16 weights and fp32 gradients."""
-    bf16 = {"dtype": torch.bfloat16, "device": device}
-    return [
-        FfnShard(
-            f, hidden,
-            torch.randn(2 * f * hidden, **bf16), torch.randn(2 * f * hidden, device=device), 0,
-            torch.randn(f * hidden, **bf16), torch.randn(f * hidden, device=device), 0,
-        )
-        for _ in range(layers)
-    ]  # fmt: skip
+        medians = clock.medians(of_pass, protocol.rounds, protocol.iterations, queued=True)
+        moved = elements * tokens * width * inputs.dys[0].element_size()
+        ideal = moved / findings.bandwidth_gb_per_s["copy"] / 1e9
+        for name, s in {"copy": ideal, **medians}.items():
+            findings.add(name, what, shape, s, moved)
 
 
 def measure_scores(
     implementation: str, clock: Clock, protocol: Protocol, findings: Findings, device: torch.device
 ) -> None:
-    """One pass over the FFN weights of a rank: one table of all layers, or layer by layer."""
+    """One pass over the FFN weights of a rank."""
     layers, hidden, f = protocol.ffn
     layer_bytes = 3 * f * hidden * 6
     if clock.on_gpu:
         layers = min(layers, int(0.8 * torch.cuda.mem_get_info()[0] / layer_bytes))
-    shards = draw_ffns(layers, hidden, f, device)
-    compiled = torch.compile(score_formula, dynamic=False)
-
-    def one_by_one(formula: Callable[..., Tensor]) -> Call:
-        return lambda _: [formula(s.w1, s.g1, s.w2, s.g2, f) for s in shards]
-
-    calls: dict[str, Call] = {
-        "ours": lambda _: ffn_scores(shards, implementation=implementation),
-        "eager": one_by_one(score_formula),
-        "compile_static": one_by_one(compiled),
-    }
-    first = (t.double() for t in (shards[0].w1, shards[0].g1, shards[0].w2, shards[0].g2))
-    law = score_formula(*first, f, torch.float64)
-    for name, call in calls.items():
-        assert_close(call(0)[0] / law, torch.ones_like(law), f"scores of {name}", 1e-5)
+    calls = score_calls(draw_ffns(layers, hidden, f, device), implementation)
     # A pass lasts longer than its launches: the host is ahead without a wait.
     medians = clock.medians(calls, protocol.rounds, max(1, protocol.iterations // 5), queued=False)
-    moved, read = layers * layer_bytes, findings.bandwidth_gb_per_s["read"]
-    shape = (0, 3 * f * hidden * layers)
-    findings.rows.append(Row("read", "scores", "queued", *shape, moved / read / 1e6, read))
-    for name, s in medians.items():
-        findings.rows.append(Row(name, "scores", "queued", *shape, 1e3 * s, moved / s / 1e9))
-        if name == "ours" and (layers, hidden, f) == MODEL_2P8B:
-            findings.figures["scores_ms"] = 1e3 * s
-    for name, call in calls.items() if clock.on_gpu else ():
-        suffix = "" if name == "ours" else f"_{name}"
-        findings.figures[f"scores_launches{suffix}"] = count_launches(call)
-
-
-def count_launches(call: Call) -> int:
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        call(0)
-        torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    moved = layers * layer_bytes
+    ideal = moved / findings.bandwidth_gb_per_s["read"] / 1e9
+    for name, s in {"read": ideal, **medians}.items():
+        findings.add(name, "scores", (0, 3 * f * hidden * layers), s, moved)
 
 
 STEP = {
@@ -255,7 +261,7 @@ TINY_STEP = {
 
 
 def measure_step(protocol: Protocol, findings: Findings, on_gpu: bool) -> None:
-    """Share of a training step that scores, plans and masks take, in the middle of pruning."""
+    """A training step with scores, plans and masks, in the middle of pruning, to one without."""
     config = configuration.from_dict(STEP if on_gpu else TINY_STEP)
     with joined(config.parallel, config.training.seed) as groups:
         data = FixedBatch(config, groups.device)
@@ -268,7 +274,8 @@ def measure_step(protocol: Protocol, findings: Findings, on_gpu: bool) -> None:
         calls = {"pruning": stepper(pruning, data, middle, True),
                  "none": stepper(none, data, 0, False)}  # fmt: skip
         seconds = alternate(calls, rounds=4 * protocol.rounds)
-    findings.figures["step_share"] = ratio(seconds["pruning"], seconds["none"])["ratio"] - 1
+    (name,) = STEP_GOAL
+    findings.step[name] = ratio(seconds["pruning"], seconds["none"])
 
 
 def measure(protocol: Protocol, device: torch.device, keep: bool) -> Findings:
@@ -281,12 +288,12 @@ def measure(protocol: Protocol, device: torch.device, keep: bool) -> Findings:
     # A graph is used many times: its buffers are not the compiler's to overwrite.
     torch._functorch.config.donated_buffer = False
     fuser = importlib.import_module("megatron.core.jit").jit_fuser
-    found, left_out = contenders(implementation)
     clock = Clock(device)
-    findings = Findings(left_out=left_out, fuser=f"{fuser.__module__}.{fuser.__qualname__}")
+    found, left_out = contenders(implementation)
+    fuser_name = f"{fuser.__module__}.{fuser.__qualname__}"
+    findings = Findings(measure_bandwidth(clock, protocol, device), left_out, fuser_name)
     print(f"ours: {implementation}; Megatron's fuser: {findings.fuser}")
     good = runnable(found, dtype, device, left_out)
-    findings.bandwidth_gb_per_s = measure_bandwidth(clock, protocol, device)
     for stage in (
         lambda: measure_swiglu(good, clock, protocol, findings, dtype, device),
         lambda: measure_scores(implementation, clock, protocol, findings, device),
@@ -301,19 +308,19 @@ def measure(protocol: Protocol, device: torch.device, keep: bool) -> Findings:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds, no file")
-    parser.add_argument("--ahead-of-time", action="store_true", help="compile, do not run")
     arguments = parser.parse_args()
     quiet()
-    if arguments.ahead_of_time:
-        ahead_of_time()
-    elif torch.cuda.is_available():
-        protocol = QUICK if arguments.quick else FULL
-        findings = measure(protocol, torch.device("cuda", 0), keep=not arguments.quick)
-        findings.show()
-    else:
-        findings = measure(TINY, torch.device("cpu"), keep=False)
-        print(f"the harness made {len(findings.rows)} rows, all thrown away: there is no GPU")
-        Findings(left_out=findings.left_out).show()
+    on_gpu = torch.cuda.is_available()
+    protocol = TINY if not on_gpu else QUICK if arguments.quick else FULL
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    findings = measure(protocol, device, keep=protocol is FULL)
+    for name, reason in findings.left_out.items():
+        print("left out:", name, "-", reason)
+    if not on_gpu:
+        print(f"the harness made {len(findings.rows)} medians, all thrown away: there is no GPU")
+    elif arguments.quick:
+        for name, found in findings.judged().items():
+            print(f"{name:<30}", found)
 
 
 if __name__ == "__main__":

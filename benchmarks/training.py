@@ -61,7 +61,6 @@ class Silent:
     """Stands for the run's log, its progress line and its signals."""
 
     received = None
-    failure = None
 
     def event(self, kind: str, **fields: object) -> None:
         pass

@@ -1,173 +1,119 @@
-// Python's side of plan.h and move.h: converts, checks, registers.
+// Python's side of relocate.h and move.h: checks, converts, registers.
 //
-// Tensors come in through the buffer protocol, which knows their size: whatever Python hands over,
-// nothing outside of it is read or written. No torch: one build serves every torch.
+// All that the copies rely on is checked here, once: whatever Python hands over, nothing outside of
+// it is read or written. Lists are copied first, so that no other thread changes them under the
+// loops. No torch: one build serves every torch.
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "move.h"
-#include "plan.h"
+#include "relocate.h"
 
 namespace py = pybind11;
 
 namespace megatron_idea {
 namespace {
 
-void require(bool legal, const std::string& complaint) {
+// Contiguous and of this type. Arguments are never converted: a copy would be filled in vain.
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using Bytes = Array<std::uint8_t>;
+using Shape = std::vector<py::ssize_t>;
+
+void require(bool legal, const char* complaint) {
     if (!legal) throw std::invalid_argument(complaint);
 }
 
-// A buffer that stays alive, contiguous and of known size as long as this object does.
-class Buffer {
-public:
-    Buffer(const py::buffer& object, const char* name, py::ssize_t dimensions,
-           py::ssize_t item_bytes, bool writable = false)
-        : name_(name) {
-        // Not request(writable): its error for a read-only one is a BufferError.
-        info_ = object.request();
-        require(!writable || !info_.readonly, name_ + " is read-only");
-        require(info_.ndim == dimensions,
-                name_ + " has " + std::to_string(info_.ndim) + " dimensions, not " +
-                    std::to_string(dimensions));
-        require(info_.itemsize == item_bytes,
-                name_ + " has items of " + std::to_string(info_.itemsize) + " bytes, not " +
-                    std::to_string(item_bytes));
-        py::ssize_t stride = info_.itemsize;
-        for (py::ssize_t d = info_.ndim; d-- > 0; stride *= info_.shape[d])
-            require(info_.shape[d] <= 1 || info_.strides[d] == stride,
-                    name_ + " is not contiguous");
-        require(reinterpret_cast<std::uintptr_t>(info_.ptr) % item_bytes == 0,
-                name_ + " is not aligned");
+void require_shape(const py::array& array, const Shape& wanted, const char* name) {
+    const Shape found(array.shape(), array.shape() + array.ndim());
+    if (found == wanted) return;
+    const auto text = [](const Shape& shape) { return std::string(py::str(py::cast(shape))); };
+    throw std::invalid_argument(name + (" is " + text(found)) + ", not " + text(wanted));
+}
+
+// The elements of a list, which may lie at any address.
+template <class Element, class T>
+std::vector<Element> copied(const Array<T>& list) {
+    static_assert(sizeof(Element) == sizeof(T));
+    require(list.ndim() == 1, "a list has one dimension");
+    std::vector<Element> result(list.size());
+    if (!result.empty()) std::memcpy(result.data(), list.data(), list.nbytes());
+    return result;
+}
+
+Index index_of(const Array<std::int64_t>& list, const Layout& layout) {
+    require(layout.units <= std::numeric_limits<std::uint32_t>::max(), "too many units");
+    Index index;
+    index.reserve(list.size());
+    for (const auto unit : copied<std::int64_t>(list)) {
+        if (unit < 0 || unit >= layout.units)
+            throw std::invalid_argument("index " + std::to_string(unit) + " is no unit of " +
+                                        std::to_string(layout.units));
+        index.push_back(static_cast<std::uint32_t>(unit));
     }
-
-    py::ssize_t size(py::ssize_t dimension) const { return info_.shape[dimension]; }
-    std::byte* data() const { return static_cast<std::byte*>(info_.ptr); }
-    const std::string& name() const { return name_; }
-    const std::string& format() const { return info_.format; }
-
-    bool overlaps(const Buffer& other) const {
-        const auto begin = reinterpret_cast<std::uintptr_t>(info_.ptr);
-        const auto others = reinterpret_cast<std::uintptr_t>(other.info_.ptr);
-        return begin < others + other.bytes() && others < begin + bytes();
-    }
-
-private:
-    std::uintptr_t bytes() const { return info_.size * info_.itemsize; }
-
-    std::string name_;
-    py::buffer_info info_;
-};
-
-// 64-bit integers of any kind and name: int64 has another format letter on each platform.
-Buffer integers(const py::buffer& object, const char* name) {
-    Buffer buffer(object, name, 1, 8);
-    require(buffer.format().find_first_of("lq") != std::string::npos,
-            buffer.name() + " is not int64");
-    return buffer;
+    return index;
 }
 
-Indices indices(const Buffer& buffer) {
-    return {reinterpret_cast<const std::int64_t*>(buffer.data()), buffer.size(0)};
+Layout layout_of(const Bytes& tensor) {
+    require(tensor.ndim() == 3, "a tensor is [outer, units, slice]");
+    return {tensor.shape(0), tensor.shape(1), tensor.shape(2)};
 }
 
-// fc1 and fc2 as bytes: [states, 2 neurons, hidden e] and [states, hidden, neurons e].
-FfnShape ffn_shape(const Buffer& fc1, const Buffer& fc2) {
-    const std::string both = fc1.name() + " and " + fc2.name();
-    const FfnShape shape{fc1.size(0), fc1.size(1) / 2, fc2.size(1),
-                         fc2.size(1) ? fc1.size(2) / fc2.size(1) : 0};
-    require(shape.states > 0 && shape.neurons > 0 && shape.hidden > 0, both + " are empty");
-    const auto e = shape.element_bytes;
-    require(e == 1 || e == 2 || e == 4 || e == 8, both + " do not agree on the hidden size");
-    require(fc1.size(1) == 2 * shape.neurons && fc1.size(2) == shape.hidden * e &&
-                fc2.size(0) == shape.states && fc2.size(2) == shape.neurons * e,
-            both + " do not have the shapes of one FFN");
-    return shape;
+// Calls copy(from, to) without the GIL.
+template <class Copy>
+void run(const Bytes& from, Bytes& to, Copy copy) {
+    require(to.writeable(), "what is written is read-only");
+    require(from.data() + from.size() <= to.data() || to.data() + to.size() <= from.data(),
+            "what is read and what is written overlap");
+    const auto* in = reinterpret_cast<const std::byte*>(from.data());
+    auto* out = reinterpret_cast<std::byte*>(to.mutable_data());
+    const py::gil_scoped_release release;
+    copy(in, out);
 }
 
-void require_apart(const Buffer& written, const std::vector<const Buffer*>& others) {
-    for (const Buffer* other : others)
-        require(!written.overlaps(*other), written.name() + " overlaps " + other->name());
-}
-
-void require_message(const Buffer& message, Indices index, const FfnShape& shape) {
-    // By division: a product could be too large for 64 bits.
-    require(message.size(0) % shape.neuron_bytes() == 0 &&
-                message.size(0) / shape.neuron_bytes() == index.count,
-            "message has " + std::to_string(message.size(0)) + " bytes for " +
-                std::to_string(index.count) + " neurons of " +
-                std::to_string(shape.neuron_bytes()));
-}
-
-void bound_relocate(const std::vector<py::buffer>& ids, const std::vector<py::buffer>& keep,
-                    bool ordered, const py::buffer& sources) {
+void bound_relocate(const std::vector<Array<std::int64_t>>& ids,
+                    const std::vector<Array<bool>>& keep, bool ordered,
+                    Array<std::int64_t>& sources) {
     require(ids.size() == keep.size() && !ids.empty(), "ids and keep are not one per rank");
-    std::vector<Buffer> held;  // keeps the buffers alive
-    held.reserve(2 * ids.size());
-    std::vector<RankNeurons> ranks;
+    std::vector<RankUnits> ranks;
     for (std::size_t r = 0; r < ids.size(); ++r) {
-        const Buffer& id = held.emplace_back(integers(ids[r], "ids"));
-        const Indices list = indices(id);
-        const Buffer& mask = held.emplace_back(keep[r], "keep", 1, 1);
-        require(mask.size(0) == list.count, "ids and keep differ in length");
-        ranks.push_back(
-            {list.data, reinterpret_cast<const std::uint8_t*>(mask.data()), list.count});
+        ranks.push_back({copied<std::int64_t>(ids[r]), copied<std::uint8_t>(keep[r])});
+        require(ranks[r].ids.size() == ranks[r].keep.size(), "ids and keep differ in length");
     }
-    const Buffer out(sources, "sources", 2, 8, true);
-    for (const Buffer& input : held) require_apart(out, {&input});
-    std::vector<Source> placed;
-    {
-        const py::gil_scoped_release release;
-        placed = relocate(ranks, ordered ? Placement::ordered : Placement::min);
-    }
-    require(out.size(0) == static_cast<py::ssize_t>(placed.size()) && out.size(1) == 2,
-            "sources is not [" + std::to_string(placed.size()) + ", 2]");
-    auto* to = reinterpret_cast<std::int64_t*>(out.data());
-    for (const Source& source : placed) {
-        *to++ = source.rank;
-        *to++ = source.index;
-    }
+    const auto placed = relocate(ranks, ordered ? Placement::ordered : Placement::min);
+    require_shape(sources, {static_cast<py::ssize_t>(placed.size()), 2}, "sources");
+    require(sources.writeable(), "what is written is read-only");
+    std::memcpy(sources.mutable_data(), placed.data(), sources.nbytes());
 }
 
-void bound_gather(const py::buffer& fc1, const py::buffer& fc2, const py::buffer& index,
-                  const py::buffer& fc1_out, const py::buffer& fc2_out) {
-    const Buffer in1(fc1, "fc1", 3, 1), in2(fc2, "fc2", 3, 1), wanted = integers(index, "index");
-    const Buffer out1(fc1_out, "fc1_out", 3, 1, true), out2(fc2_out, "fc2_out", 3, 1, true);
-    const ConstFfn from{in1.data(), in2.data(), ffn_shape(in1, in2)};
-    const Ffn to{out1.data(), out2.data(), ffn_shape(out1, out2)};
-    require_apart(out1, {&in1, &in2, &wanted, &out2});
-    require_apart(out2, {&in1, &in2, &wanted});
-    const py::gil_scoped_release release;
-    gather(from, indices(wanted), to);
+void bound_gather(const Bytes& from, const Array<std::int64_t>& index, Bytes& to) {
+    const Layout layout = layout_of(from);
+    const Index units = index_of(index, layout);
+    require_shape(to, {from.shape(0), index.size(), from.shape(2)}, "to");
+    run(from, to, [&](auto* in, auto* out) { gather(in, layout, units, out); });
 }
 
-void bound_pack(const py::buffer& fc1, const py::buffer& fc2, const py::buffer& index,
-                const py::buffer& message) {
-    const Buffer in1(fc1, "fc1", 3, 1), in2(fc2, "fc2", 3, 1), leaving = integers(index, "index");
-    const Buffer out(message, "message", 1, 1, true);
-    const ConstFfn from{in1.data(), in2.data(), ffn_shape(in1, in2)};
-    require_message(out, indices(leaving), from.shape);
-    require_apart(out, {&in1, &in2, &leaving});
-    const py::gil_scoped_release release;
-    pack(from, indices(leaving), out.data());
+void bound_pack(const Bytes& from, const Array<std::int64_t>& index, Bytes& message) {
+    const Layout layout = layout_of(from);
+    const Index units = index_of(index, layout);
+    require_shape(message, {index.size(), from.shape(0), from.shape(2)}, "message");
+    run(from, message, [&](auto* in, auto* out) { pack(in, layout, units, out); });
 }
 
-void bound_unpack(const py::buffer& message, const py::buffer& index, const py::buffer& fc1,
-                  const py::buffer& fc2) {
-    const Buffer in(message, "message", 1, 1), arriving = integers(index, "index");
-    const Buffer out1(fc1, "fc1", 3, 1, true), out2(fc2, "fc2", 3, 1, true);
-    const Ffn to{out1.data(), out2.data(), ffn_shape(out1, out2)};
-    require_message(in, indices(arriving), to.shape);
-    require_apart(out1, {&in, &arriving, &out2});
-    require_apart(out2, {&in, &arriving});
-    const py::gil_scoped_release release;
-    unpack(in.data(), indices(arriving), to);
+void bound_unpack(const Bytes& message, const Array<std::int64_t>& index, Bytes& to) {
+    const Layout layout = layout_of(to);
+    const Index units = index_of(index, layout);
+    require_shape(message, {index.size(), to.shape(0), to.shape(2)}, "message");
+    run(message, to, [&](auto* in, auto* out) { unpack(in, units, out, layout); });
 }
 
 }  // namespace
@@ -175,13 +121,14 @@ void bound_unpack(const py::buffer& message, const py::buffer& index, const py::
 
 PYBIND11_MODULE(_C, m) {
     using namespace megatron_idea;
-    m.doc() = "Where neurons go and how they are copied: csrc/plan.h, csrc/move.h.";
-    m.def("relocate", &bound_relocate, py::arg("ids"), py::arg("keep"), py::arg("ordered"),
-          py::arg("sources"), "Fill sources [survivors, 2] with (rank, local index).");
-    m.def("gather", &bound_gather, py::arg("fc1"), py::arg("fc2"), py::arg("index"),
-          py::arg("fc1_out"), py::arg("fc2_out"), "out[j] = in[index[j]], all as bytes.");
-    m.def("pack", &bound_pack, py::arg("fc1"), py::arg("fc2"), py::arg("index"),
-          py::arg("message"), "message[j] = in[index[j]], all as bytes.");
-    m.def("unpack", &bound_unpack, py::arg("message"), py::arg("index"), py::arg("fc1"),
-          py::arg("fc2"), "out[index[j]] = message[j], all as bytes.");
+    m.doc() = "Where units go and how they are copied: csrc/relocate.h, csrc/move.h.";
+    const auto as_is = [](const char* name) { return py::arg(name).noconvert(); };
+    m.def("relocate", &bound_relocate, as_is("ids"), as_is("keep"), as_is("ordered"),
+          as_is("sources"), "Fill sources [survivors, 2] with (rank, local index).");
+    m.def("gather", &bound_gather, as_is("source"), as_is("index"), as_is("to"),
+          "to[:, j] = source[:, index[j]], as bytes [outer, units, slice].");
+    m.def("pack", &bound_pack, as_is("source"), as_is("index"), as_is("message"),
+          "message[j] = source[:, index[j]], as bytes [units, outer, slice].");
+    m.def("unpack", &bound_unpack, as_is("message"), as_is("index"), as_is("to"),
+          "to[:, index[j]] = message[j], as bytes.");
 }

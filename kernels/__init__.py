@@ -4,7 +4,7 @@ Imported as ``megatron_idea.kernels``, never as ``kernels``: that name belongs t
 ``transformers`` looks for.
 """
 
-from megatron_idea.kernels.score import FfnShard, ffn_scores, matrix_scores
-from megatron_idea.kernels.swiglu import masked_swiglu, masked_swiglu_backward
+from megatron_idea.kernels.score import MatrixShard, matrix_scores
+from megatron_idea.kernels.swiglu import masked_swiglu
 
-__all__ = ["FfnShard", "ffn_scores", "masked_swiglu", "masked_swiglu_backward", "matrix_scores"]
+__all__ = ["MatrixShard", "masked_swiglu", "matrix_scores"]

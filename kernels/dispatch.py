@@ -77,15 +77,6 @@ def _say_once(op: str, chosen: str, asked: str, device_type: str) -> None:
     )
 
 
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """Compute capability of a CUDA device, 90 for 9.0; 80, the least we compile for, elsewhere."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
     """Launch ``kernel`` on a 1-D grid (the others end at 65535), on the tensors' own device."""
     if programs == 0:

@@ -23,9 +23,7 @@ from megatron_idea.estimate import (
 )
 from megatron_idea.meta import Paper, on_paper
 from megatron_idea.metrics import peak_flops
-from megatron_idea.prune.moves import Relocation
-
-Chance = dict[int, Relocation]
+from megatron_idea.prune.compact import Relocations
 
 USABLE = 0.9
 """Share of a GPU's memory that a plan may fill: an assumption. The rest is for CUDA, NCCL's
@@ -237,7 +235,7 @@ def _measure(paper: Paper, config: Config, stage: int, width: int, runs: bool) -
 
 
 def _compactions(
-    paper: Paper, config: Config, widths: Sequence[int], chances: Sequence[Chance]
+    paper: Paper, config: Config, widths: Sequence[int], chances: Sequence[Relocations]
 ) -> list[footprint.Compaction]:
     """What each change from one of ``widths`` to the next takes."""
     done = []

@@ -238,7 +238,7 @@ def _train_save_resume(folder: str) -> None:
 def _compaction() -> Row:
     """Who plans and copies neurons on the CPU; on a GPU PyTorch does the copies."""
     from megatron_idea.config import ConfigError
-    from megatron_idea.prune.moves import extension
+    from megatron_idea.prune.relocate import extension
 
     try:
         with _quiet():

@@ -33,7 +33,8 @@ from megatron_idea.optim import (
     slot,
 )
 from megatron_idea.prune import compact as compaction
-from megatron_idea.prune.moves import Relocation, relocate
+from megatron_idea.prune.compact import Relocations
+from megatron_idea.prune.relocate import relocate
 from megatron_idea.train import forward_backward
 
 
@@ -213,7 +214,7 @@ class Compaction:
     """To other ranks: state to its owners and back, neurons to their new ranks, new weights."""
 
 
-def random_relocations(config: Config, before: int, after: int) -> dict[int, Relocation]:
+def random_relocations(config: Config, before: int, after: int) -> Relocations:
     """Where neurons go when ``after`` of ``before`` in each layer survive, drawn by chance."""
     tp = config.parallel.tensor_model_parallel_size
     generator = torch.Generator().manual_seed(before)
@@ -222,12 +223,13 @@ def random_relocations(config: Config, before: int, after: int) -> dict[int, Rel
         keep = torch.zeros(before, dtype=torch.bool)
         keep[torch.randperm(before, generator=generator)[:after]] = True
         ids = torch.arange(before).chunk(tp)
-        relocations[layer] = relocate(ids, keep.chunk(tp), config.prune.placement)
+        key = ("ffn_hidden_size", layer)
+        relocations[key] = relocate(ids, keep.chunk(tp), config.prune.placement)
     return relocations
 
 
 def compact(
-    paper: Paper, trainable: Trainable, width: int, relocations: dict[int, Relocation]
+    paper: Paper, trainable: Trainable, width: int, relocations: Relocations
 ) -> tuple[Trainable, Compaction]:
     """Take ``trainable`` through a compaction to ``width`` neurons a layer, which ends it.
 

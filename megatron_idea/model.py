@@ -42,6 +42,12 @@ from megatron_idea.distributed import ProcessGroups
 from megatron_idea.kernels.dispatch import uses_triton
 from megatron_idea.layers import PrunableMLP, RMSNorm, ScaledDotProductAttention
 
+# Transformer Engine has these norms inside of the linear layers that follow them.
+FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
 
 def uses_transformer_engine() -> bool:
     """Whether layers are Transformer Engine's: it is installed and CUDA is there."""
@@ -166,11 +172,7 @@ def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine has these norms inside the linear layers: one name in checkpoints.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=dict(FUSED_NORMS),  # one name in checkpoints
         ),
     )
 
@@ -252,7 +254,7 @@ def named_parameters(
     """This rank's parameters by their name in the whole model, the same in any layout.
 
     Layers are numbered over all pipeline stages. The last stage's copy of a tied embedding is
-    named after the embedding.
+    named after the embedding, and Transformer Engine's norms are named as those of other layers.
     """
     for chunk in chunks:
         model = unwrap(chunk)
@@ -264,7 +266,10 @@ def named_parameters(
             local = re.match(r"decoder\.layers\.(\d+)\.", name)
             if local:
                 layer = layers[int(local[1])].layer_number - 1
-                name = f"decoder.layers.{layer}.{name[local.end() :]}"
+                tensor = name[local.end() :]
+                for plain, fused in FUSED_NORMS.items():
+                    tensor = tensor.replace(fused, plain)
+                name = f"decoder.layers.{layer}.{tensor}"
             yield name, parameter
 
 

@@ -28,11 +28,13 @@ from megatron_idea.optim import (
     finish_main_update,
     set_state,
 )
+from megatron_idea.prune.axis import cut
 from megatron_idea.prune.compact import stored
 from megatron_idea.prune.legal import due_widths
 from megatron_idea.prune.mask import apply_mask
 from megatron_idea.prune.pruner import Pruner, make_plan
 from megatron_idea.prune.strategy import Plan, Stats, live_counts, select
+from megatron_idea.prune.units import named_shares
 
 
 def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Path:
@@ -147,16 +149,13 @@ def _cut(trainable: Trainable, plan: Plan, step: int) -> Trainable:
 def _survivors(trainable: Trainable, kept: dict[int, Tensor]) -> dict[str, Tensor]:
     """Main weight, exp_avg and exp_avg_sq, [3, *shape], of every parameter by its name."""
     shards = ShardExchange(trainable)
-    fc1s = {id(m.linear_fc1.weight): kept[layer] for layer, m in trainable.mlps}
-    fc2s = {id(m.linear_fc2.weight): kept[layer] for layer, m in trainable.mlps}
     wholes = {}
-    for name, parameter in named_parameters(trainable.chunks):
+    for name, parameter, shares in named_shares(trainable):
         gathered = shards.gather(parameter)
         assert gathered is not None, "one process has all"
         whole = gathered.view(3, *parameter.shape)
-        if id(parameter) in fc1s:  # gate rows above up rows
-            whole = whole.unflatten(1, (2, -1))[:, :, fc1s[id(parameter)]].flatten(1, 2)
-        elif id(parameter) in fc2s:
-            whole = whole[:, :, fc2s[id(parameter)]]
+        for share in shares:
+            if share.axis == "ffn_hidden_size":
+                whole = torch.stack([cut(state, share, kept[share.layer]) for state in whole])
         wholes[name] = whole
     return wholes

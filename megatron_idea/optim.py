@@ -35,6 +35,7 @@ from megatron_idea.model import (
     prunable_mlps,
     transformer_config,
 )
+from megatron_idea.shape import Shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -273,10 +274,10 @@ def finish_main_update(
 class ShardExchange:
     """Moves a parameter's main weight and moments between DP shards and one whole copy.
 
-    Parameters are dealt out to data-parallel ranks by size, the two of an FFN together; a
-    parameter's owner holds the whole [3, numel] (main, exp_avg, exp_avg_sq) while it is cut, saved
-    or loaded. So no rank ever holds more than its share of the state and one FFN. Without the
-    distributed optimizer every rank has every parameter whole already and nothing travels.
+    Parameters are dealt out to data-parallel ranks by size; a parameter's owner holds the whole
+    [3, numel] (main, exp_avg, exp_avg_sq) while it is cut, saved or loaded. So no rank ever holds
+    more than its share of the state and one parameter. Without the distributed optimizer every rank
+    has every parameter whole already and nothing travels.
     """
 
     def __init__(self, trainable: Trainable, owners: Sequence[int] | None = None) -> None:
@@ -288,7 +289,7 @@ class ShardExchange:
         )
         self._parameters = trainable.parameters
         self._owners = (
-            self._deal(trainable.bundles, trainable.groups.dp.size())
+            self._deal(self._parameters, trainable.groups.dp.size())
             if owners is None
             else dict(zip(map(id, self._parameters), owners, strict=True))
         )
@@ -300,15 +301,14 @@ class ShardExchange:
         return [self._owners[id(parameter)] for parameter in self._parameters]
 
     @staticmethod
-    def _deal(bundles: Sequence[tuple[torch.nn.Parameter, ...]], dp: int) -> dict[int, int]:
-        """Largest bundle first, to the rank that has least; equal over TP because shapes are."""
-        sizes = {bundle: sum(p.numel() for p in bundle) for bundle in bundles}
+    def _deal(parameters: Sequence[torch.nn.Parameter], dp: int) -> dict[int, int]:
+        """Largest first, to the rank that has least; equal over TP because shapes are."""
         load = [0] * dp
         owners = {}
-        for bundle in sorted(bundles, key=lambda b: -sizes[b]):
+        for parameter in sorted(parameters, key=lambda p: -p.numel()):
             owner = load.index(min(load))
-            owners.update({id(parameter): owner for parameter in bundle})
-            load[owner] += sizes[bundle]
+            owners[id(parameter)] = owner
+            load[owner] += parameter.numel()
         return owners
 
     def _all_ranges(
@@ -416,15 +416,9 @@ class Trainable:
         return [p for chunk in self.chunks for p in chunk.parameters()]
 
     @property
-    def bundles(self) -> list[tuple[torch.nn.Parameter, ...]]:
-        """``parameters`` in portions that move as one: an FFN's two weights, any other alone."""
-        ffns = {id(m.linear_fc1.weight): m.linear_fc2.weight for _, m in self.mlps}
-        seconds = {id(fc2) for fc2 in ffns.values()}
-        return [
-            (p, ffns[id(p)]) if id(p) in ffns else (p,)
-            for p in self.parameters
-            if id(p) not in seconds
-        ]
+    def shape(self) -> Shape:
+        """Stored units of every axis, of the whole model."""
+        return Shape.full(self.config.model).with_counts("ffn_hidden_size", self.widths)
 
     @property
     def mlps(self) -> list[tuple[int, PrunableMLP]]:

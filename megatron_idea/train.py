@@ -37,10 +37,10 @@ from megatron_idea.generate import sample_live
 from megatron_idea.lock import RunLock
 from megatron_idea.metrics import Progress, RecordError, RunLog, peak_flops
 from megatron_idea.optim import Trainable, assemble, clip_and_step, squared_grad_norm
-from megatron_idea.prune import moves
 from megatron_idea.prune.compact import release
 from megatron_idea.prune.mask import apply_mask
 from megatron_idea.prune.pruner import Pruner
+from megatron_idea.prune.relocate import extension
 from megatron_idea.prune.strategy import Plan
 from megatron_idea.schedule import crossed, keep_ratio, learning_rate, phase, phase_ended
 
@@ -101,7 +101,7 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
     # Modules stay: not visiting them takes 0.2 s off the collection that every compaction needs.
     gc.freeze()
     try:
-        moves.extension()  # a wrong switch is found now, not at the first compaction
+        extension()  # a wrong switch is found now, not at the first compaction
         validate(config, world_size_from_environment())
         if not config.data.train:
             raise ConfigError("data.train is empty: name at least one indexed dataset to train on")

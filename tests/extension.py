@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_idea.prune import moves
+from megatron_idea.prune import relocate
 
 
 def needs_extension() -> None:
     """Skip where csrc/ was not built, unless the environment insists on it."""
-    if os.environ.get(moves.SWITCH) != "require":
+    if os.environ.get(relocate.SWITCH) != "require":
         pytest.importorskip("megatron_idea._C", reason="csrc/ is not built")
 
 
@@ -21,10 +21,10 @@ def needs_extension() -> None:
 def using(mode: str) -> Iterator[None]:
     """With the switch at ``mode``, asked anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(moves.SWITCH, mode)
-        moves.extension.cache_clear()
+        patch.setenv(relocate.SWITCH, mode)
+        relocate.extension.cache_clear()
         yield
-    moves.extension.cache_clear()
+    relocate.extension.cache_clear()
 
 
 @pytest.fixture(

@@ -155,8 +155,9 @@ def whole(trainable: Any, parameter: torch.nn.Parameter, what: str) -> torch.Ten
     return result
 
 
-def pack(fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
-    """[..., 2 f, H] and [..., H, f] -> [f, ..., 3, H]: all that each neuron owns, in one row."""
-    gate_up = fc1.unflatten(-2, (2, fc1.shape[-2] // 2))
-    down = fc2.transpose(-1, -2).unsqueeze(-3)
-    return torch.cat([gate_up, down], dim=-3).movedim(-2, 0).contiguous()
+def neuron_rows(tensor: str, weight: torch.Tensor) -> torch.Tensor:
+    """[f, ..., rows, H]: what each neuron owns of fc1 [..., 2 f, H] or fc2 [..., H, f], by hand."""
+    if tensor == "linear_fc1":  # gate rows above up rows
+        return weight.unflatten(-2, (2, -1)).movedim(-2, 0).contiguous()
+    assert tensor == "linear_fc2"
+    return weight.movedim(-1, 0).unsqueeze(-2).contiguous()

@@ -6,9 +6,7 @@ interpreter must be asked for before a kernel is defined.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,21 +15,14 @@ from torch import Tensor
 
 from megatron_idea.config import Config, replace
 from megatron_idea.distributed import ProcessGroups
-from megatron_idea.kernels import (
-    FfnShard,
-    ffn_scores,
-    masked_swiglu,
-    masked_swiglu_backward,
-    score,
-    swiglu,
-)
+from megatron_idea.kernels import MatrixShard, masked_swiglu, matrix_scores, score
 from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
 from megatron_idea.testing import assert_close, assert_equal
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 TRITON = {"implementation": "triton"}
 # The interpreter cuts fp32 down to bf16 where a GPU rounds to nearest: up to 1 unit of 2^-7 here.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8 if DEVICE.type == "cuda" else 2**-7}
 WIDTHS = (8, 24, 136, 264)  # less than a tile, less than a warp's row, more than one tile of fp32
 
 
@@ -51,8 +42,18 @@ def masks(width: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
     }
 
 
-def formula(x: Tensor, mask: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, dx, dm in fp64, derivatives written out."""
+def value_and_gradient(
+    x: Tensor, mask: Tensor | None, dy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y, dx; without ``dy`` of a sum, whose gradient has strides (0, 0)."""
+    leaf = x.detach().requires_grad_()
+    y = masked_swiglu(leaf, mask, **TRITON)
+    (dx,) = torch.autograd.grad(y if dy is not None else y.sum(), leaf, dy)
+    return y.detach(), dx
+
+
+def formula(x: Tensor, mask: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """y, dx in fp64, derivatives written out."""
     gate, up = x.double().chunk(2, dim=-1)
     factor = torch.ones(gate.shape[-1], device=DEVICE) if mask is None else mask
     factor, dy = factor.double(), dy.double()
@@ -60,8 +61,7 @@ def formula(x: Tensor, mask: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor,
     h = gate * sigmoid * up
     d = dy * factor
     dgate = d * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dx = torch.cat([dgate, d * gate * sigmoid], dim=-1)
-    return h * factor, dx, (dy * h).reshape(-1, h.shape[-1]).sum(0)
+    return h * factor, torch.cat([dgate, d * gate * sigmoid], dim=-1)
 
 
 # One token, an odd number, more than one program's rows, sequences of a batch, no token.
@@ -75,49 +75,11 @@ def test_values_and_gradients_are_the_formulas(
     names = ["none", "soft"] if tokens != (7,) else ["none", "ones", "zeros", "random", "soft"]
     for name in names:
         mask = masks(width, dtype)[name]
-        leaf = x.clone().requires_grad_()
-        y = masked_swiglu(leaf, mask, **TRITON)
-        (dx,) = torch.autograd.grad(y, leaf, dy)
-        expected_y, expected_dx, _ = formula(x, mask, dy)
+        y, dx = value_and_gradient(x, mask, dy)
+        expected_y, expected_dx = formula(x, mask, dy)
         assert y.dtype == dx.dtype == dtype
         assert_close(y, expected_y, f"y, mask {name}", TOLERANCE[dtype])
         assert_close(dx, expected_dx, f"dx, mask {name}", TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("width", [24, 264])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_h_and_dm_come_with_the_backward(width: int, dtype: torch.dtype) -> None:
-    # 130 rows: three programs add to dm.
-    x, dy = draw(130, 2 * width, dtype=dtype), draw(130, width, dtype=dtype)
-    mask = masks(width, torch.float32)["random"]
-    dx, h, dm = masked_swiglu_backward(dy, x, mask, with_h=True, with_dm=True, **TRITON)
-    expected_h, expected_dx, expected_dm = formula(x, mask, dy)
-    assert h is not None and dm is not None and dm.dtype == torch.float32
-    assert_close(dx, expected_dx, "dx", TOLERANCE[dtype])
-    assert_close(h, expected_h, "h", TOLERANCE[dtype])
-    assert_close(dm, expected_dm, "dm", 5e-6)  # 130 terms of either sign
-    assert bool((dm[mask == 0] != 0).all()), "a removed neuron has a dm too"
-    again = masked_swiglu_backward(dy, x, mask, with_h=True, with_dm=True, **TRITON)
-    for first, second, name in zip((dx, h, dm), again, ("dx", "h", "dm"), strict=True):
-        assert_equal(first, second, f"{name}, run twice")
-
-
-def test_a_mask_that_wants_a_gradient_gets_dm() -> None:
-    x, dy = draw(3, 5, 48), draw(3, 5, 24)
-    mask = masks(24, torch.float32)["soft"]
-    assert mask is not None
-    y = masked_swiglu(x, mask.requires_grad_(), **TRITON)
-    (dm,) = torch.autograd.grad(y, mask, dy)
-    assert_close(dm, formula(x, mask.detach(), dy)[2], "dm", 5e-6)
-
-
-def test_no_token_leaves_dm_at_zero() -> None:
-    dx, h, dm = masked_swiglu_backward(
-        draw(0, 24), draw(0, 48), None, with_h=True, with_dm=True, **TRITON
-    )
-    assert h is not None and dm is not None
-    assert (dx.shape, h.shape) == ((0, 48), (0, 24))
-    assert_equal(dm, torch.zeros(24, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -125,29 +87,11 @@ def test_a_masked_neuron_is_exactly_zero_whatever_comes_in(dtype: torch.dtype) -
     x, dy = draw(7, 2 * 136, dtype=dtype) * 1e4, draw(7, 136, dtype=dtype)
     mask = masks(136, dtype)["random"]
     assert mask is not None
-    y = masked_swiglu(x, mask, **TRITON)
-    dx, h, _ = masked_swiglu_backward(dy, x, mask, with_h=True, **TRITON)
+    y, dx = value_and_gradient(x, mask, dy)
     dead = mask == 0
-    assert h is not None
-    assert not y[:, dead].any() and not h[:, dead].any()
+    assert not y[:, dead].any()
     assert not dx[:, torch.cat([dead, dead])].any()
     assert bool(y[:, ~dead].any(dim=0).all())
-
-
-@pytest.mark.parametrize("dead", [range(128, 256), range(264), range(0)], ids=str)
-def test_skipping_changes_no_bit(dead: range) -> None:
-    # 128 neurons are a block in fp32; the third block has 8.
-    x, dy, mask = draw(7, 528), draw(7, 264), torch.ones(264, device=DEVICE)
-    mask[list(dead)] = 0
-    leaf = x.clone().requires_grad_()
-    outcomes = []
-    for skip in (False, True):
-        y = masked_swiglu(leaf, mask, skip_blocks=skip, **TRITON)
-        (dx,) = torch.autograd.grad(y, leaf, dy)
-        h = masked_swiglu_backward(dy, x, mask, with_h=True, skip_blocks=skip, **TRITON).h_TF
-        outcomes.append((y, dx, h))
-    for whole, skipped, name in zip(*outcomes, ("y", "dx", "h"), strict=True):
-        assert_equal(skipped, whole, name)
 
 
 def test_rows_may_lie_apart() -> None:
@@ -155,51 +99,25 @@ def test_rows_may_lie_apart() -> None:
     mask = masks(136, torch.float32)["soft"]
     wide_x, wide_dy = draw(7, 300), draw(7, 200)
     wide_x[:, 5 : 5 + 272], wide_dy[:, 3 : 3 + 136] = x, dy
-    apart_x, apart_dy = wide_x[:, 5 : 5 + 272], wide_dy[:, 3 : 3 + 136]
-    assert_equal(masked_swiglu(apart_x, mask, **TRITON), masked_swiglu(x, mask, **TRITON))
-    expected = masked_swiglu_backward(dy, x, mask, **TRITON).dx_T2F
-    assert_equal(masked_swiglu_backward(apart_dy, apart_x, mask, **TRITON).dx_T2F, expected)
-    leaf = x.clone().requires_grad_()
-    masked_swiglu(leaf, mask, **TRITON).sum().backward()  # its gradient has strides (0, 0)
-    ones = torch.ones_like(dy)
-    assert_equal(leaf.grad, masked_swiglu_backward(ones, x, mask, **TRITON).dx_T2F)
-
-
-def test_in_place_writes_the_same_over_x_and_forbids_a_second_backward() -> None:
-    x, dy = draw(7, 2 * 136), draw(7, 136)
-    mask = masks(136, torch.float32)["soft"]
-    expected = masked_swiglu_backward(dy, x, mask, **TRITON).dx_T2F
-    overwritten = x.clone()
-    dx = masked_swiglu_backward(dy, overwritten, mask, inplace=True, **TRITON).dx_T2F
-    assert dx.data_ptr() == overwritten.data_ptr()
-    assert_equal(dx, expected)
-    middle = x.clone().requires_grad_() * 1
-    y = masked_swiglu(middle, mask, inplace_backward=True, **TRITON)
-    (dx,) = torch.autograd.grad(y, middle, dy, retain_graph=True)
-    assert_equal(dx, expected)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(y, middle, dy)
+    apart = value_and_gradient(wide_x[:, 5 : 5 + 272], mask, wide_dy[:, 3 : 3 + 136])
+    for ours, expected in zip(apart, value_and_gradient(x, mask, dy), strict=True):
+        assert_equal(ours, expected)
+    of_a_sum = value_and_gradient(x, mask)[1]
+    assert_equal(of_a_sum, value_and_gradient(x, mask, torch.ones_like(dy))[1])
 
 
 def test_tensor_parallel_parts_are_the_whole() -> None:
     x, dy = draw(7, 2 * 264), draw(7, 264)
     mask = masks(264, torch.float32)["soft"]
     assert mask is not None
-    y = masked_swiglu(x, mask, **TRITON)
-    dx, _, dm = masked_swiglu_backward(dy, x, mask, with_dm=True, **TRITON)
-    assert dm is not None
+    y, dx = value_and_gradient(x, mask, dy)
     for rank in range(3):
         part = slice(rank * 88, rank * 88 + 88)
-        gate, up = (t[:, part] for t in x.chunk(2, dim=-1))
-        mine = torch.cat([gate, up], dim=-1)
-        assert_equal(masked_swiglu(mine, mask[part], **TRITON), y[:, part], "y")
-        my_dx, _, my_dm = masked_swiglu_backward(
-            dy[:, part], mine, mask[part], with_dm=True, **TRITON
-        )
-        for half in range(2):
-            theirs = dx[:, half * 264 :][:, part]
-            assert_equal(my_dx[:, half * 88 : half * 88 + 88], theirs, "dx")
-        assert_equal(my_dm, dm[part], "dm")
+        mine = torch.cat([half[:, part] for half in x.chunk(2, dim=-1)], dim=-1)
+        my_y, my_dx = value_and_gradient(mine, mask[part], dy[:, part])
+        assert_equal(my_y, y[:, part], "y")
+        theirs = torch.cat([half[:, part] for half in dx.chunk(2, dim=-1)], dim=-1)
+        assert_equal(my_dx, theirs, "dx")
 
 
 def test_a_row_beyond_two_to_the_31st_element() -> None:
@@ -209,52 +127,37 @@ def test_a_row_beyond_two_to_the_31st_element() -> None:
         store = torch.empty((rows - 1) * apart + 32, dtype=torch.bfloat16, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"not enough address space: {error}")
-    far = store.as_strided((rows, 16), (apart, 1))
+    far, far_dy = (store[at:].as_strided((rows, n), (apart, 1)) for at, n in ((0, 16), (16, 8)))
     x, dy = draw(rows, 16, dtype=torch.bfloat16), draw(rows, 8, dtype=torch.bfloat16)
-    far.copy_(x)
-    assert_equal(masked_swiglu(far, **TRITON), masked_swiglu(x, **TRITON), "y")
-    expected = masked_swiglu_backward(dy, x, **TRITON).dx_T2F
-    far_dy = store[16:].as_strided((rows, 8), (apart, 1))
-    far_dy.copy_(dy)
-    assert_equal(masked_swiglu_backward(far_dy, far, inplace=True, **TRITON).dx_T2F, expected)
+    far.copy_(x), far_dy.copy_(dy)
+    found = masked_swiglu(far, **TRITON), value_and_gradient(x, None, far_dy)[1]
+    for ours, expected in zip(found, value_and_gradient(x, None, dy), strict=True):
+        assert_equal(ours, expected)
 
 
-PAIRS = [pair for pair in itertools.product(ELEMENTS, REDUCTIONS) if pair != ("signed", "max")]
+PAIRS = [*((e, "sum") for e in ELEMENTS), *(("abs", r) for r in REDUCTIONS if r != "sum")]
 
 
-def ffn(f: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w1, g1, w2, g2, flat."""
-    size = f * hidden
-    return (
-        draw(2 * size, dtype=dtype),
-        draw(2 * size + 1)[1:].clone(),
-        draw(size, dtype=dtype),
-        draw(size + 1)[1:].clone(),
-    )
+def flat(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """w, g of a matrix."""
+    size = shape[0] * shape[1]
+    return draw(size, dtype=dtype), draw(size + 1)[1:].clone()
 
 
-def cut(
-    tensors: tuple[Tensor, ...], f: int, hidden: int, fc1: tuple[int, int], fc2: tuple[int, int]
-) -> FfnShard:
-    w1, g1, w2, g2 = tensors
-    (lo1, hi1), (lo2, hi2) = fc1, fc2
-    return FfnShard(f, hidden, w1[lo1:hi1], g1[lo1:hi1], lo1, w2[lo2:hi2], g2[lo2:hi2], lo2)
+def scores_of(
+    shards: list[MatrixShard], element: str = "abs", reduction: str = "sum"
+) -> list[Tensor]:
+    return matrix_scores(shards, element, reduction, device=DEVICE, **TRITON)
 
 
-def whole(tensors: tuple[Tensor, ...], f: int, hidden: int) -> FfnShard:
-    return cut(tensors, f, hidden, (0, 2 * f * hidden), (0, f * hidden))
-
-
-def definition(
-    tensors: tuple[Tensor, ...], f: int, hidden: int, element: str, reduction: str
-) -> Tensor:
-    """[3, f] in fp64, from the matrices."""
-    w1, g1, w2, g2 = (t.double() for t in tensors)
-    e = torch.cat([(w1 * g1).view(2, f, hidden), (w2 * g2).view(hidden, f).t()[None]])
-    e = {"abs": e.abs(), "squared": e**2, "signed": e}[element]
+def definition(w: Tensor, g: Tensor, shard: MatrixShard, element: str, reduction: str) -> Tensor:
+    """In fp64, from the whole matrix."""
+    w, g = w.double().view(shard.shape), g.double().view(shard.shape)
+    e = {"abs": (w * g).abs(), "squared": (w * g) ** 2, "signed": w * g, "weight": w.abs()}[element]
+    axis = 1 if shard.per == "row" else 0
     if reduction == "max":
-        return e.amax(-1)
-    return (e**2 if reduction == "sum_of_squares" else e).sum(-1)
+        return e.amax(axis)
+    return (e**2 if reduction == "sum_of_squares" else e).sum(axis)
 
 
 def assert_scores(actual: Tensor, expected: Tensor) -> None:
@@ -263,165 +166,105 @@ def assert_scores(actual: Tensor, expected: Tensor) -> None:
     assert_close(actual.double() / scale, expected.double() / scale, tolerance=1e-6)
 
 
-# Several layers of different widths; 130 rows of fc2 are two chunks of partial sums.
+# Widths of less than a tile and of more than one, a vector, 130 rows: two chunks of partial sums.
+# Addresses and widths of sixteens beside others.
+SHAPES = [((16, 130), "row"), ((5, 272), "row"), ((130, 8), "column"), ((130, 136), "column"),
+          ((1, 48), "column")]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("dtype", "element", "reduction"),
     [(torch.float32, *pair) for pair in PAIRS] + [(torch.bfloat16, "abs", "sum")],
     ids=str,
 )
-def test_scores_are_the_definition(dtype: torch.dtype, element: str, reduction: str) -> None:
-    sizes = [(8, 130), (24, 130)]
-    tensors = [ffn(f, hidden, dtype) for f, hidden in sizes]
-    layers = [whole(t, *size) for t, size in zip(tensors, sizes, strict=True)]
-    scores = ffn_scores(layers, element, reduction, **TRITON)
-    for one, t, size in zip(scores, tensors, sizes, strict=True):
-        assert one.dtype == torch.float32
-        assert_scores(one, definition(t, *size, element, reduction))
-    for first, second in zip(scores, ffn_scores(layers, element, reduction, **TRITON), strict=True):
-        assert_equal(second, first, "run twice")
+def test_scores_of_all_matrices_are_the_definition(
+    dtype: torch.dtype, element: str, reduction: str
+) -> None:
+    held = [flat(*shape, dtype=dtype) for shape, _ in SHAPES]
+    shards = [MatrixShard(*what, w, g) for what, (w, g) in zip(SHAPES, held, strict=True)]
+    first, second = (scores_of(shards, element, reduction) for _ in range(2))
+    for shard, (w, g), scores, again in zip(shards, held, first, second, strict=True):
+        assert scores.dtype == torch.float32
+        assert_scores(scores, definition(w, g, shard, element, reduction))
+        assert_equal(again, scores, "run twice")
 
 
-# Row length 48 and f 136 are aligned, 45 and 24 are not; cuts at multiples of 16 and anywhere, on
-# a row's border, inside a row, with an empty shard.
+# Cuts at multiples of 16 and anywhere, on a row's border, inside a row, with an empty shard.
 @pytest.mark.parametrize(
-    ("f", "hidden", "cuts"),
+    ("shape", "cuts"),
     [
-        (32, 48, ((0, 512, 1536, 3072), (0, 512, 1024, 1536))),
-        (24, 45, ((0, 45, 45, 1000, 2160), (0, 7, 24, 500, 1080))),
-        (24, 48, ((0, 3, 2304), (0, 1, 1152))),
+        ((64, 48), (0, 512, 1536, 3072)),
+        ((48, 45), (0, 45, 45, 1000, 2160)),
+        ((24, 48), (0, 3, 1152)),
     ],
 )
-@pytest.mark.parametrize(("element", "reduction"), [("abs", "sum"), ("abs", "max")])
+@pytest.mark.parametrize("per", ["row", "column"])
+@pytest.mark.parametrize("reduction", ["sum", "max"])
 def test_shards_add_up_to_the_whole(
-    f: int, hidden: int, cuts: tuple[tuple[int, ...], ...], element: str, reduction: str
+    shape: tuple[int, int], cuts: tuple[int, ...], per: str, reduction: str
 ) -> None:
-    tensors = ffn(f, hidden, torch.bfloat16)
-    parts = [
-        ffn_scores([cut(tensors, f, hidden, *ranges)], element, reduction, **TRITON)[0]
-        for ranges in zip(itertools.pairwise(cuts[0]), itertools.pairwise(cuts[1]), strict=True)
+    w, g = flat(*shape, dtype=torch.bfloat16)
+    shards = [
+        MatrixShard(shape, per, w[lo:hi], g[lo:hi], lo) for lo, hi in itertools.pairwise(cuts)
     ]
-    together = torch.stack(parts)
-    together = together.amax(0) if reduction == "max" else together.sum(0)
-    assert_scores(together, definition(tensors, f, hidden, element, reduction))
+    parts = torch.stack(scores_of(shards, "abs", reduction))
+    together = parts.amax(0) if reduction == "max" else parts.sum(0)
+    assert_scores(together, definition(w, g, shards[0], "abs", reduction))
 
 
-def test_what_is_elsewhere_is_zero() -> None:
-    tensors = ffn(24, 48, torch.float32)
-    expected = definition(tensors, 24, 48, "abs", "sum")
-    w1, g1, w2, g2 = tensors
-    layers = [
-        FfnShard(24, 48, w1=w1, g1=g1),
-        FfnShard(8, 48),
-        FfnShard(24, 48, w2=w2, g2=g2),
-        FfnShard(24, 48, w1[:0], g1[:0], 96, w2[:0], g2[:0], 5),
+@pytest.mark.parametrize("per", ["row", "column"])
+def test_what_is_elsewhere_is_zero(per: str) -> None:
+    w, g = flat(24, 48)
+    shards = [
+        MatrixShard((24, 48), per),
+        MatrixShard((24, 48), per, w[96:100], g[96:100], 96),
+        MatrixShard((24, 48), per, w[:0], g[:0], 96),
     ]
-    first, nothing, last, empty = ffn_scores(layers, **TRITON)
-    assert_scores(first, torch.cat([expected[:2], torch.zeros(1, 24, device=DEVICE)]))
-    assert_scores(last, torch.cat([torch.zeros(2, 24, device=DEVICE), expected[2:]]))
+    nothing, some, empty = scores_of(shards)
     assert not nothing.any() and not empty.any()
-    (alone,) = ffn_scores([FfnShard(8, 48)], device=torch.device(DEVICE), **TRITON)
-    assert_equal(alone, torch.zeros(3, 8, device=DEVICE))
+    touched = some.nonzero().flatten().tolist()
+    assert touched == ([2] if per == "row" else [0, 1, 2, 3])
+    (alone,) = scores_of([shards[0]])
+    assert_equal(alone, torch.zeros(shards[0].size, device=DEVICE))
 
 
-@pytest.mark.parametrize("history", [0.0, 0.9, 1.0])
-def test_the_moving_average_moves(history: float) -> None:
-    layers = [whole(ffn(f, 48, torch.float32), f, 48) for f in (8, 136)]
-    before = [draw(3, layer.f) for layer in layers]
-    averages = [b.clone() for b in before]
-    scores = ffn_scores(layers, averages=averages, history=history, **TRITON)
-    for average, old, value in zip(averages, before, scores, strict=True):
-        expected = history * old.double() + (1 - history) * value.double()
-        assert_close(average, expected, tolerance=1e-6)
+def test_the_magnitude_of_weights_reads_no_gradient() -> None:
+    w, _ = flat(24, 48)
+    shards = [MatrixShard((24, 48), per, w) for per in ("row", "column")]
+    for shard, scores in zip(shards, scores_of(shards, "weight"), strict=True):
+        assert_scores(scores, definition(w, w, shard, "weight", "sum"))
 
 
 def test_a_non_finite_gradient_stays_visible() -> None:
     for reduction in REDUCTIONS:
-        w1, g1, w2, g2 = ffn(8, 20, torch.float32)
-        g1[3 * 20 + 5], g2[2 * 8 + 6] = float("nan"), float("inf")
-        (scores,) = ffn_scores([whole((w1, g1, w2, g2), 8, 20)], "abs", reduction, **TRITON)
-        broken = [(matrix, c) for matrix, c in (~torch.isfinite(scores)).nonzero().tolist()]
-        assert broken == [(0, 3), (2, 6)], reduction
+        w, g = flat(20, 8)
+        g[3 * 8 + 5], g[9 * 8 + 5] = float("nan"), float("inf")
+        shards = [MatrixShard((20, 8), per, w, g) for per in ("row", "column")]
+        rows, columns = scores_of(shards, "abs", reduction)
+        broken = [(~torch.isfinite(each)).nonzero().flatten().tolist() for each in (rows, columns)]
+        assert broken == [[3, 9], [5]], reduction
 
 
-def test_signed_scores_of_up_and_down_are_dm() -> None:
-    """sum_j W_down g = sum_j W_up g = dm; what the gate row sums to is another number."""
-    tokens, f, hidden = 33, 24, 48
-    inputs, dz = draw(tokens, hidden), draw(tokens + 1, hidden)[1:]
-    fc1, fc2 = draw(2 * f, hidden).requires_grad_(), draw(hidden, f).requires_grad_()
-    mask = torch.ones(f, device=DEVICE, requires_grad=True)
-    z = masked_swiglu(inputs @ fc1.t(), mask, **TRITON) @ fc2.t()
-    z.backward(dz)
-    w1, g1, w2, g2 = (t.detach().flatten() for t in (fc1, fc1.grad, fc2, fc2.grad) if t is not None)
-    (scores,) = ffn_scores([whole((w1, g1, w2, g2), f, hidden)], "signed", **TRITON)
-    assert mask.grad is not None
-    gate, up, down = scores
-    scale = mask.grad.abs().max()
-    assert_close(up / scale, mask.grad / scale, "up", 5e-6)
-    assert_close(down / scale, mask.grad / scale, "down", 5e-6)
-    assert float(((gate - up) / scale).abs().max()) > 1e-2
-
-
-@pytest.fixture
-def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(*_: object, **__: object) -> None:
-        raise AssertionError("launched")
-
-    monkeypatch.setattr(swiglu, "launch", launch)
-    monkeypatch.setattr(score, "launch", launch)
-
-
-X, DY = torch.ones(3, 16, device=DEVICE), torch.ones(3, 8, device=DEVICE)
-MASK = torch.ones(8, device=DEVICE)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: masked_swiglu(X.half(), **TRITON), "x is torch.float16; legal: torch.bfloat16, t"),
-        (lambda: masked_swiglu(X.double(), **TRITON), "x is torch.float64; legal: torch.bfloat16,"),
-        (lambda: masked_swiglu(X[:, :15], **TRITON), "must be even, not 15"),
-        (lambda: masked_swiglu(X[:, ::2], **TRITON), r"x has strides \(16, 2\); legal: 1 in"),
-        (lambda: masked_swiglu(X, MASK[:7], **TRITON), r"mask is torch.float32 \(7,\); legal: .*8"),
-        (lambda: masked_swiglu(X, MASK.bool(), **TRITON), "mask is torch.bool"),
-        (lambda: masked_swiglu(X, MASK.bfloat16(), **TRITON), "mask is torch.bfloat16"),
-        (lambda: masked_swiglu(X, MASK.to("meta"), **TRITON), "mask is on meta; legal"),
-        (
-            lambda: masked_swiglu(X[:1].expand(3, 16), inplace_backward=True, **TRITON),
-            r"do not overlap, 16 or more apart, not strides \(0, 1\)",
-        ),
-        (lambda: masked_swiglu_backward(DY[:2], X, **TRITON), r"\(2, 8\); legal: .* \(3, 8\)"),
-        (lambda: masked_swiglu_backward(DY.bfloat16(), X, **TRITON), "dy is torch.bfloat16"),
-        (lambda: masked_swiglu_backward(DY.to("meta"), X, **TRITON), "dy is on meta; legal"),
-        (lambda: masked_swiglu_backward(DY.t().contiguous().t(), X, **TRITON), "dy has strides"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_an_error_before_a_launch(
-    no_launch: None, call: Callable[[], object], message: str
+def test_what_a_kernel_cannot_read_is_refused_before_a_launch(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_shards_that_do_not_fit_are_an_error_before_a_launch(no_launch: None) -> None:
-    tensors = ffn(8, 20, torch.float32)
-    good, other = whole(tensors, 8, 20), whole(ffn(8, 24, torch.float32), 8, 24)
-    narrow = whole(ffn(8, 20, torch.bfloat16), 8, 20)
-    w1, g1, *_ = tensors
-    apart = dataclasses.replace(good, w1=w1.repeat_interleave(2)[::2])
-    for layers, message in (
-        ([dataclasses.replace(good, lo1=1)], r"shard \[1, 321\) is outside the 16 x 20 matrix"),
-        ([dataclasses.replace(good, lo2=-1)], r"shard \[-1, 159\) is outside the 20 x 8 matrix"),
-        ([dataclasses.replace(good, w1=w1[1:])], r"flat and equally long, not \[319\], \[320\]"),
-        ([dataclasses.replace(good, w1=w1.view(16, 20))], "flat and equally long"),
-        ([dataclasses.replace(good, g1=g1.to("meta"))], "and g on meta; legal: the same device"),
-        ([dataclasses.replace(good, g1=g1.bfloat16())], "gradients are torch.bfloat16, .*; legal"),
-        ([dataclasses.replace(good, w1=w1.half())], "weights are torch.float16, .*; legal: all"),
-        ([good, narrow], "weights are torch.bfloat16, torch.float32; legal: all"),
-        ([good, other], r"hidden sizes differ: \[20, 24\]; legal: one"),
-        ([apart], "a shard has stride 2; legal: 1"),
+    launched: list[object] = []
+    monkeypatch.setattr(score, "launch", lambda *args, **_: launched.append(args))
+    w, g = flat(8, 20)
+    good = MatrixShard((8, 20), "row", w, g)
+    for shards in (
+        [MatrixShard((8, 20), "row", w.half(), g)],
+        [MatrixShard((8, 20), "row", w, g.bfloat16())],
+        [MatrixShard((8, 20), "row", w, g.to("meta"))],
+        [MatrixShard((8, 20), "row", w.repeat_interleave(2)[::2], g)],
+        [good, MatrixShard((8, 20), "row", w.bfloat16(), g)],
     ):
-        with pytest.raises(ValueError, match=message):
-            ffn_scores(layers, **TRITON)
+        with pytest.raises(AssertionError):
+            scores_of(shards)
+    for x in (draw(3, 16).half(), draw(3, 16).double()):
+        with pytest.raises(AssertionError):
+            masked_swiglu(x, **TRITON)
+    assert not launched
 
 
 @on_ranks(1)

@@ -1,4 +1,4 @@
-"""Neurons reach their places bit for bit, by the C++ extension and by PyTorch."""
+"""Units reach their places bit for bit, by the C++ extension and by PyTorch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from extension import needs_extension, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idea.config import ParallelConfig
-from megatron_idea.prune import moves
-from megatron_idea.prune.moves import Relocation, move_ffn, relocate
+from megatron_idea.config import ModelConfig, ParallelConfig
+from megatron_idea.prune import relocate as module
+from megatron_idea.prune.axis import Share, shares_of
+from megatron_idea.prune.relocate import Relocation, move, relocate
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
 
 DTYPES = (torch.float8_e4m3fn, torch.bool, torch.bfloat16, torch.float32, torch.float64)
@@ -43,70 +45,50 @@ def as_bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(BITS[x.element_size()])
 
 
-def owned(fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
-    """[f, n, 3, H] bits: gate row, up row and down column of every neuron, by definition."""
-    f = fc2.shape[2]
-    gate, up = as_bits(fc1)[:, :f], as_bits(fc1)[:, f:]
-    neurons = torch.stack([gate, up, as_bits(fc2).transpose(1, 2)], dim=2)
-    return neurons.transpose(0, 1).contiguous()
-
-
-def ffn_of(neurons: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fc1 and fc2 that own these [f, n, 3, H] bits."""
-    gate, up, down = neurons.transpose(0, 1).unbind(2)
-    fc2 = down.transpose(1, 2).contiguous().view(dtype)
-    return torch.cat([gate, up], dim=1).contiguous().view(dtype), fc2
-
-
-# ------------------------------------------------------------------------------------ copies
-
-# 8 is the block in which columns are turned: below, at, above, and several of them.
-HIDDEN = (1, 5, 8, 9, 33, 64)
+# 8 is the block in which slices are taken: below, at, above, and several of them.
+OUTER = (1, 5, 8, 9, 33, 64)
 
 
 @given(
-    n=st.integers(1, 4),
-    f=st.integers(1, 40),
-    hidden=st.sampled_from(HIDDEN),
+    outer=st.sampled_from(OUTER),
+    n=st.integers(1, 40),
+    stride=st.sampled_from((1, 2, 3, 16, 70)),
     dtype=st.sampled_from(DTYPES),
     index=st.lists(st.integers(0, 39), max_size=60),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None)
-def test_gather_and_pack_take_all_that_a_neuron_owns(
+def test_gather_and_pack_take_all_that_a_unit_owns(
     implementation: None,
+    outer: int,
     n: int,
-    f: int,
-    hidden: int,
+    stride: int,
     dtype: torch.dtype,
     index: list[int],
     seed: int,
 ) -> None:
-    fc1 = random_bits((n, 2 * f, hidden), dtype, seed)
-    fc2 = random_bits((n, hidden, f), dtype, seed + 1)
-    wanted = torch.tensor([i % f for i in index] or [0])
-    expected = owned(fc1, fc2)[wanted]
+    units = as_bits(random_bits((outer, n, stride), dtype, seed))
+    wanted = torch.tensor([i % n for i in index] or [0])
+    expected = torch.stack([units[:, u] for u in wanted.tolist()])
 
-    new1, new2 = moves._gather(as_bits(fc1), as_bits(fc2), wanted)
-    assert torch.equal(owned(new1, new2), expected)
-    assert new1.is_contiguous() and new2.is_contiguous()
+    gathered = module._gather(units, wanted)
+    assert torch.equal(gathered.transpose(0, 1), expected) and gathered.is_contiguous()
 
     message = torch.full((len(wanted), expected[0].nbytes), 0xA5, dtype=torch.uint8)
-    moves._pack(as_bits(fc1), as_bits(fc2), wanted, message)
+    module._pack(units, wanted, message)
     assert torch.equal(message.view(-1), expected.view(torch.uint8).view(-1))
 
     places = torch.randperm(len(wanted) + 3)
-    to1 = random_bits((n, 2 * len(places), hidden), dtype, seed + 2)
-    to2 = random_bits((n, hidden, len(places)), dtype, seed + 3)
-    after = owned(to1, to2)
-    after[places[:-3]] = expected
-    moves._unpack(message, places[:-3], as_bits(to1), as_bits(to2))
-    assert torch.equal(owned(to1, to2), after), "and what is not named stays"
+    to = as_bits(random_bits((outer, len(places), stride), dtype, seed + 1))
+    after = to.clone()
+    for place, unit in zip(places[:-3].tolist(), expected, strict=True):
+        after[:, place] = unit
+    module._unpack(message, places[:-3], to)
+    assert torch.equal(to, after), "and what is not named stays"
 
 
-def byte_arrays(n: int, f: int, hidden: int, e: int = 4) -> tuple[Any, Any]:
-    fc1 = torch.zeros(n, 2 * f, hidden * e, dtype=torch.uint8)
-    return fc1.numpy(), torch.zeros(n, hidden, f * e, dtype=torch.uint8).numpy()
+def byte_array(*shape: int) -> Any:
+    return torch.zeros(shape, dtype=torch.uint8).numpy()
 
 
 def frozen(array: Any) -> Any:
@@ -120,85 +102,84 @@ def test_the_binding_refuses_every_index_out_of_bounds(bad: int) -> None:
     needs_extension()
     from megatron_idea import _C
 
-    fc1, fc2 = byte_arrays(2, 3, 5)
-    out1, out2 = byte_arrays(2, 2, 5)
-    message = torch.zeros(2 * 2 * 3 * 5 * 4, dtype=torch.uint8).numpy()
+    tensor, out, message = byte_array(6, 3, 20), byte_array(6, 2, 20), byte_array(2, 6, 20)
     index = torch.tensor([0, bad]).numpy()
-    for array in (fc1, fc2, message):
+    for array in (tensor, message):
         array.fill(1)
     for call in (
-        lambda: _C.gather(fc1, fc2, index, out1, out2),
-        lambda: _C.pack(fc1, fc2, index, out1.reshape(-1)[:0]),
-        lambda: _C.pack(fc1, fc2, index, message),
-        lambda: _C.unpack(message * 2, index, fc1, fc2),
+        lambda: _C.gather(tensor, index, out),
+        lambda: _C.pack(tensor, index, message),
+        lambda: _C.unpack(message * 2, index, tensor),
     ):
-        with pytest.raises(ValueError, match=r"is no neuron of 3|message has 0 bytes"):
+        with pytest.raises(ValueError, match=r"is no unit of 3"):
             call()
-    assert not out1.any() and not out2.any(), "nothing was written"
-    assert (message == 1).all() and (fc1 == 1).all() and (fc2 == 1).all()
+    assert not out.any() and (message == 1).all() and (tensor == 1).all(), "nothing was written"
 
 
 def bad_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Function, complaint, arguments."""
-    fc1, fc2 = byte_arrays(2, 3, 5)
-    out1, out2 = byte_arrays(2, 2, 5)
-    index = torch.tensor([0, 2]).numpy()
-    message = torch.zeros(2 * 2 * 3 * 5 * 4, dtype=torch.uint8).numpy()
+    tensor, index = byte_array(6, 3, 20), torch.tensor([0, 2]).numpy()
+    out, message = byte_array(6, 2, 20), byte_array(2, 6, 20)
     for wrong, complaint in (
-        (byte_arrays(2, 3, 6), "shapes of source, index and destination"),
-        (byte_arrays(1, 2, 5), "shapes of source, index and destination"),
-        (byte_arrays(2, 2, 5, 8), "shapes of source, index and destination"),
-        ((frozen(out1), out2), "fc1_out is read-only"),
-        ((out1, frozen(out2)), "fc2_out is read-only"),
-        ((fc1[:, :4], out2), "fc1_out is not contiguous"),
-        ((out1, fc2.reshape(-1)[: out2.size].reshape(out2.shape)), "fc2_out overlaps fc2"),
-        ((out1, out1.reshape(-1)[: out2.size].reshape(out2.shape)), "overlaps"),
+        (byte_array(6, 3, 20), r"to is \[6, 3, 20\], not \[6, 2, 20\]"),
+        (byte_array(5, 2, 20), r"to is \[5, 2, 20\], not"),
+        (byte_array(6, 2, 19), r"to is \[6, 2, 19\], not"),
+        (byte_array(240), r"to is \[240\], not"),
+        (frozen(out), "read-only"),
+        (tensor[:, :2], "incompatible"),
+        (tensor.reshape(-1)[:240].reshape(6, 2, 20), "overlap"),
+        (tensor.reshape(-1)[120:].reshape(6, 2, 20), "overlap"),
     ):
-        yield "gather", complaint, (fc1, fc2, index, *wrong)
-    for pair, complaint in (
-        ((fc1, fc2[:1]), "shapes of one FFN"),
-        ((fc1[:, :4].copy(), fc2), "shapes of one FFN"),
-        ((fc1[:, :5].copy(), fc2), "shapes of one FFN"),
-        ((fc1[:0], fc2[:0]), "are empty"),
-        (byte_arrays(2, 0, 5), "are empty"),
-        (byte_arrays(2, 3, 5, 3), "do not agree on the hidden size"),
-        (byte_arrays(2, 3, 5, 0), "do not agree on the hidden size"),
-        ((fc1[0], fc2), "fc1 has 2 dimensions, not 3"),
-        ((fc1.view("int32"), fc2), "fc1 has items of 4 bytes, not 1"),
-        ((fc1, fc2[:, ::-1]), "fc2 is not contiguous"),
-    ):
-        yield "pack", complaint, (*pair, index, message)
-        yield "unpack", complaint, (message, index, *pair)
+        yield "gather", complaint, (tensor, index, wrong)
     for wrong, complaint in (
-        (message[:-1], "message has 239 bytes for 2 neurons of 120"),
-        (message[:120], "message has 120 bytes for 2 neurons of 120"),
-        (message[::2], "message is not contiguous"),
-        (message.reshape(2, -1), "message has 2 dimensions"),
+        (tensor[0], r"a tensor is \[outer, units, slice\]"),
+        (tensor.view("int32"), "incompatible"),
+        (tensor[:, ::-1], "incompatible"),
+        (byte_array(6, 0, 20), "no unit of 0"),
+        (byte_array(5, 3, 20), r"message is \[2, 6, 20\], not \[2, 5, 20\]"),
     ):
-        yield "pack", complaint, (fc1, fc2, index, wrong)
-        yield "unpack", complaint, (wrong, index, fc1, fc2)
-    yield "pack", "message is read-only", (fc1, fc2, index, frozen(message))
-    yield "pack", "message overlaps fc1", (fc1, fc2, index, fc1.reshape(-1))
-    yield "unpack", "fc2 overlaps message", (fc2.reshape(-1)[:120], index[:1], fc1, fc2)
-    yield "pack", "index has items of 4 bytes", (fc1, fc2, index.astype("int32"), message)
-    yield "pack", "index is not int64", (fc1, fc2, index.astype("float64"), message)
+        yield "pack", complaint, (wrong, index, message)
+        yield "unpack", complaint, (message, index, wrong)
+    for wrong, complaint in (
+        (byte_array(1, 6, 20), r"message is \[1, 6, 20\], not \[2, 6, 20\]"),
+        (byte_array(6, 2, 20), r"message is \[6, 2, 20\], not \[2, 6, 20\]"),
+        (byte_array(240), r"message is \[240\], not"),
+        (byte_array(2, 6, 40)[:, :, ::2], "incompatible"),
+    ):
+        yield "pack", complaint, (tensor, index, wrong)
+        yield "unpack", complaint, (wrong, index, tensor)
+    yield "pack", "read-only", (tensor, index, frozen(message))
+    yield "unpack", "read-only", (message, index, frozen(tensor))
+    yield "pack", "overlap", (tensor, index, tensor.reshape(-1)[:240].reshape(2, 6, 20))
+    yield "unpack", "overlap", (tensor.reshape(-1)[120:].reshape(2, 6, 20), index, tensor)
+    yield "pack", "incompatible", (tensor, index.astype("int32"), message)
+    yield "pack", "incompatible", (tensor, index.astype("float64"), message)
+    yield "pack", "one dimension", (tensor, index.reshape(1, 2), message)
 
 
 @pytest.mark.parametrize(
     ("function", "complaint", "arguments"),
     [pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in bad_calls()],
 )
-def test_the_binding_refuses_what_is_no_ffn(
+def test_the_binding_refuses_arrays_that_do_not_fit(
     function: str, complaint: str, arguments: tuple[Any, ...]
 ) -> None:
     needs_extension()
     from megatron_idea import _C
 
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises((ValueError, TypeError), match=complaint):
         getattr(_C, function)(*arguments)
 
 
-# ------------------------------------------------------------------------------------ chunks
+def test_a_listed_index_may_lie_at_any_address() -> None:
+    needs_extension()
+    from megatron_idea import _C
+
+    index = torch.zeros(17, dtype=torch.uint8).numpy()[1:].view("int64")
+    index[:] = 2, 0
+    tensor, out = torch.arange(6, dtype=torch.uint8).view(2, 3, 1).numpy(), byte_array(2, 2, 1)
+    _C.gather(tensor, index, out)
+    assert out.ravel().tolist() == [2, 0, 5, 3]
 
 
 @given(
@@ -215,14 +196,46 @@ def test_chunks_hold_every_move_once_and_no_rank_more_than_the_limit(
 ) -> None:
     tp = len(table)
     table = [[0 if s == d else table[s][d] for d in range(tp)] for s in range(tp)]
-    parts = torch.tensor(list(moves._chunks(table, limit))).view(-1, tp, tp)
+    parts = torch.tensor(list(module._chunks(table, limit))).view(-1, tp, tp)
     assert torch.equal(parts.sum(0), torch.tensor(table))
     assert all(bool(part.any()) for part in parts)
     in_transit = parts.sum(1) + parts.sum(2)
     assert not len(parts) or int(in_transit.max()) <= limit
 
 
-# --------------------------------------------------------------------------------- the way there
+# As many neurons as KV groups, so that the same survivors serve both.
+UNITS, HIDDEN, HEADS, KV = 12, 5, 2, 2
+TENSORS = {  # and how many weights a unit has in them
+    "mlp.linear_fc1.weight": 2 * HIDDEN,
+    "mlp.linear_fc2.weight": HIDDEN,
+    "self_attention.linear_qkv.weight": (HEADS + 2) * KV * HIDDEN,
+    "self_attention.linear_proj.weight": HIDDEN * HEADS * KV,
+}
+
+
+def split_share(tensor: str, tp: int) -> Share:
+    """The share of a tensor's neurons or KV groups on one of ``tp`` ranks."""
+    model = ModelConfig(
+        num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=UNITS * tp, num_query_groups=UNITS * tp,
+        num_attention_heads=HEADS * UNITS * tp, kv_channels=KV, vocab_size=8,
+    )  # fmt: skip
+    shares = shares_of(f"decoder.layers.0.{tensor}", model, Shape.full(model), tp)
+    (share,) = (s for s in shares if s.axis in ("ffn_hidden_size", "num_query_groups"))
+    return share
+
+
+def laid_out(tensor: str, units: torch.Tensor) -> torch.Tensor:
+    """[states, numel] of a tensor whose units are [u, states, weights], put together by hand."""
+    u, states = units.shape[:2]
+    if tensor == "mlp.linear_fc1.weight":
+        gates = [units[i, :, :HIDDEN] for i in range(u)]
+        ups = [units[i, :, HIDDEN:] for i in range(u)]
+        return torch.cat([*gates, *ups], dim=1)
+    if tensor == "self_attention.linear_qkv.weight":
+        return torch.cat([units[i] for i in range(u)], dim=1)
+    # Columns of [H, ...]: one of linear_fc2, those of all heads of a group of linear_proj.
+    blocks = [units[i].view(states, HIDDEN, -1) for i in range(u)]
+    return torch.cat(blocks, dim=2).flatten(1)
 
 
 class Alone:
@@ -235,62 +248,66 @@ class Alone:
         return 1
 
 
-def test_one_rank_sends_nothing_and_leaves_its_tensors_alone(implementation: None) -> None:
-    fc1, fc2 = random_bits((3, 10, 7), torch.float32, 0), random_bits((3, 7, 5), torch.float32, 1)
-    before = owned(fc1, fc2)
-    ids, keep = torch.tensor([4, 0, 3, 1, 2]), torch.tensor([True, False, True, True, True])
-    for placement, order in (("min", [0, 2, 3, 4]), ("ordered", [3, 4, 2, 0])):
-        new1, new2 = move_ffn(fc1, fc2, relocate([ids], [keep], placement), Alone())
-        assert new1.dtype == new2.dtype == torch.float32
-        assert torch.equal(owned(new1, new2), before[order])
-        new1.fill_(0.0), new2.fill_(0.0)
-        assert torch.equal(owned(fc1, fc2), before)
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_one_rank_sends_nothing_and_leaves_its_tensor_alone(
+    tensor: str, implementation: None
+) -> None:
+    units = random_bits((UNITS, 3, TENSORS[tensor]), torch.float32, 0)
+    whole = laid_out(tensor, units)
+    before = as_bits(whole).clone()
+    ids = torch.arange(UNITS).flip(0)
+    keep = ids % 3 != 0
+    for placement, order in (
+        ("min", keep.nonzero().view(-1)),
+        ("ordered", keep.nonzero().view(-1).flip(0)),
+    ):
+        relocation = relocate([ids], [keep], placement)
+        moved = move(whole, split_share(tensor, 1), relocation, Alone())
+        assert moved.dtype == torch.float32
+        assert torch.equal(as_bits(moved), as_bits(laid_out(tensor, units[order])))
+        moved.fill_(0.0)
+        assert torch.equal(as_bits(whole), before)
 
 
-def test_parameters_and_halves_of_one_buffer_can_be_moved(implementation: None) -> None:
-    buffer = torch.randn(3 * 3 * 4 * 6, requires_grad=True)
-    fc1, fc2 = (x.view(3, -1) for x in buffer.split([3 * 2 * 4 * 6, 3 * 4 * 6]))
-    fc1, fc2 = fc1.view(3, 8, 6), fc2.view(3, 6, 4)
-    relocation = relocate([torch.arange(4)], [torch.tensor([True, False, True, True])], "min")
-    new1, new2 = move_ffn(fc1, fc2, relocation, Alone())
-    assert torch.equal(owned(new1, new2), owned(fc1, fc2)[[0, 2, 3]])
-    assert not new1.requires_grad
+def test_a_part_of_a_buffer_that_wants_gradients_can_be_moved(implementation: None) -> None:
+    tensor = "mlp.linear_fc2.weight"
+    units = torch.randn(UNITS, 3, HIDDEN)
+    buffer = torch.cat([torch.zeros(7), laid_out(tensor, units).flatten()]).requires_grad_()
+    relocation = relocate([torch.arange(UNITS)], [torch.arange(UNITS) > 5], "min")
+    moved = move(buffer[7:].view(3, -1), split_share(tensor, 1), relocation, Alone())
+    assert torch.equal(moved, laid_out(tensor, units[6:]))
+    assert not moved.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("fc1", "fc2", "complaint"),
-    [
-        (torch.zeros(1, 5, 4, 1).squeeze(-1), torch.zeros(1, 4, 2), "not of one FFN"),
-        (torch.zeros(2, 4, 4), torch.zeros(1, 4, 2), "not of one FFN"),
-        (torch.zeros(1, 4, 4).transpose(1, 2), torch.zeros(1, 4, 2), "contiguous"),
-        (torch.zeros(1, 4, 4), torch.zeros(1, 2, 4).transpose(1, 2), "contiguous"),
-        (torch.zeros(1, 4, 4), torch.zeros(1, 4, 2).bfloat16(), "differ in kind"),
-        (torch.zeros(1, 0, 4), torch.zeros(1, 4, 0), "has no neuron"),
-    ],
-)
-def test_what_is_no_ffn_is_refused(fc1: torch.Tensor, fc2: torch.Tensor, complaint: str) -> None:
-    relocation = Relocation([torch.tensor([[0, 0]])])
-    with pytest.raises(AssertionError, match=complaint):
-        move_ffn(fc1, fc2, relocation, Alone())
+def test_a_tensor_of_another_share_is_refused() -> None:
+    share, relocation = split_share("mlp.linear_fc2.weight", 1), Relocation([torch.zeros(1, 2)])
+    with pytest.raises(AssertionError, match=r"Share.* of torch.Size\(\[3, 59\]\)"):
+        move(torch.zeros(3, UNITS * HIDDEN - 1), share, relocation, Alone())
     with pytest.raises(AssertionError, match="another number of ranks"):
-        move_ffn(torch.zeros(1, 4, 4), torch.zeros(1, 4, 2), Relocation([]), Alone())
+        move(torch.zeros(3, UNITS * HIDDEN), share, Relocation([]), Alone())
 
 
-WIDTH, NEURON_HIDDEN = 12, 5
-DISTRIBUTED = ((3, torch.float32), (1, torch.bfloat16), (2, torch.float64), (1, torch.int8))
+DISTRIBUTED = (
+    ("mlp.linear_fc1.weight", 3, torch.float32),
+    ("mlp.linear_fc1.weight", 1, torch.bfloat16),
+    ("mlp.linear_fc2.weight", 3, torch.float32),
+    ("mlp.linear_fc2.weight", 1, torch.int8),
+    ("self_attention.linear_qkv.weight", 3, torch.float32),
+    ("self_attention.linear_proj.weight", 3, torch.float32),
+)
 
 
 def survivors(tp: int) -> dict[str, torch.Tensor]:
-    """[tp, WIDTH] masks whose total the ranks can share."""
+    """[tp, UNITS] masks whose total the ranks can share."""
     generator = torch.Generator().manual_seed(tp)
-    random = torch.rand(tp, WIDTH, generator=generator).argsort().argsort()
+    random = torch.rand(tp, UNITS, generator=generator).argsort().argsort()
     first, last = torch.arange(tp)[:, None] == 0, torch.arange(tp)[:, None] == tp - 1
     masks = {
         "the same number everywhere": random < 5,
-        "all on the first rank": first.expand(tp, WIDTH),
-        "all on the last rank": last.expand(tp, WIDTH),
+        "all on the first rank": first.expand(tp, UNITS),
+        "all on the last rank": last.expand(tp, UNITS),
         "none on the first rank": ~first & (random < tp),
-        "nobody leaves": random < WIDTH,
+        "nobody leaves": random < UNITS,
         "one each": random < 1,
     }
     return {name: mask for name, mask in masks.items() if mask.any()}
@@ -313,26 +330,27 @@ def way_job(rendezvous: str, tp: int, modes: list[str]) -> list[tuple[Any, ...]]
         dist.all_to_all_single = counted
         out = []
         generator = torch.Generator().manual_seed(7)
-        ids = torch.randperm(64, generator=generator)[: WIDTH * tp].view(tp, WIDTH)
+        ids = torch.randperm(64, generator=generator)[: UNITS * tp].view(tp, UNITS)
         me = groups.tp.rank()
-        for mode, (name, keep), placement, (n, dtype) in itertools.product(
+        for mode, (name, keep), placement, (tensor, n, dtype) in itertools.product(
             modes, survivors(tp).items(), ("min", "ordered"), DISTRIBUTED
         ):
-            neuron_bytes = n * 3 * NEURON_HIDDEN * dtype.itemsize
-            bits = as_bits(random_bits((64, n, 3, NEURON_HIDDEN), dtype, n))
-            fc1, fc2 = ffn_of(bits[ids[me]], dtype)
-            for limit in (1, 3 * neuron_bytes, moves.CHUNK_BYTES):
+            units = random_bits((64, n, TENSORS[tensor]), dtype, n)
+            whole, share = laid_out(tensor, units[ids[me]]), split_share(tensor, tp)
+            unit_bytes = units[0].nbytes
+            for limit in (1, 3 * unit_bytes, module.CHUNK_BYTES):
                 with using(mode):
                     relocation = relocate(list(ids), list(keep), placement)
                     sizes.clear()
-                    new1, new2 = move_ffn(fc1, fc2, relocation, groups.tp, limit)
+                    moved = move(whole, share, relocation, groups.tp, limit)
                 source = relocation.sources[me]
                 now = ids[source[:, 0], source[:, 1]]
-                right = torch.equal(owned(new1, new2), bits[now]) and new1.dtype == dtype
-                allowed = max(limit, neuron_bytes)
-                crossed = sum(sizes) // neuron_bytes
+                expected = as_bits(laid_out(tensor, units[now]))
+                right = torch.equal(as_bits(moved), expected) and moved.dtype == dtype
+                allowed = max(limit, unit_bytes)
+                crossed = sum(sizes) // unit_bytes
                 out.append(
-                    ((mode, name, placement, n, limit), now.tolist(), right, len(sizes),
+                    ((mode, name, placement, tensor, n, limit), now.tolist(), right, len(sizes),
                      max(sizes, default=0) <= allowed, crossed, relocation.moved)
                 )  # fmt: skip
         return out
@@ -342,7 +360,7 @@ def way_job(rendezvous: str, tp: int, modes: list[str]) -> list[tuple[Any, ...]]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3])
-def test_neurons_travel_bit_for_bit_in_bounded_chunks(tp: int, workers: Workers) -> None:
+def test_units_travel_bit_for_bit_in_bounded_chunks(tp: int, workers: Workers) -> None:
     needs_extension()
     by_rank = workers.run(way_job, tp, tp, ["off", "require"])
     found: dict[Any, Any] = {}
@@ -354,7 +372,7 @@ def test_neurons_travel_bit_for_bit_in_bounded_chunks(tp: int, workers: Workers)
             assert own_calls == calls, "ranks would wait for each other"
         assert (calls > 0) == (moved > 0), "no message where nobody leaves"
         assert sum(c[5] for c in cases) == 2 * moved, "each mover is sent once, received once"
-        if case[-1] == moves.CHUNK_BYTES:
+        if case[-1] == module.CHUNK_BYTES:
             assert calls <= 1
         ids = [c[1] for c in cases]
         assert len(set(map(len, ids))) == 1

@@ -28,7 +28,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return command
 
 
-@pytest.mark.parametrize("subject", ["plan", "move"])
+@pytest.mark.parametrize("subject", ["relocate", "move"])
 def test_nothing_is_undefined_or_out_of_bounds(
     subject: str, compiler: list[str], tmp_path: Path
 ) -> None:

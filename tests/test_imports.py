@@ -18,6 +18,7 @@ LAYERS = (
     {
         "config",
         "schedule",
+        "shape",
         "guard",
         "kernels",
         "_C",
@@ -60,8 +61,8 @@ MAY_PRINT = {"cli"}
 
 # Every other file in prune/ is a strategy: one method, which knows the protocol and nothing else.
 PRUNE_MACHINERY = {
-    "strategy", "pruner", "units", "score", "legal", "mask", "moves", "compact", "verify",
-    "distribution",
+    "axis", "strategy", "pruner", "units", "score", "legal", "mask", "relocate", "compact",
+    "verify", "distribution",
 }  # fmt: skip
 STRATEGY_MAY_IMPORT = {"prune.strategy", "config", "schedule"}
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idea.kernels import FfnShard, ffn_scores, masked_swiglu, masked_swiglu_backward
+from megatron_idea.kernels import MatrixShard, masked_swiglu, matrix_scores
 
 pytest.importorskip("triton", reason="the triton extra brings it")
 
-from megatron_idea.kernels.ahead_of_time import ARCHITECTURES, Compiled, compiling
+from ahead_of_time import ARCHITECTURES, Compiled, compiling
 
 TOKENS, WIDTH, HIDDEN = 16, 1408, 512
 TRITON = {"implementation": "triton"}
@@ -43,23 +43,21 @@ def compiled(
 
 
 def gate(
-    kernel: Compiled,
-    loads: int,
-    stores: int | None,
-    registers: int,
-    narrow: tuple[int, int] = (0, 0),
+    kernel: Compiled, loads: int, stores: int, registers: int, narrow: tuple[int, int] = (0, 0)
 ) -> None:
-    """``loads`` and ``stores`` of 128 bits a loop turn, ``narrow`` others besides at most.
-
-    ``stores`` is None where the assembler may write out another loop than that of the loads.
-    """
+    """``loads`` and ``stores`` of 128 bits a loop turn, ``narrow`` others besides at most."""
     assert kernel.spilled_bytes == 0, kernel
     assert kernel.registers <= registers, kernel
     turns = kernel.loads // loads if loads else 0  # that the assembler wrote out
     assert (turns > 0) == (loads > 0), kernel
-    assert kernel.loads == turns * loads, kernel
-    assert stores is None or kernel.stores == turns * stores, kernel
+    assert kernel.loads == turns * loads and kernel.stores == turns * stores, kernel
     assert kernel.narrow_loads <= narrow[0] and kernel.narrow_stores <= narrow[1], kernel
+
+
+def forward_backward(x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    """Launch both kernels."""
+    y = masked_swiglu(x.requires_grad_(), mask, **TRITON)
+    torch.autograd.grad(y, x, torch.zeros_like(y))
 
 
 # 40 registers leave room for 12 programs of 4 warps on a multiprocessor, 64 for 8.
@@ -71,103 +69,83 @@ def gate(
 def test_swiglu_moves_128_bits_at_a_time(
     compiled: Compile, dtype: torch.dtype, masked: bool
 ) -> None:
-    x, dy = torch.zeros(TOKENS, 2 * WIDTH, dtype=dtype), torch.zeros(TOKENS, WIDTH, dtype=dtype)
+    x = torch.zeros(TOKENS, 2 * WIDTH, dtype=dtype)
     mask = torch.ones(WIDTH, dtype=dtype) if masked else None
+    forward, backward = compiled(lambda: forward_backward(x, mask))
     # The mask's own load may be narrow: it is one a program.
-    (forward,) = compiled(lambda: masked_swiglu(x, mask, **TRITON))
     gate(forward, loads=2, stores=1, registers=40, narrow=(masked, 0))
-    (backward,) = compiled(lambda: masked_swiglu_backward(dy, x, mask, **TRITON))
     gate(backward, loads=3, stores=2, registers=56, narrow=(masked, 0))
-
-
-def test_what_the_backward_makes_besides_costs_one_store(compiled: Compile) -> None:
-    x, dy = (torch.zeros(TOKENS, n * WIDTH, dtype=torch.bfloat16) for n in (2, 1))
-    mask = torch.ones(WIDTH, dtype=torch.bfloat16)
-    backward, reduction = compiled(
-        lambda: masked_swiglu_backward(dy, x, mask, with_h=True, with_dm=True, **TRITON)
-    )
-    # The last store is that of dm's partial sums, one a program.
-    gate(backward, loads=3, stores=3, registers=80, narrow=(1, 1))
-    gate(reduction, loads=4, stores=0, registers=48, narrow=(0, 1))
-
-
-def test_skipping_keeps_the_vectors(compiled: Compile) -> None:
-    x, dy = (torch.zeros(TOKENS, n * WIDTH, dtype=torch.bfloat16) for n in (2, 1))
-    mask = torch.ones(WIDTH, dtype=torch.bfloat16)
-    (forward,) = compiled(lambda: masked_swiglu(x, mask, skip_blocks=True, **TRITON))
-    gate(forward, loads=2, stores=None, registers=48, narrow=(1, 0))
-    (backward,) = compiled(lambda: masked_swiglu_backward(dy, x, mask, skip_blocks=True, **TRITON))
-    gate(backward, loads=3, stores=None, registers=64, narrow=(1, 0))
 
 
 @pytest.mark.parametrize("compiled", [90], indirect=True)
 @pytest.mark.parametrize("width", [24, 264, 14848])
 def test_any_multiple_of_eight_is_a_width_of_full_vectors(compiled: Compile, width: int) -> None:
-    x, dy = (torch.zeros(TOKENS, n * width, dtype=torch.bfloat16) for n in (2, 1))
-    (forward,) = compiled(lambda: masked_swiglu(x, None, **TRITON))
+    x = torch.zeros(TOKENS, 2 * width, dtype=torch.bfloat16)
+    forward, backward = compiled(lambda: forward_backward(x))
     gate(forward, loads=2, stores=1, registers=40)
-    (backward,) = compiled(lambda: masked_swiglu_backward(dy, x, None, **TRITON))
     gate(backward, loads=3, stores=2, registers=56)
-
-
-def shard(dtype: torch.dtype, skipped: int = 0) -> FfnShard:
-    """An FFN without its first elements, on which its addresses are aligned or not."""
-    w1, g1, w2, g2 = (
-        torch.zeros(n * WIDTH * HIDDEN, dtype=d)[skipped:]
-        for n, d in ((2, dtype), (2, torch.float32), (1, dtype), (1, torch.float32))
-    )
-    return FfnShard(WIDTH, HIDDEN, w1, g1, skipped, w2, g2, skipped)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "reduction"),
-    [(torch.bfloat16, "sum"), (torch.bfloat16, "max"), (torch.float32, "sum")],
-    ids=str,
-)
-def test_scores_are_three_launches_with_full_vectors(
-    compiled: Compile, dtype: torch.dtype, reduction: str
-) -> None:
-    # 1 vector of bf16 weights or 2 of fp32, 2 of gradients.
-    loads = (1 if dtype == torch.bfloat16 else 2) + 2
-    layers = [shard(dtype), FfnShard(64, HIDDEN), shard(dtype, skipped=16)]
-    averages = [torch.zeros(3, layer.f) for layer in layers]
-    rows, columns, finalise = compiled(
-        lambda: ffn_scores(layers, "abs", reduction, averages=averages, **TRITON)
-    )
-    # Narrow: the table's row, and the results.
-    gate(rows, loads, 0, registers=56, narrow=(7, 1))
-    gate(columns, loads, 0, registers=56, narrow=(8, 1))
-    gate(finalise, 0, 0, registers=48, narrow=(32, 6))
-
-
-def test_an_unaligned_shard_compiles_too(compiled: Compile) -> None:
-    for kernel in compiled(lambda: ffn_scores([shard(torch.bfloat16, skipped=3)], **TRITON)):
-        gate(kernel, 0, 0, registers=80, narrow=(64, 3))
 
 
 @pytest.mark.parametrize("compiled", [90], indirect=True)
 def test_the_gates_notice_lost_alignment(compiled: Compile) -> None:
     shifted = torch.zeros(TOKENS * 2 * WIDTH + 1, dtype=torch.bfloat16)[1:].view(TOKENS, -1)
-    (forward,) = compiled(lambda: masked_swiglu(shifted, None, **TRITON))
-    assert forward.loads == 0
-    (forward,) = compiled(
-        lambda: masked_swiglu(torch.zeros(TOKENS, 2 * 1404, dtype=torch.bfloat16), None, **TRITON)
-    )
-    assert forward.loads == forward.stores == 0
+    odd = torch.zeros(TOKENS, 2 * 1404, dtype=torch.bfloat16)
+    for x in (shifted, odd):
+        forward, _ = compiled(lambda x=x: forward_backward(x))
+        assert forward.loads == 0
+
+
+def shards(dtype: torch.dtype, skipped: int = 0) -> list[MatrixShard]:
+    """Matrices of two widths each way, without their first elements: aligned or not."""
+    found = []
+    for shape, per in (
+        ((2 * WIDTH, HIDDEN), "row"), ((HIDDEN, WIDTH), "row"),
+        ((HIDDEN, WIDTH), "column"), ((2 * WIDTH, HIDDEN), "column"),
+    ):  # fmt: skip
+        w, g = (torch.zeros(shape[0] * shape[1], dtype=d)[skipped:] for d in (dtype, torch.float32))
+        found.append(MatrixShard(shape, per, w, g, skipped))
+    return found
+
+
+def scores(matrices: list[MatrixShard], element: str = "abs", reduction: str = "sum") -> None:
+    matrix_scores(matrices, element, reduction, device=torch.device("cpu"), **TRITON)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "element", "reduction", "loads"),
+    [
+        # 1 vector of bf16 weights or 2 of fp32, and 2 of gradients.
+        (torch.bfloat16, "abs", "sum", 3),
+        (torch.float32, "abs", "max", 4),
+        (torch.bfloat16, "weight", "sum", 1),
+    ],
+    ids=str,
+)
+def test_scores_are_three_launches_with_full_vectors(
+    compiled: Compile, dtype: torch.dtype, element: str, reduction: str, loads: int
+) -> None:
+    matrices = [*shards(dtype), MatrixShard((64, HIDDEN), "row"), *shards(dtype, skipped=16)]
+    rows, columns, finalise = compiled(lambda: scores(matrices, element, reduction))
+    # Narrow: the table's entry, and the results.
+    gate(rows, loads, 0, registers=56, narrow=(10, 1))
+    gate(columns, loads, 0, registers=56, narrow=(10, 1))
+    gate(finalise, 0, 0, registers=48, narrow=(24, 1))
+
+
+@pytest.mark.parametrize("compiled", [90], indirect=True)
+def test_a_shard_that_is_not_aligned_slows_no_other(compiled: Compile) -> None:
+    kernels = compiled(lambda: scores([*shards(torch.bfloat16), *shards(torch.bfloat16, 3)]))
+    rows, slow_rows, columns, slow_columns, _finalise = kernels
+    for kernel, loads in ((rows, 3), (columns, 3), (slow_rows, 0), (slow_columns, 0)):
+        gate(kernel, loads, 0, registers=80, narrow=(64, 1))
 
 
 @pytest.mark.parametrize("compiled", [90], indirect=True)
 def test_offsets_of_rows_have_64_bits(compiled: Compile) -> None:
     """2^31 elements are 72k tokens of F = 14848; 32 bits would wrap without an error."""
-    x, dy = torch.zeros(TOKENS, 2 * WIDTH), torch.zeros(TOKENS, WIDTH)
-    kernels = compiled(
-        lambda: (
-            masked_swiglu(x, None, **TRITON),
-            masked_swiglu_backward(dy, x, torch.ones(WIDTH), with_h=True, with_dm=True, **TRITON),
-            ffn_scores([shard(torch.bfloat16)], **TRITON),
-        )
-    )
-    assert len(kernels) == 6
+    x = torch.zeros(TOKENS, 2 * WIDTH)
+    kernels = compiled(lambda: (forward_backward(x), scores(shards(torch.bfloat16))))
+    assert len(kernels) == 5
     for kernel in kernels:
         # Columns within a row may have 32 bits, whole tiles and rows (one column wide) may not.
         offsets = re.findall(r"tt\.addptr .*<[\w!.<>]*>, tensor<([\dx]+xi\d\d)>", kernel.ttir)

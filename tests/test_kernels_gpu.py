@@ -6,15 +6,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idea.kernels import FfnShard, ffn_scores, masked_swiglu, masked_swiglu_backward
+from megatron_idea.kernels import MatrixShard, masked_swiglu, matrix_scores
 from megatron_idea.testing import assert_close, assert_equal
 
 pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+
+
+def value_and_gradient(x: Tensor, mask: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = masked_swiglu(leaf, mask)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    return y.detach(), dx
+
+
+def ffn(f: int, hidden: int, skipped: int = 0) -> list[MatrixShard]:
+    """fc1 without its first weights, per row, and fc2, per column."""
+    w1, w2 = draw(2 * f * hidden), draw(f * hidden)
+    g1, g2 = (draw(len(w), dtype=torch.float32) for w in (w1, w2))
+    return [
+        MatrixShard((2 * f, hidden), "row", w1[skipped:], g1[skipped:], skipped),
+        MatrixShard((hidden, f), "column", w2, g2),
+    ]
 
 
 def test_bf16_is_rounded_once_and_to_nearest() -> None:
@@ -35,24 +53,19 @@ def test_more_than_two_to_the_31st_elements() -> None:
     x, dy = draw(tokens, 2 * width), draw(tokens, width)
     assert x.numel() > 2**31
     mask = (torch.arange(width, device="cuda") % 3 > 0).bfloat16()
-    y = masked_swiglu(x, mask)
-    dx, _, dm = masked_swiglu_backward(dy, x, mask, with_dm=True)
-    assert dm is not None
+    y, dx = value_and_gradient(x, mask, dy)
     for rows in (slice(0, 64), slice(tokens // 2, tokens // 2 + 64), slice(tokens - 64, tokens)):
-        assert_equal(y[rows], masked_swiglu(x[rows].clone(), mask), f"y {rows}")
-        part = masked_swiglu_backward(dy[rows].clone(), x[rows].clone(), mask)
-        assert_equal(dx[rows], part.dx_T2F, f"dx {rows}")
+        part = value_and_gradient(x[rows].clone(), mask, dy[rows].clone())
+        assert_equal(y[rows], part[0], f"y {rows}")
+        assert_equal(dx[rows], part[1], f"dx {rows}")
 
 
 def test_a_cuda_graph_replays_what_was_captured() -> None:
     x, dy, mask = draw(256, 2 * 1408), draw(256, 1408), torch.ones(1408, device="cuda")
-    g1, g2 = (draw(n * 1408 * 512, dtype=torch.float32) for n in (2, 1))
-    layer = FfnShard(1408, 512, draw(2 * 1408 * 512), g1, 0, draw(1408 * 512), g2, 0)
+    shards = ffn(1408, 512)
 
-    def step() -> list[Tensor | None]:
-        y = masked_swiglu(x, mask)
-        gradients = masked_swiglu_backward(dy, x, mask, with_h=True, with_dm=True)
-        return [y, *gradients, *ffn_scores([layer])]
+    def step() -> list[Tensor]:
+        return [*value_and_gradient(x, mask, dy), *matrix_scores(shards, device=GPU)]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -64,25 +77,19 @@ def test_a_cuda_graph_replays_what_was_captured() -> None:
         captured = step()
     for scale in (1.0, -2.0):
         x.mul_(scale)
-        g1.mul_(scale)
+        shards[0].g.mul_(scale)
         graph.replay()
         for replayed, eager in zip(captured, step(), strict=True):
-            assert replayed is not None and eager is not None
             assert_equal(replayed, eager)
 
 
-def test_three_launches_score_many_layers_as_the_reference_does() -> None:
-    layers = []
-    for f in (1408, 704, 1000):
-        w1, w2 = draw(2 * f * 512), draw(f * 512)
-        g1, g2 = (draw(w.numel(), dtype=torch.float32) for w in (w1, w2))
-        layers.append(FfnShard(f, 512, w1[32:], g1[32:], 32, w2, g2, 0))
+def test_three_kernels_score_many_layers_as_the_reference_does() -> None:
+    shards = [shard for f in (1408, 704, 1008) for shard in ffn(f, 512, skipped=32)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ffn_scores(layers)
+        ours = matrix_scores(shards, device=GPU)
         torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.name.endswith("_kernel")]
-    assert len(kernels) <= 3, kernels
-    for ours, law in zip(
-        ffn_scores(layers), ffn_scores(layers, implementation="reference"), strict=True
-    ):
-        assert_close(ours / law.max(), law / law.max(), tolerance=1e-5)
+    names = {"_rows_kernel", "_columns_kernel", "_finalise_kernel"}
+    assert sorted(e.name for e in profile.events() if e.name in names) == sorted(names)
+    law = matrix_scores(shards, device=GPU, implementation="reference")
+    for mine, expected in zip(ours, law, strict=True):
+        assert_close(mine / expected.max(), expected / expected.max(), tolerance=1e-5)

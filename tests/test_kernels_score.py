@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -11,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_idea.kernels import FfnShard, ffn_scores, matrix_scores
+from megatron_idea.kernels import MatrixShard, matrix_scores
 from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
+from megatron_idea.kernels.swiglu import reference
 from megatron_idea.testing import assert_close, assert_equal
 
+CPU = torch.device("cpu")
 PER = ("row", "column")
 # The maximum of signed values has no neutral element for the shards that do not touch a row.
 PAIRS = [pair for pair in itertools.product(ELEMENTS, REDUCTIONS) if pair != ("signed", "max")]
@@ -26,10 +27,17 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple
     return w.to(dtype), g
 
 
+def scores_of(
+    w: Tensor, g: Tensor | None, shape: tuple[int, int], per: str, *names: str, lo: int = 0
+) -> Tensor:
+    (scores,) = matrix_scores([MatrixShard(shape, per, w, g, lo)], *names, device=CPU)
+    return scores
+
+
 def dense(w: Tensor, g: Tensor, per: str, element: str, reduction: str) -> Tensor:
     """The definition, over the whole matrix, in fp64."""
     e = w.double() * g.double()
-    e = {"abs": e.abs(), "squared": e**2, "signed": e}[element]
+    e = {"abs": e.abs(), "squared": e**2, "signed": e, "weight": w.double().abs()}[element]
     axis = 1 if per == "row" else 0
     if reduction == "max":
         return e.amax(axis)
@@ -44,7 +52,7 @@ def test_a_whole_matrix_gives_the_definition(
     shape: tuple[int, int], element: str, reduction: str, per: str, dtype: torch.dtype
 ) -> None:
     w, g = matrix(*shape, dtype)
-    scores = matrix_scores(w.flatten(), g.flatten(), 0, shape, per, element, reduction)
+    scores = scores_of(w.flatten(), g.flatten(), shape, per, element, reduction)
     assert scores.dtype == torch.float32
     # Products and sums are fp32 also for bf16 weights.
     assert_close(scores, dense(w, g, per, element, reduction), tolerance=2e-6)
@@ -52,12 +60,13 @@ def test_a_whole_matrix_gives_the_definition(
 
 def test_by_hand() -> None:
     w, g = torch.tensor([1.0, -2.0, 3.0, 4.0]), torch.tensor([1.0, 1.0, -1.0, 0.5])
-    assert_equal(matrix_scores(w, g, 0, (2, 2), "row"), torch.tensor([3.0, 5.0]))
-    assert_equal(matrix_scores(w, g, 0, (2, 2), "column"), torch.tensor([4.0, 4.0]))
-    assert_equal(matrix_scores(w, g, 0, (2, 2), "row", "signed"), torch.tensor([-1.0, -1.0]))
-    assert_equal(matrix_scores(w, g, 0, (2, 2), "row", "abs", "max"), torch.tensor([2.0, 3.0]))
+    assert_equal(scores_of(w, g, (2, 2), "row"), torch.tensor([3.0, 5.0]))
+    assert_equal(scores_of(w, g, (2, 2), "column"), torch.tensor([4.0, 4.0]))
+    assert_equal(scores_of(w, g, (2, 2), "row", "signed"), torch.tensor([-1.0, -1.0]))
+    assert_equal(scores_of(w, g, (2, 2), "row", "abs", "max"), torch.tensor([2.0, 3.0]))
+    assert_equal(scores_of(w, None, (2, 2), "column", "weight"), torch.tensor([4.0, 6.0]))
     # Only -2 and -3: the end of the first row, the start of the second.
-    assert_equal(matrix_scores(w[1:3], g[1:3], 1, (2, 2), "row"), torch.tensor([2.0, 3.0]))
+    assert_equal(scores_of(w[1:3], g[1:3], (2, 2), "row", lo=1), torch.tensor([2.0, 3.0]))
 
 
 @st.composite
@@ -76,12 +85,12 @@ def test_shards_add_up_to_the_whole_wherever_it_is_cut(
     w, g = (x.flatten() for x in matrix(rows, columns))
     parts = torch.stack(
         [
-            matrix_scores(w[lo:hi], g[lo:hi], lo, (rows, columns), per, *pair)
+            scores_of(w[lo:hi], g[lo:hi], (rows, columns), per, *pair, lo=lo)
             for lo, hi in itertools.pairwise(bounds)
         ]
     )
     together = parts.amax(0) if pair[1] == "max" else parts.sum(0)
-    whole = matrix_scores(w, g, 0, (rows, columns), per, *pair)
+    whole = scores_of(w, g, (rows, columns), per, *pair)
     if pair[1] == "max":
         assert_equal(together, whole)
     else:
@@ -93,7 +102,7 @@ def test_shards_add_up_to_the_whole_wherever_it_is_cut(
 def test_a_shard_leaves_what_it_does_not_touch_at_zero(lo: int, hi: int, per: str) -> None:
     # Empty at both ends, inside one row, exactly one row, across three rows.
     w, g = matrix(5, 7)
-    scores = matrix_scores(w.flatten()[lo:hi], g.flatten()[lo:hi], lo, (5, 7), per)
+    scores = scores_of(w.flatten()[lo:hi], g.flatten()[lo:hi], (5, 7), per, lo=lo)
     inside = torch.zeros(35)
     inside[lo:hi] = 1
     inside = inside.view(5, 7)
@@ -106,7 +115,7 @@ def test_inputs_are_left_alone() -> None:
     w, g = (x.flatten() for x in matrix(5, 7))
     before = w.clone(), g.clone()
     for pair in PAIRS:
-        matrix_scores(w, g, 0, (5, 7), "row", *pair)
+        scores_of(w, g, (5, 7), "row", *pair)
     assert_equal(w, before[0], "weights")
     assert_equal(g, before[1], "gradients")
 
@@ -115,114 +124,67 @@ def test_a_non_finite_gradient_stays_visible() -> None:
     w, g = matrix(3, 4)
     g[1, 2] = float("nan")
     for reduction in REDUCTIONS:
-        scores = matrix_scores(w.flatten(), g.flatten(), 0, (3, 4), "row", "abs", reduction)
+        scores = scores_of(w.flatten(), g.flatten(), (3, 4), "row", "abs", reduction)
         assert torch.isfinite(scores).tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize(("lo", "n"), [(-1, 4), (33, 4), (36, 0)])
-def test_a_shard_outside_the_matrix_is_an_error(lo: int, n: int) -> None:
-    with pytest.raises(ValueError, match=rf"shard \[{lo}, {lo + n}\) is outside the 5 x 7 matrix"):
-        matrix_scores(torch.ones(n), torch.ones(n), lo, (5, 7), "row")
-
-
-@pytest.mark.parametrize(("w", "g"), [((4,), (3,)), ((2, 2), (4,)), ((2, 2), (2, 2))], ids=str)
-def test_shards_that_are_not_flat_or_not_equally_long_are_an_error(
-    w: tuple[int, ...], g: tuple[int, ...]
-) -> None:
-    with pytest.raises(ValueError, match="flat and equally long"):
-        matrix_scores(torch.ones(w), torch.ones(g), 0, (2, 2), "row")
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["w", "g"])
-def test_integers_are_an_error_that_says_what_is_legal(which: int) -> None:
-    shards = [torch.ones(4), torch.ones(4)]
-    shards[which] = shards[which].int()
-    with pytest.raises(ValueError, match=f"{'wg'[which]} is torch.int32; legal: a floating-point"):
-        matrix_scores(*shards, 0, (2, 2), "row")
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (7, 0)], ids=str)
 def test_a_matrix_without_elements_has_no_score(shape: tuple[int, int]) -> None:
     for axis, per in enumerate(PER):
-        scores = matrix_scores(torch.ones(0), torch.ones(0), 0, shape, per)
+        scores = scores_of(torch.ones(0), torch.ones(0), shape, per)
         assert_equal(scores, torch.zeros(shape[axis]))
 
 
+def test_every_matrix_of_a_list_has_its_own_result() -> None:
+    shapes = [((5, 7), "row"), ((5, 7), "column"), ((1, 9), "column")]
+    held = [(*(x.flatten() for x in matrix(*shape)), shape, per) for shape, per in shapes]
+    nothing = MatrixShard((4, 3), "row")
+    shards = [MatrixShard(shape, per, w, g) for w, g, shape, per in held]
+    *found, empty = matrix_scores([*shards, nothing], device=CPU)
+    for scores, one in zip(found, held, strict=True):
+        assert_equal(scores, scores_of(*one))
+    assert_equal(empty, torch.zeros(4))
+    assert matrix_scores([], device=CPU) == []
+
+
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("shard", "names"),
     [
-        (("rows",), "per is 'rows'; legal values: row, column"),
-        (("row", "l1"), "element is 'l1'; legal values: abs, squared, signed"),
-        (("row", "abs", "mean"), "reduction is 'mean'; legal values: sum, sum_of_squares, max"),
+        (MatrixShard((2, 2), "row", torch.ones(4), torch.ones(4), lo=1), ()),
+        (MatrixShard((2, 2), "row", torch.ones(4), torch.ones(3)), ()),
+        (MatrixShard((2, 2), "row", torch.ones(4)), ()),
+        (MatrixShard((2, 2), "row", torch.ones(4), torch.ones(4, dtype=torch.int32)), ()),
+        (MatrixShard((2, 2), "rows"), ()),
+        (MatrixShard((2, 2), "row"), ("l1",)),
+        (MatrixShard((2, 2), "row"), ("abs", "mean")),
+        (MatrixShard((2, 2), "row"), ("signed", "max")),
     ],
-)
-def test_an_unknown_name_is_an_error_that_lists_the_legal_ones(
-    names: tuple[str, ...], message: str
+)  # fmt: skip
+def test_calls_that_would_read_or_mean_something_else_end_in_an_assertion(
+    shard: MatrixShard, names: tuple[str, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        matrix_scores(torch.ones(4), torch.ones(4), 0, (2, 2), *names)
+    with pytest.raises(AssertionError):
+        matrix_scores([shard], *names, device=CPU)
 
 
-@pytest.mark.parametrize("per", PER)
-def test_the_maximum_of_signed_values_is_refused(per: str) -> None:
-    with pytest.raises(ValueError, match="'signed' has no 'max'"):
-        matrix_scores(-torch.ones(4), torch.ones(4), 0, (2, 2), per, "signed", "max")
-
-
-def ffn(f: int, hidden: int) -> FfnShard:
-    """All of an FFN."""
-    (w1, g1), (w2, g2) = matrix(2 * f, hidden), matrix(hidden, f)
-    return FfnShard(
-        f, hidden, w1.flatten(), g1.flatten(), w2=w2.flatten(), g2=g2.flatten()
-    )  # fmt: skip
-
-
-def test_an_ffn_is_gate_up_and_down() -> None:
-    layer = ffn(5, 7)
-    assert layer.w1 is not None and layer.g1 is not None
-    assert layer.w2 is not None and layer.g2 is not None
-    scores, elsewhere = ffn_scores([layer, FfnShard(3, 7)])
-    assert_equal(scores[:2].flatten(), matrix_scores(layer.w1, layer.g1, 0, (10, 7), "row"))
-    assert_equal(scores[2], matrix_scores(layer.w2, layer.g2, 0, (7, 5), "column"))
-    assert_equal(elsewhere, torch.zeros(3, 3))
-    assert ffn_scores([], device=torch.device("cpu")) == []
-
-
-@pytest.mark.parametrize("history", [0.0, 0.9, 1.0])
-def test_the_moving_average_moves(history: float) -> None:
-    before = torch.rand(3, 5)
-    average = before.clone()
-    (scores,) = ffn_scores([ffn(5, 7)], averages=[average], history=history)
-    assert_close(average, history * before + (1 - history) * scores)
-
-
-def test_ffns_that_do_not_fit_are_an_error() -> None:
-    whole = ffn(5, 7)
-    for layer, message in (
-        (dataclasses.replace(whole, lo1=1), r"shard \[1, 71\) is outside the 10 x 7 matrix"),
-        (dataclasses.replace(whole, lo2=-1), r"shard \[-1, 34\) is outside the 7 x 5 matrix"),
-        (dataclasses.replace(whole, g2=None), "fc2 of layer 0 has only one of weight and gradient"),
-        (dataclasses.replace(whole, g1=torch.ones(70, device="meta")), "w is on cpu and g on meta"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ffn_scores([layer])
-    with pytest.raises(ValueError, match="say on which device"):
-        ffn_scores([FfnShard(3, 7)])
-    with pytest.raises(ValueError, match="legal: all on meta"):
-        ffn_scores([whole], device=torch.device("meta"))
-    with pytest.raises(ValueError, match=r"average is .* \(3, 4\); legal: torch.float32 \(3, 5\)"):
-        ffn_scores([whole], averages=[torch.zeros(3, 4)])
-    with pytest.raises(
-        ValueError, match=r"average is torch.bfloat16 \(3, 5\); legal: torch.float32"
-    ):
-        ffn_scores([whole], averages=[torch.zeros(3, 5, dtype=torch.bfloat16)])
-    with pytest.raises(
-        ValueError, match=r"average has strides \(1, 3\); legal: contiguous \(5, 1\)"
-    ):
-        ffn_scores([whole], averages=[torch.zeros(5, 3).t()])
-    with pytest.raises(ValueError, match="2 averages for 1 layers; legal: one each"):
-        ffn_scores([whole], averages=[torch.zeros(3, 5)] * 2)
-    with pytest.raises(ValueError, match="implementation is 'triton'"):
-        ffn_scores([whole], implementation="triton")
-    with pytest.raises(ValueError, match="element is 'l1'"):
-        ffn_scores([whole], "l1")
+def test_signed_sums_of_down_columns_are_the_gradient_of_the_mask() -> None:
+    """sum_j w_ji g_ji over a column of fc2, or over an up row of fc1, is m_i dL/dm_i."""
+    generator = torch.Generator().manual_seed(0)
+    x, fc1, fc2, dz = (
+        torch.randn(*size, generator=generator, dtype=torch.float64)
+        for size in ((33, 12), (2 * 6, 12), (12, 6), (33, 12))
+    )
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (mask, fc1, fc2)]
+    (reference(x @ fc1.t(), mask) @ fc2.t()).backward(dz)
+    dm, g1, g2 = (t.grad for t in leaves)
+    assert dm is not None and g1 is not None and g2 is not None and bool((dm != 0).all())
+    expected = (mask * dm).detach()
+    w1, w2 = fc1.detach().flatten(), fc2.detach().flatten()
+    rows = scores_of(w1, g1.flatten(), (12, 12), "row", "signed")
+    down = scores_of(w2, g2.flatten(), (12, 6), "column", "signed")
+    scale = expected.abs().max()
+    assert_close(down / scale, expected / scale, "down", 1e-6)
+    assert_close(rows[6:] / scale, expected / scale, "up", 1e-6)
+    # The gate's is another number.
+    assert float(((rows[:6] - expected) / scale).abs().max()) > 1e-2

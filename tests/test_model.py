@@ -310,6 +310,43 @@ def test_a_token_does_not_see_later_ones(groups: ProcessGroups, config: Config) 
     assert bool((after[:, 5:] != before[:, 5:]).any(-1).all())
 
 
+def test_transformer_engines_norms_have_the_names_of_ours() -> None:
+    """It keeps a layer's norms in the linear layers that follow them."""
+    from megatron_idea.model import named_parameters
+    from megatron_idea.prune.axis import shares_of
+    from megatron_idea.shape import Shape
+
+    def weights(*names: str) -> torch.nn.Module:
+        module = torch.nn.Module()
+        for name in names:
+            module.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
+        return module
+
+    layer = torch.nn.Module()
+    layer.layer_number = 2
+    layer.self_attention, layer.mlp = torch.nn.Module(), torch.nn.Module()
+    layer.self_attention.linear_qkv = weights("layer_norm_weight", "weight")
+    layer.self_attention.q_layernorm = weights("weight")
+    layer.mlp.linear_fc1 = weights("layer_norm_weight", "weight")
+    model = torch.nn.Module()
+    model.share_embeddings_and_output_weights = True
+    model.decoder = torch.nn.Module()
+    model.decoder.layers = torch.nn.ModuleList([layer])
+    names = {name for name, _ in named_parameters([model])}
+    assert names == {
+        f"decoder.layers.1.{tensor}.weight"
+        for tensor in (
+            "input_layernorm",
+            "self_attention.linear_qkv",
+            "self_attention.q_layernorm",
+            "pre_mlp_layernorm",
+            "mlp.linear_fc1",
+        )
+    }
+    config = small().model
+    assert all(shares_of(name, config, Shape.full(config), 1) for name in names)
+
+
 @pytest.mark.parametrize("apex", [True, False])
 def test_gradient_accumulation_is_fused_where_apex_is_and_not_by_transformer_engine_alone(
     apex: bool, monkeypatch: pytest.MonkeyPatch

@@ -186,7 +186,7 @@ def gather_and_scatter(groups: ProcessGroups, config: Config) -> None:
 
 
 @on_ranks(3)
-def test_each_parameter_has_one_owner_an_ffns_two_the_same_and_the_load_is_shared(
+def test_each_parameter_has_one_owner_and_the_load_is_shared(
     groups: ProcessGroups, config: Config
 ) -> None:
     from megatron_idea.optim import ShardExchange
@@ -196,13 +196,11 @@ def test_each_parameter_has_one_owner_an_ffns_two_the_same_and_the_load_is_share
     owned = torch.tensor([shards.owns(p) for p in trainable.parameters]).int()
     saved = torch.tensor([shards.is_saver(p) for p in trainable.parameters]).int()
     assert_equal(saved, owned, "saver and owner")
-    for _, mlp in trainable.mlps:
-        assert shards.owns(mlp.linear_fc1.weight) == shards.owns(mlp.linear_fc2.weight)
     load = sum(p.numel() for p in trainable.parameters if shards.owns(p))
     dist.all_reduce(owned)
     assert bool((owned == 1).all())
-    # Dealt by size to the rank that has least: no rank exceeds its share by more than a bundle.
-    largest = max(sum(p.numel() for p in bundle) for bundle in trainable.bundles)
+    # Dealt by size to the rank that has least: none exceeds its share by more than a parameter.
+    largest = max(p.numel() for p in trainable.parameters)
     assert 0 < load <= sum(p.numel() for p in trainable.parameters) / 3 + largest
 
 
@@ -223,18 +221,6 @@ def test_without_shards_nothing_travels_and_one_rank_saves(
         assert shards.scatter(parameter, together) is together
     dist.all_reduce(saved)
     assert bool((saved == 1).all())
-
-
-@on_ranks(2, tensor_model_parallel_size=2)
-def test_bundles_hold_each_parameter_once_and_an_ffn_together(
-    groups: ProcessGroups, config: Config
-) -> None:
-    trainable = fresh(groups, config)
-    in_bundles = [id(p) for bundle in trainable.bundles for p in bundle]
-    assert sorted(in_bundles) == sorted(map(id, trainable.parameters))
-    pairs = [tuple(map(id, bundle)) for bundle in trainable.bundles if len(bundle) > 1]
-    ffns = [(id(m.linear_fc1.weight), id(m.linear_fc2.weight)) for _, m in trainable.mlps]
-    assert pairs == ffns
 
 
 def step_by_ones(trainable: Any, lr: float) -> dict[str, tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import live_run, on_ranks, pack
+from jobs import live_run, neuron_rows, on_ranks, whole
 
 from megatron_idea.config import Config, replace
 
@@ -50,25 +50,36 @@ def test_checksums_do_not_depend_on_the_optimizers_shards(groups: Any, config: C
 
 def _equal_to_one_process(groups: Any, config: Config) -> None:
     """The distributed checksums, and those of whole tensors by the formula."""
-    from megatron_idea.optim import ShardExchange
-    from megatron_idea.prune.verify import neuron_checksums
+    from megatron_idea.prune.verify import unit_checksums
 
     trainable = trained(groups, config)
-    shards = ShardExchange(trainable)
-    for (_, mlp), bundle in zip(
-        trainable.mlps, [b for b in trainable.bundles if len(b) == 2], strict=True
-    ):
-        sums = neuron_checksums(trainable, mlp)
-        assert len(set(sums.tolist())) == mlp.width
-        wholes = [shards.gather(parameter) for parameter in bundle]
-        if wholes[0] is None:
-            continue
-        # [f, 3 states, 3 matrices, H]
-        bits = pack(*(w.view(3, *p.shape) for w, p in zip(wholes, bundle, strict=True)))
-        bits = bits.view(torch.int32).flatten(1).long()
-        factors = 2 * torch.arange(bits.shape[1]) + 1
-        products = (bits * factors + 2**31) % 2**32 - 2**31
-        assert torch.equal(products.sum(1), sums)
+    axes = ("ffn_hidden_size", "num_query_groups")
+    neurons, groups_of_heads = (unit_checksums(trainable, axis) for axis in axes)
+    for layer, mlp in trainable.mlps:
+        fc1 = neuron_rows("linear_fc1", states(trainable, mlp.linear_fc1.weight))
+        fc2 = neuron_rows("linear_fc2", states(trainable, mlp.linear_fc2.weight))
+        _check(torch.cat([fc1, fc2], dim=2), neurons[layer])
+        attention = trainable.chunks[0].module.decoder.layers[layer].self_attention
+        count = config.model.num_query_groups // groups.tp.size()
+        qkv = states(trainable, attention.linear_qkv.weight).unflatten(1, (count, -1))
+        proj = states(trainable, attention.linear_proj.weight).unflatten(2, (count, -1))
+        parts = [proj.movedim(2, 0).flatten(2), qkv.movedim(1, 0).flatten(2)]
+        _check(torch.cat(parts, dim=2), groups_of_heads[layer])
+
+
+def states(trainable: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """[3, *shape] of main weight and moments, unsharded."""
+    names = ("main", "exp_avg", "exp_avg_sq")
+    return torch.stack([whole(trainable, parameter, name).view_as(parameter) for name in names])
+
+
+def _check(owned: torch.Tensor, sums: torch.Tensor) -> None:
+    """Compare with the definition: ``owned`` is [units, states, ...], in the order of places."""
+    bits = owned.contiguous().view(torch.int32).flatten(1).long()
+    factors = 2 * torch.arange(bits.shape[1]) + 1
+    products = (bits * factors + 2**31) % 2**32 - 2**31
+    assert torch.equal(products.sum(1), sums)
+    assert len(set(sums.tolist())) == len(sums)
 
 
 def damages(trainable: Any) -> dict[str, Any]:

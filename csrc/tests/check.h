@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
-#include <stdexcept>
 
 #define CHECK(condition)                                                          \
     do {                                                                          \
@@ -14,16 +13,6 @@
             std::exit(1);                                                         \
         }                                                                         \
     } while (false)
-
-template <class Work>
-bool refuses(Work work) {
-    try {
-        work();
-    } catch (const std::invalid_argument&) {
-        return true;
-    }
-    return false;
-}
 
 class Random {
 public:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +40,13 @@ from megatron_idea.optim import (
     slot,
 )
 from megatron_idea.prune.mask import apply_mask
-from megatron_idea.prune.moves import Relocation, move_ffn, relocate
+from megatron_idea.prune.relocate import Relocation, move, relocate
 from megatron_idea.prune.strategy import Plan
+from megatron_idea.prune.units import named_shares
 from megatron_idea.prune.verify import check, fingerprint
+
+Relocations = Mapping[tuple[str, int | None], Relocation]
+"""By axis and layer, as ``Share`` has them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class CompactReport:
     moved_neurons: int
     """Survivors that went to another tensor-parallel rank, over all layers."""
     moved_bytes: int
-    """What they own: main weights and moments of three rows each."""
+    """What they own of main weights and moments."""
     seconds: float
     peak_bytes: int
     """Highest memory in use on one rank: on a GPU at any moment, on a CPU between phases."""
@@ -132,17 +136,22 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     groups, old_widths = trainable.groups, trainable.widths
     assert_same_on_all_ranks(plan.digest.encode(), "the pruning plan", groups)
     _quiesce(trainable)
-    ids = {layer: _tp_ids(mlp.neuron_ids, groups) for layer, mlp in trainable.mlps}
+    ids = {
+        ("ffn_hidden_size", layer): _tp_ids(mlp.neuron_ids, groups) for layer, mlp in trainable.mlps
+    }
     step = adam_step(trainable.optimizer, groups)
 
-    def decide() -> dict[int, Relocation]:
+    def decide() -> Relocations:
         assert step > 0, "there is no optimizer state to carry over before the first step"
         return {
-            layer: relocate(of, stored(plan.alive[layer], of, plan.widths[layer]), placement)
-            for layer, of in ids.items()
+            (axis, layer): relocate(
+                of, stored(plan.alive[layer], of, plan.widths[layer]), placement
+            )
+            for (axis, layer), of in ids.items()
         }
 
-    relocations: dict[int, Relocation] = together(decide, groups)
+    relocations: Relocations = together(decide, groups)
+    moved, moved_bytes = _moved(trainable, relocations)
     apply_mask(trainable.mlps, plan)
     before = fingerprint(trainable, last_bit=True)
     peak = PeakMemory()
@@ -161,8 +170,9 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
         )
     restore(fresh, staged, owners, step)
     for layer, mlp in fresh.mlps:
-        source = relocations[layer].sources[groups.tp.rank()]
-        mlp.neuron_ids.copy_(torch.stack(ids[layer])[source[:, 0], source[:, 1]])
+        key = ("ffn_hidden_size", layer)
+        source = relocations[key].sources[groups.tp.rank()]
+        mlp.neuron_ids.copy_(torch.stack(ids[key])[source[:, 0], source[:, 1]])
     apply_mask(fresh.mlps, plan)
     for chunk in fresh.chunks:
         chunk.restore_grad_buffers()
@@ -170,28 +180,38 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     trainable.optimizer, trainable.widths = fresh.optimizer, fresh.widths
     peak_bytes = peak.bytes
     loss_change = check(before, fingerprint(trainable), trainable)
-    moved, peak_bytes = _over_ranks(sum(r.moved for r in relocations.values()), peak_bytes, groups)
     return CompactReport(
         list(old_widths),
         list(plan.widths),
         moved,
-        moved * 9 * trainable.config.model.hidden_size * 4,  # 3 rows of fp32 in 3 states
+        moved_bytes,
         time.perf_counter() - begin,
-        peak_bytes,
+        _highest(peak_bytes, groups),
         loss_change,
         plan.digest,
     )
 
 
-def _over_ranks(moved: int, peak_bytes: int, groups: ProcessGroups) -> tuple[int, int]:
-    """Neurons moved in all pipeline stages, and the highest peak of any rank."""
-    # Tensor- and data-parallel ranks of a stage have counted the same neurons.
-    copies = groups.tp.size() * groups.dp.size()
-    total = torch.tensor(moved, device=groups.device)
+def _moved(trainable: Trainable, relocations: Relocations) -> tuple[int, int]:
+    """Count the units that change their rank in all pipeline stages, and bytes of their state."""
+    moved = {key: relocation.moved for key, relocation in relocations.items()}
+    weights = sum(
+        moved.get((share.axis, share.layer), 0) * share.unit_numel
+        for _, _, shares in named_shares(trainable)
+        for share in shares
+    )
+    groups, state_bytes = trainable.groups, torch.float32.itemsize * (1 + len(MOMENTS))
+    total = torch.tensor([sum(moved.values()), weights * state_bytes], device=groups.device)
     dist.all_reduce(total)
+    # Tensor- and data-parallel ranks of a stage have counted the same units.
+    units, size = (total // (groups.tp.size() * groups.dp.size())).tolist()
+    return units, size
+
+
+def _highest(peak_bytes: int, groups: ProcessGroups) -> int:
     peak = torch.tensor(peak_bytes, device=groups.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return int(total) // copies, int(peak)
+    return int(peak)
 
 
 # What megatron-core 0.16.1 to 0.19 writes on a parameter that says how it is sharded, reduced,
@@ -219,36 +239,29 @@ def _attributes(parameter: torch.nn.Parameter) -> dict[str, object]:
 
 
 @torch.no_grad()
-def stage(
-    trainable: Trainable, relocations: dict[int, Relocation]
-) -> tuple[dict[str, Tensor], list[int]]:
+def stage(trainable: Trainable, relocations: Relocations) -> tuple[dict[str, Tensor], list[int]]:
     """The whole [3, numel] of the parameters that this rank owns, survivors only.
 
-    One layer's FFN or one other parameter is in transit at a time; its old shards are freed then.
+    One parameter is in transit at a time; its old shards are freed then.
 
     Returns: the state by parameter name, and the data-parallel rank that owns each parameter.
     """
     shards = ShardExchange(trainable)
-    names = {id(p): name for name, p in named_parameters(trainable.chunks)}
-    layers = {id(mlp.linear_fc1.weight): layer for layer, mlp in trainable.mlps}
+    work = []
+    for name, parameter, shares in named_shares(trainable):
+        leaving = [share for share in shares if (share.axis, share.layer) in relocations]
+        work.append((name, parameter, leaving))
     staged: dict[str, Tensor] = {}
-    # FFNs first: while they are cut two copies of one are there, and most is still free then.
-    for bundle in sorted(trainable.bundles, key=len, reverse=True):
-        gathered = []
-        for parameter in bundle:
-            gathered.append(shards.gather(parameter))
-            _drop(trainable, parameter)
-        wholes = [whole for whole in gathered if whole is not None]
-        if not wholes:  # another rank owns this bundle
+    # What is cut comes first: two copies of it are there meanwhile, and most is still free then.
+    for name, parameter, leaving in sorted(work, key=lambda item: not item[2]):
+        whole = shards.gather(parameter)
+        _drop(trainable, parameter)
+        if whole is None:  # another rank owns it
             continue
-        if len(bundle) == 2:  # [3, 2 f H] and [3, H f]
-            fc1, fc2 = (w.view(3, *p.shape) for w, p in zip(wholes, bundle, strict=True))
-            del gathered, wholes  # the largest layer is in memory once, not twice
-            relocation = relocations[layers[id(bundle[0])]]
-            moved = move_ffn(fc1, fc2, relocation, trainable.groups.tp)
-            wholes = [part.view(3, -1) for part in moved]
-            del fc1, fc2
-        staged |= {names[id(p)]: whole for p, whole in zip(bundle, wholes, strict=True)}
+        for share in leaving:
+            relocation = relocations[share.axis, share.layer]
+            whole = move(whole, share, relocation, trainable.groups.tp)
+        staged[name] = whole
     return staged, shards.owners
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_idea.config import ModelConfig
 from megatron_idea.distributed import ProcessGroups
-from megatron_idea.kernels import FfnShard, ffn_scores
+from megatron_idea.kernels import MatrixShard, matrix_scores
 from megatron_idea.layers import PrunableMLP
 from megatron_idea.optim import Trainable, slot
+from megatron_idea.prune.axis import Share, fold, shares_of
 from megatron_idea.prune.strategy import Strategy
+from megatron_idea.shape import Shape
 
 
 class ScoreTracker:
@@ -46,39 +51,25 @@ class ScoreTracker:
         Call between the reduction of gradients and the optimizer's step: weights before their
         update, gradients before clipping.
         """
-        mlps = trainable.mlps
-        sums = ffn_scores(
-            [self._shard(mlp, trainable) for _, mlp in mlps],
+        shares = _shares(trainable)
+        totals = matrix_scores(
+            [_shard(weight, share, trainable) for weight, share in shares],
             self.strategy.element,
             self.strategy.reduction,
             device=trainable.groups.device,
             implementation=trainable.config.training.kernel_implementation,
         )
+        rows = [
+            fold(total, share, self.strategy.reduction)
+            for total, (_, share) in zip(totals, shares, strict=True)
+        ]
+        # fc1 has a neuron's gate and up, fc2 its down.
+        sums = [torch.cat(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
         if self.strategy.reduction == "max":  # not linear: the shards of a row must meet at once
             _all_reduce(sums, dist.ReduceOp.MAX, trainable.groups)
             if trainable.groups.dp.rank() > 0:
                 sums = [torch.zeros_like(s) for s in sums]
         return sums
-
-    def _shard(self, mlp: PrunableMLP, trainable: Trainable) -> FfnShard:
-        """What this rank's optimizer holds of one FFN."""
-        hidden = mlp.linear_fc2.weight.shape[0]
-        sharded = trainable.config.parallel.use_distributed_optimizer
-        # Without shards every rank holds the whole: one of them counts.
-        if not sharded and trainable.groups.dp.rank() > 0:
-            return FfnShard(mlp.width, hidden)
-        fc1 = slot(trainable.optimizer, mlp.linear_fc1.weight)
-        fc2 = slot(trainable.optimizer, mlp.linear_fc2.weight)
-        return FfnShard(
-            mlp.width,
-            hidden,
-            w1=fc1.main.detach().view(-1) if fc1 else None,
-            g1=fc1.grad if fc1 else None,
-            lo1=fc1.start if fc1 else 0,
-            w2=fc2.main.detach().view(-1) if fc2 else None,
-            g2=fc2.grad if fc2 else None,
-            lo2=fc2.start if fc2 else 0,
-        )
 
     def record(self, sums: Sequence[Tensor]) -> None:
         """Add a step's sums to the window."""
@@ -100,6 +91,45 @@ class ScoreTracker:
         torch._foreach_add_(self.ema, self.window, alpha=(1 - self.history) / self.window_steps)
         torch._foreach_zero_(self.window)
         self.window_steps = 0
+
+
+def _shares(trainable: Trainable) -> list[tuple[torch.nn.Parameter, Share]]:
+    """This rank's fc1 and fc2 of every layer, with what neurons own of them."""
+    model, tp = trainable.config.model, trainable.groups.tp.size()
+    by_layer = _neuron_shares(model, trainable.widths, tp)
+    return [
+        (linear.weight, share)
+        for layer, mlp in trainable.mlps
+        for linear, share in zip((mlp.linear_fc1, mlp.linear_fc2), by_layer[layer], strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4)  # the same at every step between two compactions
+def _neuron_shares(model: ModelConfig, widths: tuple[int, ...], tp: int) -> list[tuple[Share, ...]]:
+    shape = Shape.full(model).with_counts("ffn_hidden_size", widths)
+    return [
+        tuple(
+            share
+            for name in ("linear_fc1", "linear_fc2")
+            for share in shares_of(f"decoder.layers.{layer}.mlp.{name}.weight", model, shape, tp)
+            if share.axis == "ffn_hidden_size"
+        )
+        for layer in range(len(widths))
+    ]
+
+
+def _shard(weight: torch.nn.Parameter, share: Share, trainable: Trainable) -> MatrixShard:
+    """What this rank's optimizer holds of a matrix, per row or column as its units lie."""
+    rows, columns = weight.shape
+    whole = MatrixShard((rows, columns), "row" if share.dim == 0 else "column")
+    sharded = trainable.config.parallel.use_distributed_optimizer
+    # Without shards every rank holds the whole: one of them counts.
+    if not sharded and trainable.groups.dp.rank() > 0:
+        return whole
+    held = slot(trainable.optimizer, weight)
+    if held is None:
+        return whole
+    return replace(whole, w=held.main.detach().view(-1), g=held.grad, lo=held.start)
 
 
 def _all_reduce(

@@ -1,8 +1,8 @@
-"""Neurons of one rank <-> their original numbering, in which plans and scores speak."""
+"""What this rank's units own, and their original numbering, in which plans and scores speak."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,18 @@ from torch import Tensor
 
 from megatron_idea.distributed import ProcessGroups
 from megatron_idea.layers import PrunableMLP
+from megatron_idea.model import named_parameters
+from megatron_idea.optim import Trainable
+from megatron_idea.prune.axis import Share, shares_of
+
+
+def named_shares(
+    trainable: Trainable,
+) -> Iterator[tuple[str, torch.nn.Parameter, tuple[Share, ...]]]:
+    """Iterate over this rank's parameters with their names and who owns what of them."""
+    model, shape, tp = trainable.config.model, trainable.shape, trainable.groups.tp.size()
+    for name, parameter in named_parameters(trainable.chunks):
+        yield name, parameter, shares_of(name, model, shape, tp)
 
 
 def to_original_numbering(

@@ -1,8 +1,8 @@
-"""Did a compaction carry everything? Checksums of every neuron's state, losses of a fixed text."""
+"""Did a compaction carry everything? Checksums of every unit's state, losses of a fixed text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_idea.distributed import ProcessGroups, together
-from megatron_idea.layers import PrunableMLP
-from megatron_idea.optim import MOMENTS, Slot, Trainable, slot
+from megatron_idea.optim import MOMENTS, Trainable, slot
+from megatron_idea.prune.axis import Share
+from megatron_idea.prune.units import named_shares
 
 # Mean absolute change of a token's loss, in nats. Leaving masked neurons out changes nothing but
 # the order of summation: at most 2e-7 (fp32) and 3e-4 (bf16) at the quickstart's shape, where a
@@ -50,9 +51,9 @@ def fingerprint(trainable: Trainable, last_bit: bool = False) -> Fingerprint:
     """
     groups = trainable.groups
     checksums = {}
+    sums = unit_checksums(trainable, "ffn_hidden_size")
     for layer, mlp in trainable.mlps:
-        sums = neuron_checksums(trainable, mlp)
-        pairs = torch.stack([mlp.neuron_ids, sums])
+        pairs = torch.stack([mlp.neuron_ids, sums[layer]])
         everyones = pairs.new_empty(groups.tp.size() * 2, pairs.shape[1])
         dist.all_gather_into_tensor(everyones, pairs, group=groups.tp)
         ids, values = everyones.view(-1, 2, pairs.shape[1]).transpose(0, 1).flatten(1).tolist()
@@ -104,38 +105,59 @@ def check(before: Fingerprint, after: Fingerprint, trainable: Trainable) -> floa
 
 
 @torch.no_grad()
-def neuron_checksums(trainable: Trainable, mlp: PrunableMLP) -> Tensor:
-    """[f] int64: all bits of a neuron's main weight and moments, each times its odd place number.
+def unit_checksums(trainable: Trainable, axis: str) -> dict[int | None, Tensor]:
+    """Add up all bits of each unit's main weights and moments, each times its odd place number.
 
+    Places are counted through what a unit owns, in the order (state, tensor, outer, inner).
     Products are modulo 2^32. Taken on the optimizer's shards, added up over data-parallel ranks.
+
+    Args:
+        axis: one whose units belong to a layer.
+    Returns: by layer, [units on this rank] int64.
     """
-    hidden = mlp.linear_fc2.weight.shape[0]
-    sums = torch.zeros(mlp.width, dtype=torch.int64, device=mlp.mask.device)
-    fc1 = slot(trainable.optimizer, mlp.linear_fc1.weight)
-    fc2 = slot(trainable.optimizer, mlp.linear_fc2.weight)
-    for part, row_length in ((fc1, hidden), (fc2, mlp.width)):
+    owned: dict[int | None, list[tuple[Share, torch.nn.Parameter]]] = {}
+    for _, parameter, shares in named_shares(trainable):
+        for share in shares:
+            if share.axis == axis:
+                owned.setdefault(share.layer, []).append((share, parameter))
+    return {layer: _layer_checksums(trainable, tensors) for layer, tensors in owned.items()}
+
+
+def _layer_checksums(
+    trainable: Trainable, tensors: Sequence[tuple[Share, torch.nn.Parameter]]
+) -> Tensor:
+    """[units] int64 from all tensors of one layer that its units own something of."""
+    groups = trainable.groups
+    sums = torch.zeros(tensors[0][0].count, dtype=torch.int64, device=groups.device)
+    per_state, first = sum(share.unit_numel for share, _ in tensors), 0
+    for share, parameter in tensors:
+        part = slot(trainable.optimizer, parameter)
         if part is not None:
-            _add_checksums(sums, part, row_length, is_fc1=part is fc1)
-    if trainable.config.parallel.use_distributed_optimizer and trainable.groups.dp.size() > 1:
-        dist.all_reduce(sums, group=trainable.groups.dp)
+            for number, state in enumerate((part.main, *(part.state[m] for m in MOMENTS))):
+                bits = state.detach().view(-1).view(torch.int32)
+                _add_checksums(sums, bits, part.start, share, number * per_state + first)
+        first += share.unit_numel
+    if trainable.config.parallel.use_distributed_optimizer and groups.dp.size() > 1:
+        dist.all_reduce(sums, group=groups.dp)
     return sums
 
 
-def _add_checksums(sums: Tensor, part: Slot, row_length: int, is_fc1: bool) -> None:
-    width, device = sums.numel(), sums.device
-    hidden = part.parameter.numel() // width if not is_fc1 else row_length
-    for number, state in enumerate((part.main, *(part.state[m] for m in MOMENTS))):
-        bits = state.detach().view(-1).view(torch.int32)
-        for begin, row, column, rows, columns in _blocks(part.start, part.end, row_length):
-            block = bits[begin : begin + rows * columns].view(rows, columns)
-            row_ids = torch.arange(row, row + rows, device=device)
-            column_ids = torch.arange(column, column + columns, device=device)
-            if is_fc1:  # [2 f, H]: gate rows, up rows
-                places = (3 * number + row_ids // width)[:, None] * hidden + column_ids
-                sums.index_add_(0, row_ids % width, (block * _odd(places)).sum(1))
-            else:  # [H, f]: a column is a neuron
-                places = ((3 * number + 2) * hidden + row_ids)[:, None]
-                sums.index_add_(0, column_ids, (block * _odd(places)).sum(0))
+def _add_checksums(sums: Tensor, bits: Tensor, start: int, share: Share, place: int) -> None:
+    """Add elements [start, start + len(bits)) of a tensor, whose slices begin at ``place``."""
+    count, stride, device = share.count, share.stride, sums.device
+    units_are_columns = stride == 1
+    row_length = count if units_are_columns else stride
+    end = start + bits.numel()
+    for begin, row, column, rows, columns in _blocks(start, end, row_length):
+        block = bits[begin : begin + rows * columns].view(rows, columns)
+        row_ids = torch.arange(row, row + rows, device=device)
+        column_ids = torch.arange(column, column + columns, device=device)
+        if units_are_columns:  # [outer, units]
+            places = (place + row_ids)[:, None]
+            sums.index_add_(0, column_ids, (block * _odd(places)).sum(0))
+        else:  # [outer units, inner]
+            places = (place + row_ids // count * stride)[:, None] + column_ids
+            sums.index_add_(0, row_ids % count, (block * _odd(places)).sum(1))
 
 
 def _odd(places: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Which neurons of one FFN layer go to which tensor-parallel rank.
+// Which units of one layer go to which tensor-parallel rank.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,10 @@
 
 namespace megatron_idea {
 
-// What one rank holds, in local order. `keep` is 0 for neurons that are removed.
-struct RankNeurons {
-    const std::int64_t* ids;
-    const std::uint8_t* keep;
-    std::int64_t count;
+// What one rank holds, in local order. `keep` has an entry for each id, 0 for units that are removed.
+struct RankUnits {
+    std::vector<std::int64_t> ids;
+    std::vector<std::uint8_t> keep;
 };
 
 // Where a survivor is now.
@@ -28,8 +27,7 @@ enum class Placement {
 };
 
 // The survivors of all ranks in their new order; with S of them on R ranks, S / R are rank 0's, the
-// next S / R rank 1's. Throws std::invalid_argument when R does not divide S, when nothing survives
-// and when two neurons have the same id.
-std::vector<Source> relocate(const std::vector<RankNeurons>& ranks, Placement placement);
+// next S / R rank 1's. The caller makes sure that R divides S and that no id is there twice.
+std::vector<Source> relocate(const std::vector<RankUnits>& ranks, Placement placement);
 
 }  // namespace megatron_idea

@@ -1,0 +1,138 @@
+"""How many units of each kind a model stores. A model is built from its config and its shape.
+
+The axes carry the names that the model's configuration has for them:
+
+    ffn_hidden_size    neurons of a layer's FFN
+    num_query_groups   key/value heads of a layer, each with its query heads
+    hidden_size        channels of the residual stream, one number for the whole model
+    num_layers         decoder layers
+
+No torch here: planning, training and reports count parameters and FLOPs with the same functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_idea.config import ModelConfig
+
+LAYER_AXES = ("ffn_hidden_size", "num_query_groups")
+"""Axes with a count for each layer."""
+AXES = (*LAYER_AXES, "hidden_size", "num_layers")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one decoder layer stores."""
+
+    number: int
+    """The layer's number in the enlarged model, from 0; it stays when other layers are removed."""
+    ffn_hidden_size: int
+    num_query_groups: int
+    heads_per_group: int
+    """Query heads that share one key/value head."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Weights of a model by where they are; a tied embedding counts once."""
+
+    total: int
+    embedding: int
+    attention: int
+    ffn: int
+    norm: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Stored units of every axis, over all tensor- and pipeline-parallel ranks."""
+
+    hidden_size: int
+    layers: tuple[LayerShape, ...]
+
+    @staticmethod
+    def full(model: ModelConfig) -> Shape:
+        """Return the shape of the enlarged model, before anything is removed."""
+        heads = model.num_attention_heads // model.num_query_groups
+        layer = (model.ffn_hidden_size, model.num_query_groups, heads)
+        return Shape(
+            model.hidden_size, tuple(LayerShape(n, *layer) for n in range(model.num_layers))
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def counts(self, axis: str) -> tuple[int, ...]:
+        """Return the stored units of an axis: one number a layer, or one for the model."""
+        if axis in LAYER_AXES:
+            return tuple(getattr(layer, axis) for layer in self.layers)
+        return (getattr(self, axis),)
+
+    def with_counts(self, axis: str, counts: int | Sequence[int]) -> Shape:
+        """Return a copy with other counts on ``axis``; an int stands for every layer."""
+        if axis == "hidden_size":
+            (hidden_size,) = [counts] if isinstance(counts, int) else counts
+            return dataclasses.replace(self, hidden_size=hidden_size)
+        assert axis in LAYER_AXES, f"{axis} has no counts to set"
+        each = [counts] * self.num_layers if isinstance(counts, int) else counts
+        layers = (
+            dataclasses.replace(layer, **{axis: count})
+            for layer, count in zip(self.layers, each, strict=True)
+        )
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def with_layers(self, numbers: Iterable[int]) -> Shape:
+        """Return a copy with only the layers of these original numbers, in their present order."""
+        wanted = set(numbers)
+        kept = tuple(layer for layer in self.layers if layer.number in wanted)
+        assert len(kept) == len(wanted), f"no layers {wanted - {layer.number for layer in kept}}"
+        return dataclasses.replace(self, layers=kept)
+
+    def parameters(self, model: ModelConfig) -> ParameterCount:
+        """Count the weights of a model of this shape; ``model`` says what no axis changes."""
+        hidden, kv = self.hidden_size, model.kv_channels
+        embedding = model.vocab_size * hidden
+        if not model.share_embeddings_and_output_weights:
+            embedding *= 2
+        # Queries and output projection for each head, keys and values for each group.
+        heads = sum(
+            layer.num_query_groups * (2 * layer.heads_per_group + 2) for layer in self.layers
+        )
+        attention = heads * kv * hidden
+        ffn = 3 * hidden * sum(self.counts("ffn_hidden_size"))
+        norm = (2 * self.num_layers + 1) * hidden
+        if model.qk_layernorm:
+            norm += self.num_layers * 2 * kv
+        return ParameterCount(
+            total=embedding + attention + ffn + norm,
+            embedding=embedding,
+            attention=attention,
+            ffn=ffn,
+            norm=norm,
+        )
+
+    def flops_per_token(self, model: ModelConfig, seq_length: int) -> int:
+        """Count the FLOPs of training on one token: forward, and backward at twice the forward.
+
+        6 x (attention + FFN + output layer weights) + 6 x query heads x kv_channels x seq_length.
+        The second term is q k^T and the product with v; a causal token sees half of the sequence.
+        """
+        count = self.parameters(model)
+        matmul = count.attention + count.ffn + model.vocab_size * self.hidden_size
+        heads = sum(layer.num_query_groups * layer.heads_per_group for layer in self.layers)
+        return 6 * matmul + 6 * heads * model.kv_channels * seq_length
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as a checkpoint's ``state.json`` keeps them."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Shape:
+        """Read what ``as_dict`` wrote. Raises: KeyError, TypeError for anything else."""
+        layers = tuple(LayerShape(**layer) for layer in values["layers"])
+        return Shape(values["hidden_size"], layers)
