@@ -29,15 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_idea import checkpoint, storage
+from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea import train as training
+from megatron_idea.checkpoint import storage
 from megatron_idea.cli import quiet
 from megatron_idea.config import Config
 from megatron_idea.data.indexed import tokenize
 from megatron_idea.data.tokenizer import load_tokenizer
-from megatron_idea.metrics import read_metrics
 from megatron_idea.prune import compact
+from megatron_idea.records.read import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 

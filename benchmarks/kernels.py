@@ -27,9 +27,9 @@ import torch._functorch.config
 
 from megatron_idea import config as configuration
 from megatron_idea.cli import quiet
-from megatron_idea.distributed import joined
+from megatron_idea.engine.distributed import joined
+from megatron_idea.engine.trainable import assemble
 from megatron_idea.kernels.dispatch import can_launch, jit, launch, tl
-from megatron_idea.optim import assemble
 from megatron_idea.schedule import phase_ends
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out

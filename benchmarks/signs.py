@@ -27,12 +27,13 @@ from rich.table import Table
 from megatron_idea import config as configuration
 from megatron_idea.cli import quiet
 from megatron_idea.config import Config
+from megatron_idea.course import flops_between, num_steps
 from megatron_idea.data.corpus import build_corpus
 from megatron_idea.data.indexed import check_dataset, tokenize
+from megatron_idea.data.of_run import open_batches
 from megatron_idea.data.tokenizer import load_tokenizer
-from megatron_idea.distributed import joined
-from megatron_idea.estimate import flops_between, num_steps
-from megatron_idea.evaluate import evaluate_checkpoint, open_batches
+from megatron_idea.engine.distributed import joined
+from megatron_idea.evaluation.held_out import evaluate_checkpoint
 from megatron_idea.report.cost import cost
 from megatron_idea.report.run import Run, read_run
 from megatron_idea.schedule import removal_window

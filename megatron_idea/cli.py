@@ -23,11 +23,11 @@ from rich.console import RenderableType
 from rich.measure import Measurement
 from rich.text import Text
 
-from megatron_idea.terminal import Console
+from megatron_idea.records.terminal import Console
 
 if TYPE_CHECKING:
-    from megatron_idea.budget import Budget
     from megatron_idea.config import Config
+    from megatron_idea.planning.budget import Budget
 
 USER_ERROR = 2
 LET_RANK_0_SPEAK_S = 3.0
@@ -215,7 +215,7 @@ def train(
     torchrun's. SIGTERM, SIGINT or SIGUSR1: finish the step, save, end with status 75.
     """
     from megatron_idea.config import load, to_yaml, validate
-    from megatron_idea.launcher import STOPPED, Job, launch
+    from megatron_idea.engine.launcher import STOPPED, Job, launch
 
     loaded = load(config, overrides or [])
     if not _is_worker():
@@ -301,7 +301,7 @@ def plan(
     status 2 when that does not fit.
     """
     from megatron_idea.config import ConfigError, load
-    from megatron_idea.estimate import make_plan, render_plan
+    from megatron_idea.planning.estimate import make_plan, render_plan
 
     if gpus is None and (suggest or picture):
         raise typer.BadParameter("say how many: --gpus 256", param_hint="--gpus")
@@ -322,7 +322,7 @@ def plan(
         _show(render_plan(made))
     if budget is None:
         return
-    from megatron_idea.budget_view import draw_budget, render_budget
+    from megatron_idea.planning.view import draw_budget, render_budget
 
     if not as_json:
         _show(render_budget(budget))
@@ -333,8 +333,9 @@ def plan(
 
 
 def _budget(config: Config, gpus: int, gpu: str, mfu: float) -> Budget:
-    from megatron_idea.budget import Assumptions, gpu_named, make_budget
     from megatron_idea.config import validate
+    from megatron_idea.engine.gpus import gpu_named
+    from megatron_idea.planning.budget import Assumptions, make_budget
 
     validate(config, gpus)
     with Console(stderr=True).status("building the model on paper"):
@@ -342,9 +343,10 @@ def _budget(config: Config, gpus: int, gpu: str, mfu: float) -> Budget:
 
 
 def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> None:
-    from megatron_idea.budget import Assumptions, gpu_named, suggest
-    from megatron_idea.budget_view import render_layouts
     from megatron_idea.config import ConfigError
+    from megatron_idea.engine.gpus import gpu_named
+    from megatron_idea.planning.budget import Assumptions, suggest
+    from megatron_idea.planning.view import render_layouts
 
     kind = gpu_named(gpu)
     with Console(stderr=True).status("building the model on paper in many layouts"):
@@ -398,8 +400,8 @@ def evaluate(
 ) -> None:
     """Measure a model: held-out loss, perplexity, bits per byte, and tasks of the harness."""
     from megatron_idea.config import ConfigError
-    from megatron_idea.evaluate import Options, evaluate_model
-    from megatron_idea.harness import evaluate_tasks, tasks_of
+    from megatron_idea.evaluation.held_out import Options, evaluate_model
+    from megatron_idea.evaluation.tasks import evaluate_tasks, tasks_of
 
     names, num_fewshot = tasks_of(suite, tasks, num_fewshot, data or [])
     if not names and (task_path or num_fewshot is not None):
@@ -448,8 +450,8 @@ def compact(
     ] = "",
 ) -> None:
     """Remove masked or unimportant neurons from a checkpoint on disk, optimizer state included."""
+    from megatron_idea.checkpoint.compact import compact_checkpoint
     from megatron_idea.config import ConfigError
-    from megatron_idea.offline import compact_checkpoint
 
     try:
         widths = [int(width) for width in to.split(",")] if to else []
@@ -488,7 +490,7 @@ def watch(
     ] = 1.0,
 ) -> None:
     """Show a run live in the terminal: progress, loss, widths, speed, last events."""
-    from megatron_idea.watch import watch as show
+    from megatron_idea.report.watch import watch as show
 
     show(run, once=once, every_s=every_s)
 
@@ -496,7 +498,7 @@ def watch(
 @app.command()
 def doctor() -> None:
     """Show which accelerations are active here, and how to get those that are not."""
-    from megatron_idea.doctor import collect, render
+    from megatron_idea.planning.doctor import collect, render
 
     rows = collect()
     _show(render(rows))
@@ -524,7 +526,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: LlamaForCausalLM or Qwen3ForCausalLM."""
     from megatron_idea.config import ConfigError
-    from megatron_idea.export import export_checkpoint
+    from megatron_idea.huggingface.export import export_checkpoint
 
     if not math.isfinite(max_shard_gb):
         raise ConfigError(f"--max-shard-gb is {max_shard_gb}; it must be a finite number")
@@ -560,7 +562,7 @@ def import_(
     ] = 1.0,
 ) -> None:
     """Start a run from a Hugging Face model, if wanted with wider FFNs that compute the same."""
-    from megatron_idea.hf_import import import_checkpoint
+    from megatron_idea.huggingface.import_ import import_checkpoint
 
     done = import_checkpoint(folder, run, config, overrides or [], enlarge_ffn=enlarge_ffn)
     before = _widths(done.widths_before)
@@ -588,8 +590,8 @@ def generate(
     ] = "",
 ) -> None:
     """Let a model go on from a prompt, in one process; a run's report shows what it wrote."""
-    from megatron_idea.checkpoint import complete
-    from megatron_idea.generate import remember, sample
+    from megatron_idea.checkpoint.folder import complete
+    from megatron_idea.evaluation.generate import remember, sample
 
     samples = sample(
         path,

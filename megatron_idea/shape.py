@@ -136,3 +136,26 @@ class Shape:
         """Read what ``as_dict`` wrote. Raises: KeyError, TypeError for anything else."""
         layers = tuple(LayerShape(**layer) for layer in values["layers"])
         return Shape(values["hidden_size"], layers)
+
+
+def round_up(count: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``count``; never zero."""
+    return max(1, -(-count // multiple)) * multiple
+
+
+def due_counts(
+    counts: Sequence[int], live: Sequence[int], multiple: int, block: int, final: bool
+) -> tuple[int, ...]:
+    """Return stored units per layer after this step: as now, or the next smaller legal counts.
+
+    A compaction is due when some layer could shed a whole block, and at the end of pruning when it
+    could shed anything. All layers then shrink to what their live units need, so that between
+    two compactions at most one block of units is computed in vain.
+
+    A run that was resumed with more TP ranks may have counts that are no multiple any more; they
+    stay until there is something to shed.
+    """
+    assert all(n <= w for n, w in zip(live, counts, strict=True)), (counts, live)
+    needed = tuple(min(round_up(n, multiple), w) for n, w in zip(live, counts, strict=True))
+    gain = max(w - n for w, n in zip(counts, needed, strict=True))
+    return needed if gain >= block or (final and gain > 0) else tuple(counts)

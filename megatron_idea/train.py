@@ -7,7 +7,6 @@ import gc
 import math
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,33 +14,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_idea import checkpoint, guard
 from megatron_idea import config as configuration
-from megatron_idea.checkpoint import CheckpointError, Saving, TrainState
+from megatron_idea.checkpoint.saving import Saving
+from megatron_idea.checkpoint.state import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError, validate
+from megatron_idea.course import num_steps
 from megatron_idea.data.batches import Batches
+from megatron_idea.data.of_run import open_batches, validation_batches
 from megatron_idea.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
-from megatron_idea.distributed import (
+from megatron_idea.engine.distributed import (
     ProcessGroups,
     joined,
     memory_bytes,
     together,
     world_size_from_environment,
 )
-from megatron_idea.estimate import num_steps
-from megatron_idea.evaluate import held_out_loss, open_batches, validation_batches
-from megatron_idea.generate import sample_live
-from megatron_idea.lock import RunLock
-from megatron_idea.metrics import Progress, RecordError, RunLog, peak_flops
-from megatron_idea.optim import Trainable, assemble, clip_and_step, squared_grad_norm
+from megatron_idea.engine.gpus import peak_flops
+from megatron_idea.engine.optimizer import clip_and_step, squared_grad_norm
+from megatron_idea.engine.passes import forward_backward
+from megatron_idea.engine.trainable import Trainable, assemble
+from megatron_idea.evaluation.generate import sample_live
+from megatron_idea.evaluation.held_out import held_out_loss
 from megatron_idea.prune.compact import release
 from megatron_idea.prune.mask import apply_mask
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.relocate import extension
 from megatron_idea.prune.strategy import Plan
+from megatron_idea.records.lock import RunLock
+from megatron_idea.records.log import RecordError, RunLog
+from megatron_idea.records.progress import Progress
 from megatron_idea.schedule import crossed, keep_ratio, learning_rate, phase, phase_ended
 
 
@@ -209,7 +213,8 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
     begin = time.perf_counter()
     tokens = state.consumed_tokens + config.batch_tokens
     lr = learning_rate(config.schedule, tokens)
-    losses = forward_backward(run, state)  # gradients are reduced over DP, not yet clipped
+    losses = forward_backward(trainable, run.data, next_samples(run, state))
+    # Gradients are reduced over data-parallel ranks and not yet clipped.
     observed = pruner.observe(trainable, tokens)  # weights before the update, unclipped gradients
     loss, grad_norm, stopping, saved = share(run, losses)
     taken = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -313,46 +318,12 @@ def apply(run: Run, state: TrainState, plan: Plan) -> None:
         measure(run, state, "compaction_after")
 
 
-def forward_backward(run: Run, state: TrainState) -> list[Tensor]:
-    """Run all micro-batches of a step; gradients are then in ``main_grad``, reduced over DP.
-
-    Returns: the mean loss of each micro-batch, on the last pipeline stage; elsewhere nothing.
-    """
-    chunks = run.trainable.chunks
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    run.trainable.optimizer.zero_grad()
+def next_samples(run: Run, state: TrainState) -> int:
+    """Count the training samples that come before the next step's."""
     training = run.config.training
     samples = state.consumed_tokens // training.seq_length + state.skipped_samples
-    # What a rollback left out is made up for from the beginning.
-    samples %= num_steps(run.config) * training.global_batch_size
-    iterators = [run.data.step(samples) for _ in chunks]
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks,
-        num_microbatches=run.data.num_microbatches,
-        seq_length=training.seq_length,
-        micro_batch_size=training.micro_batch_size,
-        forward_only=False,
-    )
-    return [result["loss"] for result in results]
-
-
-def forward_step(
-    batches: Iterator[dict[str, Tensor]], model: torch.nn.Module
-) -> tuple[Tensor, Any]:
-    """The next micro-batch through this chunk, and what makes a loss of the last one's output."""
-    batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-    def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = batch["loss_mask"]
-        loss = (losses.float() * mask).sum() / mask.sum()
-        # megatron-core divides the loss in place by the number of micro-batches: log a copy.
-        return loss, {"loss": loss.detach().clone()}
-
-    return output, mean_loss
+    # Skipping past the end of the data goes on at its beginning.
+    return samples % (num_steps(run.config) * training.global_batch_size)
 
 
 def share(run: Run, losses: list[Tensor]) -> tuple[float, float, bool, bool]:

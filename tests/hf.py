@@ -23,7 +23,7 @@ SOON = {
 
 def save_job(rendezvous: str, config: Config, steps: int) -> list[int]:
     """Train some steps on random tokens and save; the live neurons of every layer."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -39,7 +39,7 @@ def save_job(rendezvous: str, config: Config, steps: int) -> list[int]:
 
 def logits_job(rendezvous: str, path: str, tokens: Any) -> Any:
     """Our own model's logits, in one process."""
-    from megatron_idea.generate import open_model
+    from megatron_idea.evaluation.generate import open_model
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)

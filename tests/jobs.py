@@ -65,7 +65,7 @@ def on_ranks(world_size: int, **parallel: Any) -> Callable[..., Any]:
 def _run(
     rendezvous: str, module: str, name: str, config: Config, arguments: tuple[Any, ...]
 ) -> Any:
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
 
     job = getattr(importlib.import_module(module), name)
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -88,7 +88,9 @@ class RandomBatches:
     def __init__(self, config: Config, groups: Any, seed: int = 0) -> None:
         self._config, self._groups, self._seed = config, groups, seed
         per_rank = config.training.global_batch_size // groups.dp.size()
-        self.num_microbatches = per_rank // config.training.micro_batch_size
+        self.micro_batch_size = config.training.micro_batch_size
+        self.seq_length = config.training.seq_length
+        self.num_microbatches = per_rank // self.micro_batch_size
 
     def step(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         dp, training = self._groups.dp, self._config.training
@@ -106,17 +108,15 @@ class RandomBatches:
 
 def backward(trainable: Any, seed: int = 0) -> None:
     """Gradients of one global batch of random tokens, reduced over data-parallel ranks."""
-    from megatron_idea.train import forward_backward
+    from megatron_idea.engine.passes import forward_backward
 
-    data = RandomBatches(trainable.config, trainable.groups, seed)
-    run = SimpleNamespace(config=trainable.config, trainable=trainable, data=data)
-    forward_backward(run, SimpleNamespace(consumed_tokens=0, skipped_samples=0))  # type: ignore[arg-type]
+    forward_backward(trainable, RandomBatches(trainable.config, trainable.groups, seed), 0)
 
 
 def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
     """A run and its state for ``train.step``, on random tokens, without logs and checkpoints."""
-    from megatron_idea.checkpoint import TrainState
-    from megatron_idea.optim import assemble
+    from megatron_idea.checkpoint.state import TrainState
+    from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.pruner import Pruner
 
     state = TrainState.fresh(config)
@@ -143,7 +143,7 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
 
 def whole(trainable: Any, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
     """The unsharded ``main``, ``grad`` or moment of a parameter, flat, on every rank."""
-    from megatron_idea.optim import slot
+    from megatron_idea.engine.shards import slot
 
     part = slot(trainable.optimizer, parameter)
     result = torch.zeros(parameter.numel(), device=parameter.device)

@@ -14,7 +14,7 @@ from jobs import backward, on_ranks
 from torch import Tensor
 
 from megatron_idea.config import Config, replace
-from megatron_idea.distributed import ProcessGroups
+from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.kernels import MatrixShard, masked_swiglu, matrix_scores, score
 from megatron_idea.kernels.score import ELEMENTS, REDUCTIONS
 from megatron_idea.testing import assert_close, assert_equal
@@ -271,7 +271,8 @@ def test_what_a_kernel_cannot_read_is_refused_before_a_launch(
 def test_a_model_trains_and_scores_as_with_the_reference(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.optim import assemble, update
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.pruner import build_strategy
     from megatron_idea.prune.score import ScoreTracker
 

@@ -10,7 +10,7 @@ import pytest
 from test_evaluate import train_job
 
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import read_events
+from megatron_idea.records.read import read_events
 from megatron_idea.testing import Workers
 
 # Processes, how they share the work, and the alignment with which all have the same legal widths.

@@ -11,12 +11,19 @@ import pytest
 from jobs import live_run, run_job
 from rich.console import Console
 
-from megatron_idea import budget as budgets
 from megatron_idea import checkpoint
 from megatron_idea import config as configs
-from megatron_idea.budget import GPUS, Assumptions, Budget, checkpoint_bytes, make_budget, suggest
-from megatron_idea.budget_view import draw_budget, render_budget, render_layouts
 from megatron_idea.config import Config, ConfigError
+from megatron_idea.engine.gpus import GPUS, gpu_named
+from megatron_idea.planning import budget as budgets
+from megatron_idea.planning.budget import (
+    Assumptions,
+    Budget,
+    checkpoint_bytes,
+    make_budget,
+    suggest,
+)
+from megatron_idea.planning.view import draw_budget, render_budget, render_layouts
 from megatron_idea.testing import Workers
 from megatron_idea.train import step
 
@@ -158,7 +165,7 @@ def test_no_legal_layout_is_an_error() -> None:
 
 def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="known GPUs: a100-40, a100, h100"):
-        budgets.gpu_named("tpu")
+        gpu_named("tpu")
 
 
 def test_the_tables_and_the_picture_say_what_is_assumed(budget: Budget, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from megatron_idea.config import BlendEntry, Config, replace, to_yaml
 from megatron_idea.data.tokenizer import copy_tokenizer
-from megatron_idea.metrics import read_metrics
+from megatron_idea.records.read import read_metrics
 from megatron_idea.testing import Workers, assert_equal
 
 # ``tensors`` reads in one process, and means to.
@@ -66,7 +66,7 @@ LAYOUTS = {
 
 def parts_of(trainable: Any) -> dict[str, tuple[Any, ...]]:
     """What this rank's optimizer holds of each parameter: numpy, so that it can be sent."""
-    from megatron_idea.optim import MOMENTS, slot
+    from megatron_idea.engine.shards import MOMENTS, slot
 
     parts = {}
     for index, parameter in enumerate(trainable.parameters):
@@ -87,7 +87,7 @@ def drive(
 
     Returns: ``parts_of`` at each of them, and who is alive after every step.
     """
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
     gc.freeze()  # compaction collects garbage; what was imported is none
@@ -119,7 +119,7 @@ def go_on(rendezvous: str, config: Config, steps: int) -> tuple[Any, list[float]
 
     Returns: ``parts_of`` the loaded run; losses and who is alive after each step.
     """
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
     gc.freeze()
@@ -348,9 +348,11 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
     A checkpoint puts them together from any layout. Returns: the norm that the optimizer finds.
     """
     from megatron_idea import checkpoint
-    from megatron_idea.distributed import start_distributed, stop_distributed
-    from megatron_idea.optim import slot, update
-    from megatron_idea.train import build, forward_backward, save
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.engine.passes import forward_backward
+    from megatron_idea.engine.shards import slot
+    from megatron_idea.train import build, next_samples, save
 
     gc.freeze()
     groups = start_distributed(configs[0].parallel, configs[0].training.seed, rendezvous)
@@ -361,7 +363,7 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
             patch.setattr(checkpoint, "check_same_run", lambda path, config: None)
             for config in configs:
                 run, state = build(config, groups)
-                forward_backward(run, state)
+                forward_backward(run.trainable, run.data, next_samples(run, state))
                 for parameter in run.trainable.parameters:
                     if part := slot(run.trainable.optimizer, parameter):
                         moment = part.state["exp_avg"]
@@ -452,7 +454,7 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_idea import checkpoint
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
     def full(*_: Any, **__: Any) -> None:
@@ -470,7 +472,7 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
     results: list[Any] = []
     try:
         run, state = build(config, groups)
-        folder = checkpoint.folder(config.run_dir)
+        folder = checkpoint.checkpoints_of(config.run_dir)
         for failing in (False, True, False):
             step(run, state)
             patch = pytest.MonkeyPatch()
@@ -530,7 +532,7 @@ def test_a_checkpoint_is_complete_or_absent(
 
 
 def build_or_say(rendezvous: str, config: Config) -> str:
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -607,7 +609,7 @@ def test_a_damaged_checkpoint_is_named_on_every_rank(
 def test_an_incomplete_checkpoint_is_passed_over(
     source: Callable[[str], Source], tmp_path: Path
 ) -> None:
-    from megatron_idea.checkpoint import latest
+    from megatron_idea.checkpoint.folder import latest
 
     config = source("tp1").killed_after(STOPS["recovery"], tmp_path / "run")
     earlier = checkpoint_at(config.run_dir, STOPS["between_compactions"])
@@ -621,13 +623,13 @@ def test_an_incomplete_checkpoint_is_passed_over(
 def keep_two(rendezvous: str, config: Config) -> list[list[str]]:
     """The checkpoint folders after each of four saves; a leftover lies in the way of the second."""
     from megatron_idea import checkpoint
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     try:
         run, state = build(config, groups)
-        folder = checkpoint.folder(config.run_dir)
+        folder = checkpoint.checkpoints_of(config.run_dir)
         leftover = folder / "step_00000002.partial"
         leftover.mkdir(parents=True)
         (leftover / "junk").write_text("of a killed process")
@@ -655,7 +657,8 @@ def test_the_last_two_are_kept_and_leftovers_are_replaced(
 
 
 def changes(config: Config, path: Path, **sections: Any) -> str:
-    from megatron_idea.checkpoint import CheckpointError, check_same_run
+    from megatron_idea.checkpoint.folder import check_same_run
+    from megatron_idea.checkpoint.state import CheckpointError
 
     try:
         check_same_run(path, replace(config, **sections))
@@ -777,7 +780,7 @@ def go_on_with_other_parts(
     rendezvous: str, config: Config, steps: int
 ) -> tuple[Any, list[float], list[Any]]:
     """``go_on`` where norms have an extra state, as those of Transformer Engine."""
-    from megatron_idea.layers import RMSNorm
+    from megatron_idea.engine.layers import RMSNorm
 
     RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign]
     RMSNorm.set_extra_state = lambda self, state: None  # type: ignore[method-assign]
@@ -814,7 +817,7 @@ def test_random_number_streams_of_another_kind_of_device_are_not_asked_for(
 
 
 def refresh_manifest(path: Path) -> None:
-    from megatron_idea import storage
+    from megatron_idea.checkpoint import storage
 
     manifest = json.loads((path / storage.MANIFEST).read_text())
     manifest["files"]["state.json"] = storage.describe(path / "state.json")
@@ -822,17 +825,16 @@ def refresh_manifest(path: Path) -> None:
 
 
 def streams_asked_for(rendezvous: str, config: Config) -> list[str]:
-    from megatron_idea import checkpoint
 
-    read, asked = checkpoint._load_tensors, []
+    read, asked = tensors._load_tensors, []
 
     def noted(wanted: dict[str, Any], path: Path, groups: Any) -> dict[str, Any]:
         asked.extend(wanted.get("rng", {}))
         return read(wanted, path, groups)
 
-    checkpoint._load_tensors = noted
+    tensors._load_tensors = noted
     try:
         build_or_say(rendezvous, config)
     finally:
-        checkpoint._load_tensors = read
+        tensors._load_tensors = read
     return asked

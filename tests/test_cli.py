@@ -16,8 +16,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import megatron_idea
-from megatron_idea import cli, config, metrics
+from megatron_idea import (
+    cli,
+    config,
+)
 from megatron_idea.config import Config, ConfigError
+from megatron_idea.records.log import RunLog
 
 runner = CliRunner()
 CONFIG = """
@@ -50,7 +54,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     def train(given: Config) -> Any:
         calls.append(given)
         run_dir = Path(given.run_dir)
-        log = metrics.RunLog(run_dir, config.replace(given, logging={"tensorboard": False}), True)
+        log = RunLog(run_dir, config.replace(given, logging={"tensorboard": False}), True)
         (run_dir / "config.yaml").write_text(config.to_yaml(given))
         widths = [given.model.ffn_hidden_size] * given.model.num_layers
         log.write(
@@ -138,7 +142,7 @@ def test_no_fact_of_a_plan_is_broken(
 def test_a_table_of_sentences_fits_a_terminal_and_is_unbroken_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_idea.doctor import Row, render
+    from megatron_idea.planning.doctor import Row, render
 
     monkeypatch.setenv("COLUMNS", "60")
     table = render([Row("a name", "ok", "words " * 20, "path/" * 20)])
@@ -311,7 +315,7 @@ def test_doctor_finds_this_machine_fit() -> None:
 
 
 def test_doctor_fails_when_something_required_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_idea import doctor
+    from megatron_idea.planning import doctor
 
     missing = doctor.Row("torch", "missing", "not installed", "pip install torch", required=True)
     monkeypatch.setattr(doctor, "collect", lambda: [missing])
@@ -319,17 +323,17 @@ def test_doctor_fails_when_something_required_is_missing(monkeypatch: pytest.Mon
 
 
 def test_evaluate_prints_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from megatron_idea import evaluate
+    from megatron_idea.evaluation import held_out
 
     calls = []
 
     def evaluate_model(path: Path, data: list[str], overrides: list[str], options: object) -> list:
         calls.append((path, data, overrides, options))
-        return [evaluate.Measured("data.validation", 2.5, 16384, 0)]
+        return [held_out.Measured("data.validation", 2.5, 16384, 0)]
 
-    monkeypatch.setattr(evaluate, "evaluate_model", evaluate_model)
+    monkeypatch.setattr(held_out, "evaluate_model", evaluate_model)
     result = run("evaluate", tmp_path, "evaluation.num_samples=8")
-    assert calls == [(tmp_path, [], ["evaluation.num_samples=8"], evaluate.Options())]
+    assert calls == [(tmp_path, [], ["evaluation.num_samples=8"], held_out.Options())]
     assert [line.split() for line in result.stdout.splitlines()] == [
         ["loss", "2.5000"],
         ["perplexity", "12.1825"],

@@ -16,7 +16,7 @@ from megatron_idea.config import Config, replace, validate
 from megatron_idea.testing import Workers
 
 if TYPE_CHECKING:
-    from megatron_idea.distributed import ProcessGroups
+    from megatron_idea.engine.distributed import ProcessGroups
     from megatron_idea.train import Run
 
 
@@ -121,11 +121,10 @@ def snapshot(run: Run) -> dict[str, Any]:
     """
     from megatron.core import tensor_parallel
 
-    from megatron_idea.model import named_parameters
-    from megatron_idea.optim import ShardExchange
+    from megatron_idea.engine.model import named_parameters
 
     trainable, groups = run.trainable, run.trainable.groups
-    shards = ShardExchange(trainable)
+    shards = trainable.exchange()
     rest: dict[str, Any] = {}
     ffn: dict[int, Any] = {
         layer: {"ids": mlp.neuron_ids.tolist(), "mask": mlp.mask.tolist()}
@@ -170,7 +169,7 @@ def _numpy(x: torch.Tensor | None) -> np.ndarray | None:
 
 def live_job(rendezvous: str, config: Config, survivors: str) -> list[dict[str, Any]]:
     """Train, compact, train, compact, train; what there was around each compaction."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.prune.pruner import make_plan
     from megatron_idea.train import build, step
 
@@ -348,7 +347,7 @@ def leak_job(rendezvous: str, config: Config) -> list[tuple[int, int, int]]:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.prune.pruner import make_plan
     from megatron_idea.train import build, step
 
@@ -416,7 +415,7 @@ def test_compactions_leave_nothing_behind(
 
 def refused_job(rendezvous: str, config: Config) -> dict[str, Any]:
     """The same steps without and with plans in between that must be refused."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -499,7 +498,7 @@ def test_releasing_a_model_empties_transformer_engines_stand_ins_for_gradients(
     import sys
     from types import SimpleNamespace
 
-    from megatron_idea.optim import assemble
+    from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.compact import release
 
     kept = {(48, 16): torch.empty(48, 16)}
@@ -517,7 +516,8 @@ def test_releasing_a_model_empties_transformer_engines_stand_ins_for_gradients(
 def test_a_compaction_compares_what_megatron_core_writes_on_parameters_and_nothing_else(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.optim import assemble, update
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.compact import PARAMETER_ATTRIBUTES, compact
     from megatron_idea.prune.pruner import make_plan
 

@@ -13,7 +13,7 @@ from megatron_idea.config import Config
 from megatron_idea.testing import assert_equal
 
 if TYPE_CHECKING:
-    from megatron_idea.distributed import ProcessGroups
+    from megatron_idea.engine.distributed import ProcessGroups
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is installed with CUDA")
 
@@ -26,7 +26,7 @@ def test_installing_again_is_harmless_and_treats_what_was_loaded_since(
     from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    from megatron_idea import cpu
+    from megatron_idea.engine import cpu
 
     def patched() -> list[object]:
         init = core_optimizer.DistributedOptimizer.__init__
@@ -44,7 +44,8 @@ def test_installing_again_is_harmless_and_treats_what_was_loaded_since(
 def test_torch_itself_still_knows_that_there_is_no_cuda(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.optim import assemble, update
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.engine.trainable import assemble
 
     name = torch.Tensor.type
     trainable = assemble(config, groups, [24, 24], initialize=True)
@@ -99,7 +100,7 @@ def test_megatron_cores_cuda_means_the_cpu(groups: ProcessGroups, config: Config
 def test_type_names_are_cudas_inside_only_even_after_an_error(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.cpu import _cuda_type_names
+    from megatron_idea.engine.cpu import _cuda_type_names
 
     with _cuda_type_names():
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"

@@ -315,7 +315,7 @@ def survivors(tp: int) -> dict[str, torch.Tensor]:
 
 def way_job(rendezvous: str, tp: int, modes: list[str]) -> list[tuple[Any, ...]]:
     """Per case: its name, the ids that this rank holds, whether their bits are right, traffic."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
 
     groups = start_distributed(ParallelConfig(tensor_model_parallel_size=tp), 1, rendezvous)
     sizes: list[int] = []

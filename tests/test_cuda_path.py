@@ -15,7 +15,7 @@ from cuda_stand_in import build
 from cuda_stand_in.serve import serve
 
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.testing import Workers
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -178,7 +178,7 @@ def measured(_rendezvous: str, run_dir: str) -> float:
     """The held-out loss of a run's last checkpoint, by a process of its own."""
     import os
 
-    from megatron_idea.evaluate import evaluate_checkpoint
+    from megatron_idea.evaluation.held_out import evaluate_checkpoint
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         del os.environ[name]

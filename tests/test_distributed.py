@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_idea import distributed
 from megatron_idea.config import ConfigError
-from megatron_idea.distributed import choose_interface
+from megatron_idea.engine import distributed
+from megatron_idea.engine.distributed import choose_interface
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from extension import using
 from rich.console import Console
 
-from megatron_idea import doctor
-from megatron_idea.doctor import Row, collect, render
+from megatron_idea.planning import doctor
+from megatron_idea.planning.doctor import Row, collect, render
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,21 @@ from rich.console import Console
 
 from megatron_idea import config as configs
 from megatron_idea.config import Config, ConfigError, ModelConfig
-from megatron_idea.estimate import (
+from megatron_idea.course import (
     WidthChange,
     flops_between,
     flops_per_token,
-    human_count,
     live_at_step,
-    make_plan,
     num_steps,
     parameter_count,
     remaining_flops,
-    render_plan,
     width_at,
     width_plan,
 )
-from megatron_idea.prune.legal import due_widths
+from megatron_idea.planning.estimate import make_plan, render_plan
+from megatron_idea.records.readable import human_count
 from megatron_idea.schedule import removal_window
+from megatron_idea.shape import due_counts
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -98,7 +97,7 @@ def simulated_widths(config: Config) -> list[WidthChange]:
     changes, widths = [], (config.model.ffn_hidden_size,)
     for step in range(1, num_steps(config) + 1):
         tokens = step * config.batch_tokens
-        new = due_widths(
+        new = due_counts(
             widths,
             [live_at_step(config, step)],
             config.ffn_multiple,

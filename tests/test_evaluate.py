@@ -17,9 +17,9 @@ from megatron_idea.config import Config, replace
 from megatron_idea.data.documents import DataError
 from megatron_idea.data.rolling import RollingBatches, rows_of
 from megatron_idea.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_idea.evaluate import _identity
-from megatron_idea.export import export_checkpoint
-from megatron_idea.metrics import read_events
+from megatron_idea.evaluation.held_out import _identity
+from megatron_idea.huggingface.export import export_checkpoint
+from megatron_idea.records.read import read_events
 from megatron_idea.testing import Workers
 
 runner = CliRunner()
@@ -38,16 +38,16 @@ TEXTS = [
 
 def train_and_evaluate(rendezvous: str, config: Config, overrides: list[str]) -> dict[str, Any]:
     """Train over all ranks; then measure the final checkpoint over the same ranks."""
-    from megatron_idea import evaluate
+    from megatron_idea.evaluation import held_out
     from megatron_idea.train import train
 
     train(config, rendezvous)
-    start = evaluate.joined
-    evaluate.joined = lambda parallel, seed: start(parallel, seed, f"{rendezvous}.e")
+    start = held_out.joined
+    held_out.joined = lambda parallel, seed: start(parallel, seed, f"{rendezvous}.e")
     try:
-        return evaluate.evaluate_checkpoint(Path(config.run_dir), overrides)
+        return held_out.evaluate_checkpoint(Path(config.run_dir), overrides)
     finally:
-        evaluate.joined = start
+        held_out.joined = start
 
 
 def train_job(rendezvous: str, config: Config) -> None:
@@ -58,7 +58,7 @@ def train_job(rendezvous: str, config: Config) -> None:
 
 def evaluate_alone(rendezvous: str, path: str, overrides: list[str]) -> dict[str, Any] | str:
     """As a user does: one process, no launcher, nothing in the environment."""
-    from megatron_idea.evaluate import evaluate_checkpoint
+    from megatron_idea.evaluation.held_out import evaluate_checkpoint
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -72,30 +72,30 @@ def measure_job(
     rendezvous: str, path: str, data: list[str], overrides: list[str], options: dict[str, Any]
 ) -> list[Any] | str:
     """``evaluate_model`` over as many ranks as there are."""
-    from megatron_idea import evaluate
+    from megatron_idea.evaluation import held_out
 
-    start = evaluate.joined
+    start = held_out.joined
     if os.environ["WORLD_SIZE"] == "1":
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name)
     else:
-        evaluate.joined = lambda parallel, seed: start(parallel, seed, rendezvous)
+        held_out.joined = lambda parallel, seed: start(parallel, seed, rendezvous)
     try:
-        return evaluate.evaluate_model(Path(path), data, overrides, evaluate.Options(**options))
+        return held_out.evaluate_model(Path(path), data, overrides, held_out.Options(**options))
     except ValueError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        evaluate.joined = start
+        held_out.joined = start
 
 
 def interrupted_job(
     rendezvous: str, path: str, data: list[str], options: dict[str, Any], steps: int
 ) -> str:
     """Measure until the process would be stopped, in a step after ``steps`` others."""
-    from megatron_idea import evaluate
+    from megatron_idea.evaluation import held_out
 
-    kind = "_folder_step" if evaluate.is_hugging_face(Path(path)) else "_megatron_step"
-    real, taken = getattr(evaluate, kind), []
+    kind = "_folder_step" if held_out.is_hugging_face(Path(path)) else "_megatron_step"
+    real, taken = getattr(held_out, kind), []
 
     def step(*arguments: Any) -> Any:
         taken.append(1)
@@ -103,15 +103,15 @@ def interrupted_job(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    setattr(evaluate, kind, step)
+    setattr(held_out, kind, step)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     try:
-        evaluate.evaluate_model(Path(path), data, options=evaluate.Options(**options))
+        held_out.evaluate_model(Path(path), data, options=held_out.Options(**options))
     except KeyboardInterrupt:
         return "stopped"
     finally:
-        setattr(evaluate, kind, real)
+        setattr(held_out, kind, real)
     return f"finished in {len(taken)} steps"
 
 

@@ -18,13 +18,15 @@ from hf import ours, read, some_tokens, theirs, trained
 from jobs import small
 from typer.testing import CliRunner
 
-from megatron_idea import checkpoint, cli, storage
+from megatron_idea import checkpoint, cli
 from megatron_idea import config as configuration
-from megatron_idea.checkpoint import CheckpointError
+from megatron_idea.checkpoint import storage
+from megatron_idea.checkpoint.reader import CheckpointTensors
+from megatron_idea.checkpoint.state import CheckpointError
 from megatron_idea.config import ConfigError, replace
 from megatron_idea.data.tokenizer import DataError, copy_tokenizer, load_tokenizer, train_tokenizer
-from megatron_idea.export import CheckpointTensors, byte_tokenizer_json, export_checkpoint
-from megatron_idea.hf_import import import_checkpoint
+from megatron_idea.huggingface.export import byte_tokenizer_json, export_checkpoint
+from megatron_idea.huggingface.import_ import import_checkpoint
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 transformers = pytest.importorskip("transformers", reason="needs megatron-idea[export]")
@@ -173,8 +175,8 @@ def test_the_compact_layout_says_each_layers_width(workers: Workers, tmp_path: P
 
 
 def test_compact_widths_that_allow_it_are_said_as_ffn_mult() -> None:
-    from megatron_idea.huggingface import block_width, to_hf_config
-    from megatron_idea.nemotron_nas_config import NemotronNASConfig
+    from megatron_idea.huggingface.names import block_width, to_hf_config
+    from megatron_idea.huggingface.nemotron_nas_config import NemotronNASConfig
 
     model = small(model={"qk_layernorm": False, "hidden_size": 48}).model
     widths = [256, 1024, 11_008]
@@ -348,7 +350,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     tensors.write_bytes(tensors.read_bytes()[:1000])
     refused(damaged, "is damaged", storage.DamagedError)
     config = small()
-    from megatron_idea.huggingface import to_hf_config
+    from megatron_idea.huggingface.names import to_hf_config
 
     with pytest.raises(ConfigError, match="have no QK norm"):
         to_hf_config(config.model, [24, 24], 8, "float32", 0, compact=True)

@@ -16,13 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_idea import config as configuration
-from megatron_idea import footprint
 from megatron_idea.config import Config
-from megatron_idea.distributed import start_distributed, stop_distributed
-from megatron_idea.estimate import flops_per_token, parameter_count
-from megatron_idea.meta import LiveBytes, on_paper
-from megatron_idea.model import named_parameters
-from megatron_idea.optim import Trainable, assemble, update
+from megatron_idea.course import flops_per_token, parameter_count
+from megatron_idea.engine.distributed import start_distributed, stop_distributed
+from megatron_idea.engine.model import named_parameters
+from megatron_idea.engine.optimizer import update
+from megatron_idea.engine.trainable import Trainable, assemble
+from megatron_idea.planning import footprint
+from megatron_idea.planning.dry_run import LiveBytes, on_paper
 from megatron_idea.prune import compact as compaction
 from megatron_idea.testing import Workers
 

@@ -17,8 +17,7 @@ from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.data.tokenizer import load_tokenizer
-from megatron_idea.export import export_checkpoint
-from megatron_idea.generate import (
+from megatron_idea.evaluation.generate import (
     LIVE_TEMPERATURE,
     Sample,
     Writer,
@@ -27,6 +26,7 @@ from megatron_idea.generate import (
     sample,
     sample_live,
 )
+from megatron_idea.huggingface.export import export_checkpoint
 from megatron_idea.testing import Workers
 
 pytest.importorskip("transformers", reason="needs megatron-idea[export]")

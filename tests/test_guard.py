@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_idea.config import Config, ConfigError, GuardConfig, replace
 from megatron_idea.guard import DivergedError, Watch, observe
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.testing import Workers
 
 CALM = GuardConfig(spike_increase=0.5, spike_window_steps=4, max_skipped_in_row=3)

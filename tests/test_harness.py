@@ -17,7 +17,7 @@ from hf import trained
 from typer.testing import CliRunner
 
 from megatron_idea.config import ConfigError
-from megatron_idea.harness import TASKS, _load, tasks_of
+from megatron_idea.evaluation.tasks import TASKS, _load, tasks_of
 from megatron_idea.testing import Workers
 
 pytest.importorskip("transformers", reason="needs the extra eval: transformers is missing")
@@ -114,7 +114,7 @@ Asked = list[tuple[list[tuple[str, str]], int]]
 
 def log_likelihoods(rendezvous: str, path: Path, asked: list[tuple[str, str]]) -> list[float]:
     """log p(continuation | context) of each pair, by our own model, of a checkpoint."""
-    from megatron_idea.generate import open_model
+    from megatron_idea.evaluation.generate import open_model
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)

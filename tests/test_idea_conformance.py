@@ -21,7 +21,7 @@ from megatron_idea.schedule import keep_count, keep_ratio, learning_rate, phase_
 from megatron_idea.testing import TOLERANCE, assert_close, assert_equal
 
 if TYPE_CHECKING:
-    from megatron_idea.distributed import ProcessGroups
+    from megatron_idea.engine.distributed import ProcessGroups
 
 STEPS = 16
 BATCH_TOKENS = small().batch_tokens
@@ -127,7 +127,7 @@ def test_3_one_mask_silences_a_neuron_in_all_three_matrices(
 
 def in_fp64(trainable: Any) -> Any:
     """A copy of the model in double precision, masks included."""
-    from megatron_idea.model import build_model, named_parameters, prunable_mlps
+    from megatron_idea.engine.model import build_model, named_parameters, prunable_mlps
 
     chunks = build_model(trainable.config, trainable.core, trainable.widths, trainable.groups)
     weights = dict(named_parameters(trainable.chunks))
@@ -234,8 +234,8 @@ def test_8_removed_neurons_stay_removed_through_fifty_steps_of_adam(
 
     So the run is the same bit for bit whatever stands in the removed rows.
     """
-    from megatron_idea.model import named_parameters
-    from megatron_idea.optim import update
+    from megatron_idea.engine.model import named_parameters
+    from megatron_idea.engine.optimizer import update
 
     def fifty_steps(garbage: bool) -> dict[str, Any]:
         run, state = live_run(groups, pruning(config, compact=False))

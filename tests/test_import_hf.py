@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from megatron_idea import checkpoint, cli
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, to_yaml
-from megatron_idea.export import byte_tokenizer_json, export_checkpoint
-from megatron_idea.hf_import import import_checkpoint, widen
-from megatron_idea.huggingface import from_hf_config
-from megatron_idea.lock import RunFolderError, RunLock
-from megatron_idea.metrics import read_events
+from megatron_idea.huggingface.export import byte_tokenizer_json, export_checkpoint
+from megatron_idea.huggingface.import_ import import_checkpoint, widen
+from megatron_idea.huggingface.names import from_hf_config
+from megatron_idea.records.lock import RunFolderError, RunLock
+from megatron_idea.records.read import read_events
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 transformers = pytest.importorskip("transformers", reason="needs megatron-idea[export]")
@@ -171,7 +171,7 @@ def test_new_neurons_learn() -> None:
 
 
 def train_job(rendezvous: str, config: Config) -> list[dict[str, Any]]:
-    from megatron_idea.metrics import read_metrics
+    from megatron_idea.records.read import read_metrics
     from megatron_idea.train import train
 
     train(config, rendezvous)
@@ -179,7 +179,7 @@ def train_job(rendezvous: str, config: Config) -> list[dict[str, Any]]:
 
 
 def evaluate_job(rendezvous: str, path: str) -> float:
-    from megatron_idea.evaluate import evaluate_checkpoint
+    from megatron_idea.evaluation.held_out import evaluate_checkpoint
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import types
-from types import SimpleNamespace
 
 import pytest
 import torch
 from jobs import RandomBatches, on_ranks
 
 from megatron_idea.config import Config, replace
-from megatron_idea.distributed import ProcessGroups
+from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.testing import assert_close
 
 STEPS, LR = 12, 1e-2
@@ -25,8 +24,9 @@ def curve(groups: ProcessGroups, config: Config, whose: str, dead: int = 0) -> t
     """
     from megatron.core.transformer.mlp import MLP
 
-    from megatron_idea.optim import assemble, update
-    from megatron_idea.train import forward_backward
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.engine.passes import forward_backward
+    from megatron_idea.engine.trainable import assemble
 
     trainable = assemble(config, groups, [24, 24], initialize=True)
     for _, mlp in trainable.mlps:
@@ -37,8 +37,7 @@ def curve(groups: ProcessGroups, config: Config, whose: str, dead: int = 0) -> t
     losses = []
     for step in range(STEPS):
         data = RandomBatches(config, groups, seed=step % 2)
-        run = SimpleNamespace(config=config, trainable=trainable, data=data)
-        of_step = forward_backward(run, SimpleNamespace(consumed_tokens=0, skipped_samples=0))
+        of_step = forward_backward(trainable, data, 0)
         losses.append(float(torch.stack(of_step).mean()))
         update(trainable.optimizer, config, LR)
     return torch.tensor(losses, dtype=torch.float64)

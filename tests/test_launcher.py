@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idea import launcher
+from megatron_idea.engine import launcher
 
 
 def defaults(

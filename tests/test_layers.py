@@ -13,8 +13,8 @@ from megatron_idea.config import Config, replace
 from megatron_idea.testing import assert_close, assert_equal
 
 if TYPE_CHECKING:
-    from megatron_idea.distributed import ProcessGroups
-    from megatron_idea.layers import PrunableMLP
+    from megatron_idea.engine.distributed import ProcessGroups
+    from megatron_idea.engine.layers import PrunableMLP
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -27,8 +27,8 @@ def gradients(y: Tensor, dy: Tensor, of: list[Tensor]) -> list[Tensor]:
 
 @on_ranks(1)
 def test_rmsnorm_is_its_formula_and_torchs(groups: ProcessGroups, config: Config) -> None:
-    from megatron_idea.layers import RMSNorm
-    from megatron_idea.model import transformer_config
+    from megatron_idea.engine.layers import RMSNorm
+    from megatron_idea.engine.model import transformer_config
 
     core = transformer_config(config)
     norm = RMSNorm(core, 24, eps=1e-3).to("cpu")
@@ -56,8 +56,8 @@ def test_rmsnorm_is_its_formula_and_torchs(groups: ProcessGroups, config: Config
 def test_a_norm_starts_at_one_and_says_whether_tokens_are_split(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.layers import RMSNorm
-    from megatron_idea.model import transformer_config
+    from megatron_idea.engine.layers import RMSNorm
+    from megatron_idea.engine.model import transformer_config
 
     core = transformer_config(config)
     for split in (False, True):
@@ -91,8 +91,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def test_attention_is_explicit_causal_softmax(
     groups: ProcessGroups, config: Config, seq: int, groups_kv: int, scale: float | None
 ) -> None:
-    from megatron_idea.layers import ScaledDotProductAttention
-    from megatron_idea.model import transformer_config
+    from megatron_idea.engine.layers import ScaledDotProductAttention
+    from megatron_idea.engine.model import transformer_config
 
     attention = ScaledDotProductAttention(
         transformer_config(config), 1, None, "self", softmax_scale=scale
@@ -117,8 +117,8 @@ def test_attention_is_explicit_causal_softmax(
 
 @on_ranks(1)
 def test_attention_drops_out_in_training_only(groups: ProcessGroups, config: Config) -> None:
-    from megatron_idea.layers import ScaledDotProductAttention
-    from megatron_idea.model import transformer_config
+    from megatron_idea.engine.layers import ScaledDotProductAttention
+    from megatron_idea.engine.model import transformer_config
 
     core = transformer_config(replace(config, model={"attention_dropout": 0.5}))
     attention = ScaledDotProductAttention(core, 1, None, "self")
@@ -130,7 +130,7 @@ def test_attention_drops_out_in_training_only(groups: ProcessGroups, config: Con
 
 def built(groups: ProcessGroups, config: Config, widths: tuple[int, int] = (24, 24)) -> Any:
     """The first layer's MLP of a fresh model."""
-    from megatron_idea.model import (
+    from megatron_idea.engine.model import (
         build_model,
         initialize_weights,
         prunable_mlps,
@@ -248,7 +248,7 @@ def test_a_loaded_mask_acts_once_it_is_refreshed(groups: ProcessGroups, config: 
 def test_each_layers_width_is_its_own_not_the_configs(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.model import build_model, prunable_mlps, transformer_config
+    from megatron_idea.engine.model import build_model, prunable_mlps, transformer_config
 
     core = transformer_config(config)
     mlps = [mlp for _, mlp in prunable_mlps(build_model(config, core, (10, 18), groups))]

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idea import lock as locks
 from megatron_idea.config import Config
-from megatron_idea.lock import NAME, Holder, RunFolderError, RunLock
+from megatron_idea.records import lock as locks
+from megatron_idea.records.lock import NAME, Holder, RunFolderError, RunLock
 from megatron_idea.testing import Workers
 from megatron_idea.train import train
 

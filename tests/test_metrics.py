@@ -18,17 +18,12 @@ from rich.console import Console
 
 from megatron_idea import config as configs
 from megatron_idea.config import Config, ConfigError
-from megatron_idea.estimate import flops_per_token, remaining_flops
-from megatron_idea.metrics import (
-    Progress,
-    RecordError,
-    RunLog,
-    human_duration,
-    peak_flops,
-    read_events,
-    read_metrics,
-    read_scores,
-)
+from megatron_idea.course import flops_per_token, remaining_flops
+from megatron_idea.engine.gpus import peak_flops
+from megatron_idea.records.log import RecordError, RunLog
+from megatron_idea.records.progress import Progress
+from megatron_idea.records.read import read_events, read_metrics, read_scores
+from megatron_idea.records.readable import human_duration
 
 QUIET = configs.from_dict({"logging": {"tensorboard": False}})
 

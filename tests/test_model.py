@@ -13,11 +13,11 @@ from jobs import on_ranks, random_tokens, run_job, small
 from torch import Tensor
 
 from megatron_idea.config import Config, ModelConfig, replace
-from megatron_idea.estimate import parameter_count
+from megatron_idea.course import parameter_count
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
-    from megatron_idea.distributed import ProcessGroups
+    from megatron_idea.engine.distributed import ProcessGroups
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -44,7 +44,7 @@ def all_names(layers: int) -> set[str]:
 
 def built(groups: ProcessGroups, config: Config, widths: list[int] | None = None) -> list[Any]:
     """Chunks with their initial weights."""
-    from megatron_idea.model import build_model, initialize_weights, transformer_config
+    from megatron_idea.engine.model import build_model, initialize_weights, transformer_config
 
     widths = widths or [config.model.ffn_hidden_size] * config.model.num_layers
     chunks = build_model(config, transformer_config(config), widths, groups)
@@ -56,7 +56,7 @@ def weights(
     groups: ProcessGroups, config: Config, widths: list[int] | None = None
 ) -> dict[str, np.ndarray]:
     """This rank's initial weights by canonical name."""
-    from megatron_idea.model import named_parameters
+    from megatron_idea.engine.model import named_parameters
 
     named = named_parameters(built(groups, config, widths))
     return {name: parameter.detach().float().cpu().numpy() for name, parameter in named}
@@ -189,7 +189,7 @@ def test_the_parameter_count_is_the_estimate_exactly(
 def test_layers_have_the_asked_widths_over_tensor_parallel_ranks(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.model import prunable_mlps
+    from megatron_idea.engine.model import prunable_mlps
 
     mlps = dict(prunable_mlps(built(groups, config, [8, 20])))
     assert {layer: mlp.width for layer, mlp in mlps.items()} == {0: 4, 1: 10}
@@ -270,7 +270,7 @@ class PlainGPT:
 def test_logits_and_gradients_are_those_of_plain_pytorch(
     groups: ProcessGroups, config: Config, model: dict[str, Any]
 ) -> None:
-    from megatron_idea.model import named_parameters
+    from megatron_idea.engine.model import named_parameters
 
     config = replace(config, model={"init_method_std": 0.3} | model)
     (chunk,) = built(groups, config, [24, 10])
@@ -312,7 +312,7 @@ def test_a_token_does_not_see_later_ones(groups: ProcessGroups, config: Config) 
 
 def test_transformer_engines_norms_have_the_names_of_ours() -> None:
     """It keeps a layer's norms in the linear layers that follow them."""
-    from megatron_idea.model import named_parameters
+    from megatron_idea.engine.model import named_parameters
     from megatron_idea.prune.axis import shares_of
     from megatron_idea.shape import Shape
 
@@ -352,7 +352,7 @@ def test_gradient_accumulation_is_fused_where_apex_is_and_not_by_transformer_eng
     apex: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """megatron-core's output layer raises without apex, whatever else is installed."""
-    from megatron_idea import model
+    from megatron_idea.engine import model
 
     installed = {"transformer_engine", *(["fused_weight_gradient_mlp_cuda"] if apex else [])}
     monkeypatch.setattr(model, "find_spec", lambda name: name if name in installed else None)

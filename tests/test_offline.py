@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from megatron_idea import checkpoint, cli
 from megatron_idea.config import Config, replace, validate
-from megatron_idea.lock import RunLock
+from megatron_idea.records.lock import RunLock
 from megatron_idea.testing import Workers
 
 runner = CliRunner()
@@ -21,7 +21,7 @@ def online_job(rendezvous: str, config: Config) -> list[tuple[str, str]]:
     """Train to the end; the checkpoints right before and right after each compaction."""
     import shutil
 
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -50,9 +50,9 @@ def content_job(rendezvous: str, config: Config, path: str) -> dict[str, Any]:
     """All that a checkpoint holds, as one process sees it: state, parameters, scores."""
     import torch
 
-    from megatron_idea.distributed import start_distributed, stop_distributed
-    from megatron_idea.model import named_parameters
-    from megatron_idea.optim import ShardExchange, assemble
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.model import named_parameters
+    from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.pruner import Pruner
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -61,7 +61,7 @@ def content_job(rendezvous: str, config: Config, path: str) -> dict[str, Any]:
         trainable = assemble(config, groups, state.widths, initialize=False)
         pruner = Pruner(trainable)
         checkpoint.load(trainable, pruner, Path(path))
-        shards = ShardExchange(trainable)
+        shards = trainable.exchange()
         out: dict[str, Any] = {"widths": state.widths, "step": state.adam_step}
         for name, parameter in named_parameters(trainable.chunks):
             whole = shards.gather(parameter)
@@ -138,7 +138,7 @@ def trained(tiny: Config, tmp_path: Path, workers: Workers) -> Path:
 
 
 def half_job(rendezvous: str, config: Config) -> None:
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)

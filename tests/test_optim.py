@@ -15,21 +15,21 @@ from megatron_idea.config import Config, replace
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
-    from megatron_idea.distributed import ProcessGroups
+    from megatron_idea.engine.distributed import ProcessGroups
 
 LR = 1e-2
 
 
 def fresh(groups: ProcessGroups, config: Config, **sections: Any) -> Any:
     """A model that took no step."""
-    from megatron_idea.optim import assemble
+    from megatron_idea.engine.trainable import assemble
 
     config = replace(config, schedule={"lr": LR}, **sections)
     return assemble(config, groups, [config.model.ffn_hidden_size] * 2, initialize=True)
 
 
 def take_steps(trainable: Any, steps: int) -> None:
-    from megatron_idea.optim import update
+    from megatron_idea.engine.optimizer import update
 
     for seed in range(steps):
         backward(trainable, seed)
@@ -38,7 +38,7 @@ def take_steps(trainable: Any, steps: int) -> None:
 
 def slots(trainable: Any) -> list[Any]:
     """This rank's part of every parameter that it has a part of."""
-    from megatron_idea.optim import slot
+    from megatron_idea.engine.shards import slot
 
     parts = (slot(trainable.optimizer, parameter) for parameter in trainable.parameters)
     return [part for part in parts if part is not None]
@@ -95,7 +95,7 @@ def test_shards_of_data_parallel_ranks_tile_every_parameter_once(workers: Worker
 
 
 def owned_ranges(groups: ProcessGroups, config: Config) -> list[tuple[int, tuple[int, int] | None]]:
-    from megatron_idea.optim import slot
+    from megatron_idea.engine.shards import slot
 
     trainable = fresh(groups, config)
     parts = [(p.numel(), slot(trainable.optimizer, p)) for p in trainable.parameters]
@@ -117,7 +117,8 @@ def test_without_the_distributed_optimizer_each_rank_has_everything(
 def test_main_weights_set_by_hand_reach_every_ranks_model(
     groups: ProcessGroups, config: Config, precision: str
 ) -> None:
-    from megatron_idea.optim import finish_main_update, has_main_copy, set_state
+    from megatron_idea.engine.optimizer import finish_main_update, set_state
+    from megatron_idea.engine.shards import has_main_copy
 
     trainable = fresh(groups, config, training={"precision": precision})
     take_steps(trainable, 1)
@@ -138,7 +139,7 @@ def test_main_weights_set_by_hand_reach_every_ranks_model(
 
 @on_ranks(3)
 def test_the_step_count_is_that_of_the_steps_taken(groups: ProcessGroups, config: Config) -> None:
-    from megatron_idea.optim import adam_step, set_state, update
+    from megatron_idea.engine.optimizer import adam_step, set_state, update
 
     trainable = fresh(groups, config)
     assert adam_step(trainable.optimizer, groups) == 0
@@ -163,11 +164,11 @@ def test_state_gathers_whole_and_scatters_back_bit_for_bit(
 
 
 def gather_and_scatter(groups: ProcessGroups, config: Config) -> None:
-    from megatron_idea.optim import ShardExchange, slot
+    from megatron_idea.engine.shards import slot
 
     trainable = fresh(groups, config)
     take_steps(trainable, 2)
-    shards = ShardExchange(trainable)
+    shards = trainable.exchange()
     for parameter in trainable.parameters:
         together = shards.gather(parameter)
         assert (together is not None) == shards.owns(parameter)
@@ -189,10 +190,9 @@ def gather_and_scatter(groups: ProcessGroups, config: Config) -> None:
 def test_each_parameter_has_one_owner_and_the_load_is_shared(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.optim import ShardExchange
 
     trainable = fresh(groups, config)
-    shards = ShardExchange(trainable)
+    shards = trainable.exchange()
     owned = torch.tensor([shards.owns(p) for p in trainable.parameters]).int()
     saved = torch.tensor([shards.is_saver(p) for p in trainable.parameters]).int()
     assert_equal(saved, owned, "saver and owner")
@@ -208,11 +208,10 @@ def test_each_parameter_has_one_owner_and_the_load_is_shared(
 def test_without_shards_nothing_travels_and_one_rank_saves(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.optim import ShardExchange
 
     trainable = fresh(groups, config, parallel={"use_distributed_optimizer": False})
     take_steps(trainable, 1)
-    shards = ShardExchange(trainable)
+    shards = trainable.exchange()
     saved = torch.tensor([shards.is_saver(p) for p in trainable.parameters]).int()
     for parameter in trainable.parameters:
         assert shards.owns(parameter)
@@ -225,8 +224,8 @@ def test_without_shards_nothing_travels_and_one_rank_saves(
 
 def step_by_ones(trainable: Any, lr: float) -> dict[str, tuple[Tensor, Tensor]]:
     """One first step with every gradient 1: Adam's direction is then 1. Weights before, after."""
-    from megatron_idea.model import named_parameters
-    from megatron_idea.optim import update
+    from megatron_idea.engine.model import named_parameters
+    from megatron_idea.engine.optimizer import update
 
     before = {n: p.detach().clone() for n, p in named_parameters(trainable.chunks)}
     for parameter in trainable.parameters:
@@ -284,7 +283,7 @@ def test_mup_simple_does_not_raise_the_rate_of_narrow_models(
 def test_the_norm_is_that_before_clipping_and_clipping_reaches_the_moments(
     groups: ProcessGroups, config: Config, clip: float
 ) -> None:
-    from megatron_idea.optim import update
+    from megatron_idea.engine.optimizer import update
 
     trainable = fresh(groups, config, optimizer={"clip_grad": clip})
     backward(trainable)
@@ -306,7 +305,7 @@ def test_the_norm_is_that_before_clipping_and_clipping_reaches_the_moments(
 def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(
     groups: ProcessGroups, config: Config, clip: float, precision: str
 ) -> None:
-    from megatron_idea.optim import update
+    from megatron_idea.engine.optimizer import update
 
     trainable = fresh(
         groups, config, optimizer={"clip_grad": clip}, training={"precision": precision}
@@ -332,7 +331,7 @@ def test_a_group_of_which_a_rank_holds_nothing_does_not_count_steps(
     """As the fused Adam of Transformer Engine 2.9 keeps it: empty groups are passed over."""
     from types import SimpleNamespace
 
-    from megatron_idea.optim import adam_step
+    from megatron_idea.engine.optimizer import adam_step
 
     held = [{"params": ["weight"], "step": 7}, {"params": [], "step": 3}]
     inner = SimpleNamespace(state={}, param_groups=held if groups.dp.rank() else held[1:])

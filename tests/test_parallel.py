@@ -20,7 +20,7 @@ from megatron_idea.config import BlendEntry, Config, replace, validate
 from megatron_idea.testing import Workers
 
 if TYPE_CHECKING:  # the workers load megatron-core, this process has no use for it
-    from megatron_idea.distributed import ProcessGroups
+    from megatron_idea.engine.distributed import ProcessGroups
     from megatron_idea.train import Run
 
 STEPS = 26
@@ -94,7 +94,7 @@ class Recorded:
 
 def record(rendezvous: str, configs: list[Config]) -> list[dict[str, Any]]:
     """Train each config to its end in this worker; all have the same layout."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
 
     groups = start_distributed(configs[0].parallel, configs[0].training.seed, rendezvous)
     try:
@@ -177,7 +177,7 @@ def _largest(x: torch.Tensor) -> float:
 
 def _local_weights(run: Run) -> dict[str, tuple[np.ndarray, int | None]]:
     """This rank's parts by canonical name, and the axis along which TP splits them."""
-    from megatron_idea.model import named_parameters
+    from megatron_idea.engine.model import named_parameters
 
     return {
         name: (
@@ -488,9 +488,9 @@ def test_keep_ratio_of_one_is_plain_training(tiny: Config, workers: Workers) -> 
 def save_job(rendezvous: str, config: Config) -> list[str]:
     """Train three steps and save; names of the weights that another model reads differently."""
     from megatron_idea import checkpoint
-    from megatron_idea.distributed import start_distributed, stop_distributed
-    from megatron_idea.model import named_parameters
-    from megatron_idea.optim import assemble
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.model import named_parameters
+    from megatron_idea.engine.trainable import assemble
     from megatron_idea.train import build, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)

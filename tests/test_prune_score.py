@@ -14,7 +14,7 @@ from megatron_idea.config import Config, replace
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
-    from megatron_idea.distributed import ProcessGroups
+    from megatron_idea.engine.distributed import ProcessGroups
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -36,7 +36,7 @@ METHODS = [
 
 def tracked(groups: ProcessGroups, config: Config, **prune: Any) -> tuple[Any, Any]:
     """A fresh model and its pruner."""
-    from megatron_idea.optim import assemble
+    from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.pruner import Pruner
 
     config = replace(config, prune=prune)
@@ -82,7 +82,7 @@ def assert_scores_close(actual: Tensor, expected: Tensor, tolerance: float, what
 def test_sums_are_those_of_main_weights_and_reduced_gradients(
     groups: ProcessGroups, config: Config, sharded: bool, precision: str
 ) -> None:
-    from megatron_idea.optim import update
+    from megatron_idea.engine.optimizer import update
 
     config = replace(
         config,

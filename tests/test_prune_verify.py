@@ -84,7 +84,7 @@ def _check(owned: torch.Tensor, sums: torch.Tensor) -> None:
 
 def damages(trainable: Any) -> dict[str, Any]:
     """Ways in which a compaction could go wrong, as functions that do it to one rank."""
-    from megatron_idea.optim import slot
+    from megatron_idea.engine.shards import slot
 
     _, mlp = trainable.mlps[0]
     fc2 = slot(trainable.optimizer, mlp.linear_fc2.weight)

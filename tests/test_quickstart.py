@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idea.metrics import read_events, read_metrics, read_samples
+from megatron_idea.records.read import read_events, read_metrics, read_samples
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # 48 steps of 512 tokens; observed for 3.6 steps before anything is removed.

@@ -21,14 +21,8 @@ from rich.console import Console
 
 from megatron_idea import config as configs
 from megatron_idea.config import Config
-from megatron_idea.estimate import (
-    flops_between,
-    flops_per_token,
-    live_at_step,
-    make_plan,
-    num_steps,
-    width_plan,
-)
+from megatron_idea.course import flops_between, flops_per_token, live_at_step, num_steps, width_plan
+from megatron_idea.planning.estimate import make_plan
 from megatron_idea.report import charts, closing_table, compare, comparison_table, report, tables
 from megatron_idea.report import run as report_run
 from megatron_idea.report.chart import (

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 
 from megatron_idea.config import validate
-from megatron_idea.estimate import flops_between
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.course import flops_between
+from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.schedule import keep_ratio
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

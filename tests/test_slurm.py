@@ -16,7 +16,7 @@ import pytest
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.testing import Workers
 from megatron_idea.train import train
 

@@ -17,8 +17,8 @@ import pytest
 from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, replace
-from megatron_idea.launcher import STOPPED, PassOn
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.engine.launcher import STOPPED, PassOn
+from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.train import StopSignal
 
 STEPS = 100_000  # more than will be made
@@ -159,7 +159,7 @@ def test_a_launcher_that_waits_inside_torch_hears_a_signal(number: signal.Signal
 
 
 def test_a_failed_job_does_not_wait_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_idea import distributed
+    from megatron_idea.engine import distributed
 
     left: list[bool] = []
     monkeypatch.setattr(distributed, "stop_distributed", lambda: left.append(True))

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idea import checkpoint, storage
+from megatron_idea import checkpoint
+from megatron_idea.checkpoint import storage
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import read_events, read_metrics
+from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.testing import Workers
 
 
@@ -170,7 +171,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_its_own_ste
 
 def abandoned_job(rendezvous: str, config: Config) -> None:
     """A save that nobody finishes, one that is finished, and its checkpoint read again."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -196,7 +197,7 @@ def test_a_save_that_nobody_finished_does_not_get_into_the_next(
 
 def one_step(rendezvous: str, config: Config) -> None:
     """Take up a run, save after its next step, and leave it there."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -236,7 +237,7 @@ def test_a_checkpoint_whose_replacement_was_cut_short_is_put_back(
     assert names(run) == []
     workers.run(one_step, 1, run)
     assert names(run) == ["step_00000020", "step_00000021"]
-    assert [p for p in checkpoint.folder(run.run_dir).iterdir() if p.suffix] == []
+    assert [p for p in checkpoint.checkpoints_of(run.run_dir).iterdir() if p.suffix] == []
 
 
 def test_a_deletion_that_is_cut_short_leaves_nothing_that_looks_complete(
@@ -254,7 +255,7 @@ def test_a_deletion_that_is_cut_short_leaves_nothing_that_looks_complete(
 
 def look(rendezvous: str, config: Config) -> list[str]:
     """What each rank would go on from, when the disk shows rank 1 nothing."""
-    from megatron_idea.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     complete = checkpoint.complete

@@ -32,27 +32,29 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_idea import checkpoint, files, huggingface, storage
+from megatron_idea import checkpoint, files
 from megatron_idea import config as configuration
-from megatron_idea.checkpoint import CheckpointError
-from megatron_idea.checkpoint_index import (
+from megatron_idea.checkpoint import storage
+from megatron_idea.checkpoint.index import (
     ForeignError,
     Piece,
     check_common,
     check_pieces,
     read_index,
 )
+from megatron_idea.checkpoint.state import CheckpointError
 from megatron_idea.config import Config, ConfigError, ModelConfig
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.documents import DataError
 from megatron_idea.data.indexed import check_dataset, tokenize
 from megatron_idea.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_idea.hf_import import _Folder
+from megatron_idea.huggingface import names as huggingface
+from megatron_idea.huggingface.import_ import _Folder
+from megatron_idea.records.terminal import CONTROL, Console
 from megatron_idea.report import tables
 from megatron_idea.report.page import page
 from megatron_idea.report.run import read_run
-from megatron_idea.terminal import CONTROL, Console
-from megatron_idea.watch import View
+from megatron_idea.report.watch import View
 
 OURS = (ConfigError, DataError, CheckpointError, storage.DamagedError)
 BYTE = load_tokenizer("byte")
@@ -556,7 +558,7 @@ def zero(path: Path) -> None:
 
 def test_code_and_pickles_of_a_model_folder_do_not_run(folder: Path) -> None:
     pytest.importorskip("transformers", reason="needs megatron-idea[export]")
-    from megatron_idea.evaluate import load_folder
+    from megatron_idea.evaluation.held_out import load_folder
 
     load_folder(folder)  # what transformers imports, it has imported
     trace = folder.parent / "ran"

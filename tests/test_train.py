@@ -15,7 +15,8 @@ import pytest
 
 from megatron_idea import checkpoint
 from megatron_idea.config import Config, replace
-from megatron_idea.metrics import RecordError, read_events, read_metrics, read_samples
+from megatron_idea.records.log import RecordError
+from megatron_idea.records.read import read_events, read_metrics, read_samples
 from megatron_idea.schedule import keep_ratio, learning_rate, phase
 from megatron_idea.testing import Workers
 
@@ -198,17 +199,17 @@ def spoil_one_step(rendezvous: str, config: Config, spoiled: int) -> list[dict[s
     import torch
 
     from megatron_idea import train as module
-    from megatron_idea.distributed import start_distributed, stop_distributed
-    from megatron_idea.optim import MOMENTS, slot
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.shards import MOMENTS, slot
 
     gc.freeze()
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     forward_backward = module.forward_backward
 
-    def with_nan(run: Any, state: Any) -> Any:
-        losses = forward_backward(run, state)
+    def with_nan(trainable: Any, data: Any, samples: int) -> Any:
+        losses = forward_backward(trainable, data, samples)
         if state.step + 1 == spoiled and groups.world.rank() == groups.world.size() - 1:
-            for parameter in run.trainable.parameters:
+            for parameter in trainable.parameters:
                 parameter.main_grad.fill_(float("nan"))
         return losses
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from megatron_idea import cli
 from megatron_idea import config as configs
 from megatron_idea.config import ConfigError
-from megatron_idea.watch import SPARKS, Tail, View, describe, sparkline, watch
+from megatron_idea.report.watch import SPARKS, Tail, View, describe, sparkline, watch
 
 CONFIG = configs.from_dict(
     {"model": {"ffn_hidden_size": 1024}, "schedule": {"total_tokens": 100 * 2048}}

@@ -28,7 +28,7 @@ from megatron_idea.config import BlendEntry
 from megatron_idea.data.documents import DataError
 from megatron_idea.data.indexed import DatasetInfo, check_dataset
 from megatron_idea.data.tokenizer import Tokenizer
-from megatron_idea.distributed import on_device
+from megatron_idea.engine.distributed import on_device
 
 Built = TypeVar("Built")
 

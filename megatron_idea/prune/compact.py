@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_idea.distributed import (
+from megatron_idea.engine.distributed import (
     PeakMemory,
     ProcessGroups,
     assert_same_on_all_ranks,
@@ -26,19 +26,10 @@ from megatron_idea.distributed import (
     forget_rotary_cache,
     together,
 )
-from megatron_idea.model import named_parameters
-from megatron_idea.optim import (
-    MOMENTS,
-    ShardExchange,
-    Trainable,
-    adam_step,
-    assemble,
-    finish_main_update,
-    forget_data_parallel,
-    has_main_copy,
-    set_state,
-    slot,
-)
+from megatron_idea.engine.model import named_parameters
+from megatron_idea.engine.optimizer import adam_step, finish_main_update, set_state
+from megatron_idea.engine.shards import MOMENTS, has_main_copy, slot
+from megatron_idea.engine.trainable import Trainable, assemble, forget_data_parallel
 from megatron_idea.prune.mask import apply_mask
 from megatron_idea.prune.relocate import Relocation, move, relocate
 from megatron_idea.prune.strategy import Plan
@@ -204,7 +195,7 @@ def _moved(trainable: Trainable, relocations: Relocations) -> tuple[int, int]:
     total = torch.tensor([sum(moved.values()), weights * state_bytes], device=groups.device)
     dist.all_reduce(total)
     # Tensor- and data-parallel ranks of a stage have counted the same units.
-    units, size = (total // (groups.tp.size() * groups.dp.size())).tolist()
+    units, size = (total // (groups.tp.size() * groups.shards.size())).tolist()
     return units, size
 
 
@@ -246,7 +237,7 @@ def stage(trainable: Trainable, relocations: Relocations) -> tuple[dict[str, Ten
 
     Returns: the state by parameter name, and the data-parallel rank that owns each parameter.
     """
-    shards = ShardExchange(trainable)
+    shards = trainable.exchange()
     work = []
     for name, parameter, shares in named_shares(trainable):
         leaving = [share for share in shares if (share.axis, share.layer) in relocations]
@@ -279,7 +270,7 @@ def _drop(trainable: Trainable, parameter: torch.nn.Parameter) -> None:
 def restore(fresh: Trainable, staged: dict[str, Tensor], owners: list[int], step: int) -> None:
     """Hand the staged state to the rebuilt optimizer and refresh the model's weights from it."""
     # At the new widths ownership would be dealt out otherwise.
-    shards = ShardExchange(fresh, owners)
+    shards = fresh.exchange(owners)
     for name, parameter in named_parameters(fresh.chunks):
         part = shards.scatter(parameter, staged.pop(name, None))
         if part is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_idea.distributed import on_device
-from megatron_idea.layers import PrunableMLP
+from megatron_idea.engine.distributed import on_device
+from megatron_idea.engine.layers import PrunableMLP
 from megatron_idea.prune.strategy import Plan
 
 

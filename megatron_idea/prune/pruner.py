@@ -11,17 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.config import Config
-from megatron_idea.distributed import assert_same_on_all_ranks
-from megatron_idea.optim import Trainable
+from megatron_idea.engine.distributed import assert_same_on_all_ranks
+from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.compact import CompactReport, compact
 from megatron_idea.prune.distribution import Decision, Distribution
 from megatron_idea.prune.idea import IdeaPrune
-from megatron_idea.prune.legal import due_widths
 from megatron_idea.prune.mask import apply_mask
 from megatron_idea.prune.score import ScoreTracker
 from megatron_idea.prune.strategy import Plan, Stats, Strategy, live_counts, select
 from megatron_idea.prune.units import to_original_numbering
 from megatron_idea.schedule import gathers_scores, keep_count, keep_ratio, removal_window
+from megatron_idea.shape import due_counts
 
 
 def build_strategy(config: Config) -> Strategy:
@@ -107,7 +107,7 @@ class Pruner:
             self.decision = Decision(importance, self.alive, alive)
         widths = trainable.widths
         if config.prune.compact:
-            widths = due_widths(
+            widths = due_counts(
                 widths, live_counts(alive), config.ffn_multiple, config.compaction_block, final
             )
         if widths == trainable.widths and torch.equal(alive, self.alive):
@@ -158,7 +158,7 @@ class Pruner:
             trainable.mlps, self.scores.ema, self.scores.window, strict=True
         ):
             ema.copy_(state.ema[layer][:, mlp.neuron_ids])
-            if trainable.groups.dp.rank() == 0:
+            if trainable.groups.shards.rank() == 0:
                 window.copy_(state.window[layer][:, mlp.neuron_ids])
 
 

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.config import ModelConfig
-from megatron_idea.distributed import ProcessGroups
+from megatron_idea.engine.distributed import ProcessGroups
+from megatron_idea.engine.layers import PrunableMLP
+from megatron_idea.engine.shards import slot
+from megatron_idea.engine.trainable import Trainable
 from megatron_idea.kernels import MatrixShard, matrix_scores
-from megatron_idea.layers import PrunableMLP
-from megatron_idea.optim import Trainable, slot
 from megatron_idea.prune.axis import Share, fold, shares_of
 from megatron_idea.prune.strategy import Strategy
 from megatron_idea.shape import Shape
@@ -67,7 +68,7 @@ class ScoreTracker:
         sums = [torch.cat(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
         if self.strategy.reduction == "max":  # not linear: the shards of a row must meet at once
             _all_reduce(sums, dist.ReduceOp.MAX, trainable.groups)
-            if trainable.groups.dp.rank() > 0:
+            if trainable.groups.shards.rank() > 0:
                 sums = [torch.zeros_like(s) for s in sums]
         return sums
 
@@ -79,7 +80,7 @@ class ScoreTracker:
     def reduce_window(self, groups: ProcessGroups) -> None:
         """Sum the window over data-parallel ranks; the first of them carries it on."""
         _all_reduce(self.window, dist.ReduceOp.SUM, groups)
-        if groups.dp.rank() > 0:
+        if groups.shards.rank() > 0:
             torch._foreach_zero_(self.window)
 
     def fold(self, groups: ProcessGroups) -> None:
@@ -124,7 +125,7 @@ def _shard(weight: torch.nn.Parameter, share: Share, trainable: Trainable) -> Ma
     whole = MatrixShard((rows, columns), "row" if share.dim == 0 else "column")
     sharded = trainable.config.parallel.use_distributed_optimizer
     # Without shards every rank holds the whole: one of them counts.
-    if not sharded and trainable.groups.dp.rank() > 0:
+    if not sharded and trainable.groups.shards.rank() > 0:
         return whole
     held = slot(trainable.optimizer, weight)
     if held is None:
@@ -136,9 +137,9 @@ def _all_reduce(
     values: Sequence[Tensor], op: dist.ReduceOp.RedOpType, groups: ProcessGroups
 ) -> None:
     """Reduce small tensors over data-parallel ranks in place, in one message."""
-    if groups.dp.size() == 1:
+    if groups.shards.size() == 1:
         return
     flat = torch.cat([v.flatten() for v in values])
-    dist.all_reduce(flat, op=op, group=groups.dp)
+    dist.all_reduce(flat, op=op, group=groups.shards)
     for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
         value.copy_(part.view_as(value))

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_idea.distributed import on_device
+from megatron_idea.engine.distributed import on_device
 
 GATE, UP, DOWN = range(3)
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_idea.distributed import ProcessGroups
-from megatron_idea.layers import PrunableMLP
-from megatron_idea.model import named_parameters
-from megatron_idea.optim import Trainable
+from megatron_idea.engine.distributed import ProcessGroups
+from megatron_idea.engine.layers import PrunableMLP
+from megatron_idea.engine.model import named_parameters
+from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share, shares_of
 
 

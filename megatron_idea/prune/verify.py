@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_idea.distributed import ProcessGroups, together
-from megatron_idea.optim import MOMENTS, Trainable, slot
+from megatron_idea.engine.distributed import ProcessGroups, together
+from megatron_idea.engine.passes import at_least, through
+from megatron_idea.engine.shards import MOMENTS, slot
+from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share
 from megatron_idea.prune.units import named_shares
 
@@ -137,8 +139,8 @@ def _layer_checksums(
                 bits = state.detach().view(-1).view(torch.int32)
                 _add_checksums(sums, bits, part.start, share, number * per_state + first)
         first += share.unit_numel
-    if trainable.config.parallel.use_distributed_optimizer and groups.dp.size() > 1:
-        dist.all_reduce(sums, group=groups.dp)
+    if trainable.config.parallel.use_distributed_optimizer and groups.shards.size() > 1:
+        dist.all_reduce(sums, group=groups.shards)
     return sums
 
 
@@ -206,15 +208,13 @@ def _losses(trainable: Trainable) -> Tensor:
 
     for chunk in chunks:
         chunk.eval()
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
-        model=list(chunks),
-        # Interleaved stages want a multiple of their number; the text is the same each time.
-        num_microbatches=groups.pp.size() if len(chunks) > 1 else 1,
+    through(
+        chunks,
+        lambda: itertools.repeat(None),
+        forward,
+        num_microbatches=at_least(chunks, groups),  # of the same text
         seq_length=length,
         micro_batch_size=1,
-        forward_only=True,
     )
     for chunk in chunks:
         chunk.train()

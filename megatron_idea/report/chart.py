@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_idea.estimate import human_count
+from megatron_idea.records.readable import human_count
 
 # Names of colours; each renderer has its own shades of them, the page one set for light and dark.
 COLOURS = ("blue", "orange", "green", "red", "violet", "teal", "pink", "olive")

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_idea.estimate import flops_per_token
+from megatron_idea.course import flops_per_token
 from megatron_idea.report.run import Run
 
 

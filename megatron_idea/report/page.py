@@ -10,15 +10,14 @@ from html import escape
 from typing import Any
 
 from megatron_idea import config as configuration
-from megatron_idea.estimate import human_count
-from megatron_idea.metrics import human_duration
+from megatron_idea.records.readable import human_count, human_duration
+from megatron_idea.records.terminal import CONTROL
 from megatron_idea.report import charts, tables
 from megatron_idea.report.chart import SHADES, Figure, Table
 from megatron_idea.report.cost import cost
 from megatron_idea.report.run import Run, spread
 from megatron_idea.report.samples import samples
 from megatron_idea.report.svg import SIZE, figure
-from megatron_idea.terminal import CONTROL
 
 
 def page(runs: Sequence[Run]) -> str:

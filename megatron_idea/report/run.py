@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idea.config import Config, load
-from megatron_idea.estimate import human_count, parameter_count
-from megatron_idea.metrics import (
+from megatron_idea.course import parameter_count
+from megatron_idea.records.read import (
     EVENTS,
     METRICS,
     SAMPLES,
@@ -23,6 +23,7 @@ from megatron_idea.metrics import (
     read_samples,
     read_scores,
 )
+from megatron_idea.records.readable import human_count
 
 # Points of a curve: about as many as a wide chart has columns of pixels.
 MOST_POINTS = 800

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from megatron_idea.estimate import human_count
+from megatron_idea.records.readable import human_count
 from megatron_idea.report.run import Run
 
 # Prompts, those that were continued last, and texts of each, spread over the run: the first and

@@ -13,8 +13,7 @@ from rich.console import Group
 from rich.text import Text
 
 from megatron_idea.config import Config
-from megatron_idea.estimate import human_count
-from megatron_idea.metrics import human_duration
+from megatron_idea.records.readable import human_count, human_duration
 from megatron_idea.report.chart import Table, colours_of, scaled
 from megatron_idea.report.cost import cost
 from megatron_idea.report.recovery import WINDOW_STEPS, Removal, removals

@@ -1,0 +1,157 @@
+"""Compact a checkpoint on disk: the live compaction's twin, in one process and by other means.
+
+For people who want the small model now, and for tests: survivors are cut out of whole tensors by
+plain indexing, nothing is exchanged between ranks and nothing is freed on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_idea import checkpoint
+from megatron_idea import config as configuration
+from megatron_idea.checkpoint import storage
+from megatron_idea.checkpoint.state import CheckpointError
+from megatron_idea.config import Config, ConfigError, require_multiple, validate
+from megatron_idea.data.tokenizer import copy_tokenizer
+from megatron_idea.engine.distributed import joined
+from megatron_idea.engine.model import named_parameters
+from megatron_idea.engine.optimizer import finish_main_update, set_state
+from megatron_idea.engine.shards import MOMENTS
+from megatron_idea.engine.trainable import Trainable, assemble
+from megatron_idea.prune.axis import cut
+from megatron_idea.prune.compact import stored
+from megatron_idea.prune.mask import apply_mask
+from megatron_idea.prune.pruner import Pruner, make_plan
+from megatron_idea.prune.strategy import Plan, Stats, live_counts, select
+from megatron_idea.prune.units import named_shares
+from megatron_idea.records.lock import RunLock
+from megatron_idea.shape import due_counts
+
+
+def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Path:
+    """Write the checkpoint ``path`` (or a run's latest) compacted as the first of run ``out``.
+
+    Without ``widths`` the run's own plan is carried out: what is due goes, and masked neurons leave
+    as far as widths stay legal. With them (one for all layers, or one a layer) the most important
+    neurons stay, by the checkpoint's scores, as many as fit.
+
+    Holds the model and its optimizer twice in this process's memory.
+
+    Returns: the new checkpoint; ``train`` with ``run_dir=<out>`` goes on from it.
+    Raises: ConfigError for an illegal width and for an ``out`` that has checkpoints,
+        CheckpointError for a checkpoint that cannot be read, RunFolderError for an ``out`` that
+        another process writes to.
+    """
+    found = checkpoint.resolve(path)
+    saved = checkpoint.read_config(found)
+    # One process, and widths that are legal for the run's own layout.
+    overrides = [*checkpoint.ONE_PROCESS, f"prune.alignment={saved.ffn_multiple}"]
+    config = checkpoint.read_config(found, overrides)
+    validate(config, world_size=1)
+    state = checkpoint.read_state(found, config)
+    wanted = _legal(widths, state.widths, saved)
+    with RunLock(out), joined(config.parallel, config.training.seed) as groups:
+        if checkpoint.complete(out):
+            raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
+        storage.verify(found, groups)
+        trainable = assemble(config, groups, state.widths, initialize=False)
+        pruner = Pruner(trainable)
+        checkpoint.load(trainable, pruner, found)
+        if state.plan_due and not wanted:
+            plan = pruner.plan(trainable, state.consumed_tokens)
+            if plan is None:
+                raise CheckpointError(checkpoint.NOTHING_DUE.format(found))
+        else:
+            plan = _plan(trainable, pruner, wanted or _needed(pruner, state.widths, saved))
+        if plan.widths == state.widths:
+            raise ConfigError(
+                f"{found} has nothing to compact: its widths are {sorted(set(state.widths))} and "
+                f"at most {max(pruner.live)} neurons of a layer live; --to asks for smaller ones"
+            )
+        carried = pruner.state(trainable)
+        fresh = _cut(trainable, plan, state.adam_step)
+        pruner.load_state(fresh, carried)
+        fresh.config = configuration.replace(saved, run_dir=str(out))
+        state.widths, state.plan_due = plan.widths, False
+        if kept := checkpoint.tokenizer_beside(found):
+            copy_tokenizer(kept, out / checkpoint.TOKENIZER)
+        return checkpoint.save(fresh, pruner, state)
+
+
+def _legal(widths: Sequence[int], present: Sequence[int], config: Config) -> tuple[int, ...]:
+    """One width for each layer, all legal for the run's own layout; empty when none are given."""
+    if not widths:
+        return ()
+    each = tuple(widths) if len(widths) > 1 else tuple(widths) * len(present)
+    if len(each) != len(present):
+        raise ConfigError(f"--to has {len(each)} widths; give one, or one for each of the "
+                          f"{len(present)} layers")  # fmt: skip
+    what = f"TP x prune.alignment = {config.ffn_multiple}"
+    for layer, (width, now) in enumerate(zip(each, present, strict=True)):
+        require_multiple(f"--to for layer {layer}", width, config.ffn_multiple, what)
+        if width > now:
+            raise ConfigError(f"--to for layer {layer} is {width}, and the layer has {now} neurons")
+    return each
+
+
+def _needed(pruner: Pruner, present: Sequence[int], config: Config) -> tuple[int, ...]:
+    """The smallest legal widths that hold the live neurons."""
+    return due_counts(present, pruner.live, config.ffn_multiple, block=1, final=True)
+
+
+def _plan(trainable: Trainable, pruner: Pruner, widths: tuple[int, ...]) -> Plan:
+    """Keep the most important live neurons, as many as ``widths`` hold."""
+    alive = pruner.alive
+    budget = [min(n, w) for n, w in zip(live_counts(alive), widths, strict=True)]
+    if budget != live_counts(alive):
+        pruner.scores.fold(trainable.groups)
+        sums = pruner.in_original_numbering(trainable, pruner.scores.ema)
+        if not bool(sums.any()):
+            raise ConfigError(
+                "this checkpoint has no scores: it was written before the prune phase, so which "
+                "neurons matter is not known yet"
+            )
+        hidden_size = trainable.config.model.hidden_size
+        alive = select(pruner.strategy.importance(Stats(sums, hidden_size)), alive, budget)
+    return make_plan(alive, widths)
+
+
+def _cut(trainable: Trainable, plan: Plan, step: int) -> Trainable:
+    """A second model and optimizer with the survivors of the first."""
+    kept = {
+        layer: stored(plan.alive[layer], [mlp.neuron_ids], plan.widths[layer])[0].nonzero().view(-1)
+        for layer, mlp in trainable.mlps
+    }
+    wholes = _survivors(trainable, kept)
+    fresh = assemble(trainable.config, trainable.groups, plan.widths, initialize=False)
+    with torch.no_grad():
+        for name, parameter in named_parameters(fresh.chunks):
+            main, *moments = wholes.pop(name).flatten(1)
+            state = dict(zip(MOMENTS, moments, strict=True))
+            set_state(fresh.optimizer, parameter, step, main, state)
+        finish_main_update(fresh.optimizer, fresh.chunks)
+    for (layer, old), (_, new) in zip(trainable.mlps, fresh.mlps, strict=True):
+        new.neuron_ids.copy_(old.neuron_ids[kept[layer]])
+    apply_mask(fresh.mlps, plan)
+    return fresh
+
+
+@torch.no_grad()
+def _survivors(trainable: Trainable, kept: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Main weight, exp_avg and exp_avg_sq, [3, *shape], of every parameter by its name."""
+    shards = trainable.exchange()
+    wholes = {}
+    for name, parameter, shares in named_shares(trainable):
+        gathered = shards.gather(parameter)
+        assert gathered is not None, "one process has all"
+        whole = gathered.view(3, *parameter.shape)
+        for share in shares:
+            if share.axis == "ffn_hidden_size":
+                whole = torch.stack([cut(state, share, kept[share.layer]) for state in whole])
+        wholes[name] = whole
+    return wholes

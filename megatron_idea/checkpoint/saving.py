@@ -1,0 +1,236 @@
+"""A checkpoint on its way to the disk: complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import megatron.core.dist_checkpointing.strategies.state_dict_saver  # cpu.install must see it
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_idea import config as configuration
+from megatron_idea.checkpoint import storage
+from megatron_idea.checkpoint.folder import checkpoints_of, complete, latest
+from megatron_idea.checkpoint.state import FORMAT, CheckpointError, TrainState, read_state
+from megatron_idea.checkpoint.tensors import layout_of, reason, tensors_of
+from megatron_idea.engine import cpu
+from megatron_idea.engine.core_versions import async_save
+from megatron_idea.engine.distributed import ProcessGroups, together
+from megatron_idea.engine.optimizer import adam_step
+from megatron_idea.engine.trainable import Trainable
+from megatron_idea.prune.pruner import Pruner
+
+
+def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
+    """Write a checkpoint of this step; collective over all ranks.
+
+    Returns: its folder. Older ones that nobody asked to keep are removed afterwards.
+    Raises: CheckpointError on every rank when it cannot be written; earlier ones stand untouched.
+    """
+    return Saving(trainable, pruner, state).finish()
+
+
+class Saving:
+    """A checkpoint on its way to the disk. What it holds is a copy: training may go on."""
+
+    def __init__(self, trainable: Trainable, pruner: Pruner, state: TrainState) -> None:
+        """Copy everything and begin to write; collective over all ranks.
+
+        Raises: CheckpointError on every rank when it cannot be written.
+        """
+        groups = trainable.groups
+        for chunk in trainable.chunks:
+            # Until the next forward asks for them, only their owners have the weights of this step.
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        scores = pruner.state(trainable)
+        self.config, self.groups = trainable.config, groups
+        self.state = dataclasses.replace(
+            state,
+            widths=trainable.widths,
+            adam_step=adam_step(trainable.optimizer, groups),
+            score_window_steps=scores.window_steps,
+            layout=layout_of(groups),
+        )
+        self.path = checkpoints_of(self.config.run_dir) / f"step_{state.step:08d}"
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._replaced = self.path.with_name(f"{self.path.name}.replaced")
+        with self._explained():
+            together(self._begin, groups)
+            tree = tensors_of(trainable, scores, self.state.adam_step)
+            self._strategy, self._request = _begin_tensors(tree, self._partial, groups)
+        self._writing = storage.Writing(self._request)
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank has written its part; ``finish`` will not wait for it."""
+        return self._writing.done
+
+    @property
+    def seconds(self) -> float:
+        """What the writing took on this rank, once it is done."""
+        return self._writing.seconds
+
+    def finish(self) -> Path:
+        """Wait for all ranks' parts and make the checkpoint complete; collective over all ranks.
+
+        Returns: its folder. Older ones that nobody asked to keep are removed afterwards.
+        Raises: CheckpointError on every rank when it cannot be written; earlier ones stand.
+        """
+        self._writing.join()
+        with self._explained():
+            _finish_tensors(self._strategy, self._request, self._partial, self.groups)
+            written: list[dict[str, Any]] = [{}] * self.groups.world.size()
+            dist.all_gather_object(written, self._writing.files)
+            together(lambda: self._complete(written), self.groups)
+        if self.groups.is_writer:
+            keep = self.config.checkpoint
+            # Newer ones are damaged: this run was begun again before them. They must not count.
+            found = [path for path in complete(self.config.run_dir) if path <= self.path]
+            known = [(path, _tokens(path)) for path in found]
+            storage.remove(storage.superfluous(known, keep.keep_last, keep.keep_every_tokens))
+        return self.path
+
+    def _begin(self) -> None:
+        if self.groups.is_writer:
+            for rest in (self._partial, self._replaced):  # of a job that was killed
+                shutil.rmtree(rest, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+
+    def _complete(self, written: list[dict[str, Any]]) -> None:
+        if not self.groups.is_writer:
+            return
+        partial = self._partial
+        _write(partial / "config.yaml", configuration.to_yaml(self.config))
+        header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
+        content = header | dataclasses.asdict(self.state)
+        _write(partial / "state.json", json.dumps(content, indent=1))
+        files = {name: entry for of_rank in written for name, entry in of_rank.items()}
+        small = sorted(p for p in partial.iterdir() if p.name not in files)
+        files |= {file.name: storage.describe(file) for file in small}
+        _write(partial / storage.MANIFEST, json.dumps({"files": files}, indent=1))
+        _sync_folder(partial)
+        if self.path.exists():  # the one before this step's compaction
+            self.path.rename(self._replaced)
+        partial.rename(self.path)
+        _sync_folder(self.path.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn any failure into one that says what stands; leave nothing half written."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            if self.groups.is_writer:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            kept = latest(self.config.run_dir)
+            stands = f"the last complete one is {kept}" if kept else "there is no earlier one"
+            free = f"{shutil.disk_usage(self.config.run_dir).free / 1e9:.2f} GB free there"
+            raise CheckpointError(
+                f"cannot write checkpoint {self.path}: {reason(error)} ({free}); {stands}"
+            ) from error
+
+
+def _tokens(path: Path) -> int:
+    """Consumed tokens of a checkpoint; 0 for one that cannot be read."""
+    try:
+        return read_state(path).consumed_tokens
+    except CheckpointError:
+        return 0
+
+
+def _begin_tensors(
+    tree: dict[str, Any], path: Path, groups: ProcessGroups
+) -> tuple[_SaveTensors, AsyncRequest]:
+    """What has to be written by this rank, in memory that is its own."""
+    # megatron-core collects what was written through one queue of a spawned manager process,
+    # seconds to start. Between threads a plain queue will do, and one for each checkpoint: what a
+    # save that nobody finished left in it would become the index of the next one.
+    filesystem_async._results_queue = queue.Queue()
+    cpu.install()
+    # dist_checkpointing.save in its parts: what rank 0 writes alone must fail on every rank.
+    sharded, common = save_preprocess(tree)
+    together(lambda: _save_common(common, path) if groups.is_writer else None, groups)
+    live = [part for name, part in sharded.items() if name.startswith("model")]
+    for tensor in nested_values(live):  # all else was gathered for this checkpoint
+        if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id):
+            tensor.data = tensor.data.detach().to("cpu", copy=True)
+    strategy = _SaveTensors("torch_dist", 1, thread_count=1)
+    return strategy, async_save(strategy, sharded, path)
+
+
+def _save_common(common: dict[str, Any], path: Path) -> None:
+    """What is not a tensor: nothing of ours, but no version of megatron-core reads without it."""
+    torch.save(common, path / COMMON_STATE_FNAME)
+
+
+def _finish_tensors(
+    strategy: _SaveTensors, request: AsyncRequest, path: Path, groups: ProcessGroups
+) -> None:
+    """Exchange what all ranks have written and write the index; collective over all ranks."""
+    for finalize in request.finalize_fns:
+        finalize()
+
+    def close() -> None:
+        if strategy.error is not None:
+            raise strategy.error
+        if groups.is_writer:
+            save_config(CheckpointingConfig(strategy.backend, strategy.version), str(path))
+
+    together(close, groups)
+
+
+class _SaveTensors(TorchDistSaveShardedStrategy):
+    """megatron-core's own, but for an error when rank 0 writes the index of all tensors.
+
+    Raised at once it would leave the other ranks waiting for rank 0's next message.
+    """
+
+    error: Exception | None = None
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *others: Any) -> Any:
+        finish = writer.finish
+
+        def finish_or_keep_error(*arguments: Any) -> None:
+            try:
+                finish(*arguments)
+            except Exception as error:  # raised in ``_finish_tensors``, on every rank
+                self.error = error
+
+        writer.finish = finish_or_keep_error
+        return super()._get_save_and_finalize_callbacks(writer, *others)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename inside ``path`` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,149 @@
+"""Where a run is: ``state.json`` of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_idea import files
+from megatron_idea.checkpoint.index import ForeignError, read_index
+from megatron_idea.config import Config
+from megatron_idea.guard import Watch
+from megatron_idea.huggingface import names as huggingface
+
+FORMAT = 2  # 1 had no manifest
+
+
+NOTHING_DUE = "{} is damaged: state.json says that a compaction is due, and none is"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message says why and what stands."""
+
+
+@dataclass
+class TrainState:
+    """Where a run is: all that is not a tensor."""
+
+    step: int
+    consumed_tokens: int
+    widths: tuple[int, ...]
+    """Physical FFN neurons of every layer."""
+    adam_step: int = 0
+    """Optimizer steps that were taken; skipped steps are not counted."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite."""
+    skipped_samples: int = 0
+    """Samples that were left out after a loss spike."""
+    watch: Watch = field(default_factory=Watch)
+    """What the guard remembers."""
+    score_window_steps: int = 0
+    plan_due: bool = False
+    """Saved right before a compaction: whoever goes on from here plans and compacts first."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """TP, PP and DP of the job that wrote it, and whether it had CUDA."""
+
+    @staticmethod
+    def fresh(config: Config) -> TrainState:
+        """The state before the first step: nothing consumed, all layers at full width."""
+        widths = (config.model.ffn_hidden_size,) * config.model.num_layers
+        return TrainState(0, 0, widths)
+
+
+def read_state(path: Path, config: Config | None = None) -> TrainState:
+    """Read ``state.json``; with ``config``, for its model, split over its TP ranks.
+
+    Raises: CheckpointError when it is missing, damaged, of another format, or its widths do not
+        split, or when the checkpoint's tensors are not those of the configuration's model.
+    """
+    try:
+        content = files.read_json(files.inside(path, "state.json"))
+        form = content.pop("format", None)
+        if form == FORMAT:
+            content.pop("megatron_core", None)
+            state = _typed(TrainState, content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+    if form != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {form!r:.100}; this version reads {FORMAT}"
+        )
+    if config is not None:
+        _check_split(path, state, config.parallel.tensor_model_parallel_size)
+        _check_model(path, state, config)
+    return state
+
+
+def _check_split(path: Path, state: TrainState, tp: int) -> None:
+    uneven = [width for width in state.widths if width % tp]
+    if uneven:
+        raise CheckpointError(
+            f"{path} has layers of {uneven[0]} FFN neurons, which cannot be split over "
+            f"parallel.tensor_model_parallel_size={tp}; resume with a size that divides "
+            f"{math.gcd(*state.widths)}"
+        )
+
+
+def _check_model(path: Path, state: TrainState, config: Config) -> None:
+    """Compare three files that may come from different hands, before memory is taken for a model.
+
+    ``config.yaml`` and ``state.json`` say what is built, the index what there is to fill it with.
+    """
+    model = config.model
+    if len(state.widths) != model.num_layers or max(state.widths) > model.ffn_hidden_size:
+        raise CheckpointError(
+            f"{path} has {len(state.widths)} layers of up to {max(state.widths)} FFN neurons; its "
+            f"configuration says {model.num_layers} of up to {model.ffn_hidden_size}"
+        )
+    try:
+        found, _ = read_index(path)
+    except (ForeignError, files.UnsafeFileError) as error:
+        raise CheckpointError(f"{path} is damaged: .metadata: {error}") from error
+    for name, shape in huggingface.checkpoint_shapes(model, state.widths):
+        if found.get(name) != shape:
+            has = list(found[name]) if name in found else "not there"
+            raise CheckpointError(
+                f"{path} does not hold the model of its configuration: {name} is {has}, wanted "
+                f"{list(shape)}"
+            )
+
+
+Record = TypeVar("Record")
+
+
+def _typed(kind: type[Record], content: Any) -> Record:
+    """A dataclass from a JSON object, every field of its type and in its range.
+
+    Counts are not negative, widths positive, other numbers finite.
+    Raises: ValueError that names what is wrong.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{kind.__name__} is no JSON object")
+    known = {one.name: str(one.type) for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    strange = sorted(content.keys() - known.keys())
+    if strange:
+        raise ValueError(f"it has {strange[0]!r:.100}, which this version does not know")
+    values = {name: _value(name, known[name], value) for name, value in content.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"a value is missing: {error}") from error
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    if kind == "Watch":
+        return _typed(Watch, value)
+    if kind == "tuple[int, ...]" and isinstance(value, list) and value:
+        if all(files.is_whole(one, least=1) for one in value):
+            return tuple(value)
+    elif (
+        (kind == "int" and files.is_whole(value))
+        or (kind == "bool" and isinstance(value, bool))
+        or (kind == "float" and files.is_number(value))
+        or (kind == "dict[str, int]" and isinstance(value, dict))
+    ):
+        return value
+    raise ValueError(f"{name} is {value!r:.100}, which is no legal {kind}")

@@ -1,0 +1,303 @@
+"""(config, FFN widths) -> GPT chunks of this rank, and the weights they start from.
+
+A model is always built from its config and a list of widths, one per decoder layer: the enlarged
+model, a half-pruned one and the shipped one come from the same call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+
+from megatron_idea.config import Config, ConfigError
+from megatron_idea.engine.distributed import ProcessGroups
+from megatron_idea.engine.layers import PrunableMLP, RMSNorm, ScaledDotProductAttention
+from megatron_idea.kernels.dispatch import uses_triton
+
+# Transformer Engine has these norms inside of the linear layers that follow them.
+FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def uses_transformer_engine() -> bool:
+    """Whether layers are Transformer Engine's: it is installed and CUDA is there."""
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def _leave(weight: Tensor) -> Tensor:
+    """An init method that does nothing: ``initialize_weights`` sets every weight by its name."""
+    return weight
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron-core's view of ``config``."""
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    fused = uses_transformer_engine()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        sequence_parallel=parallel.sequence_parallel and tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Interleaved stages with PP = 2 exchange two messages in opposite directions that batched
+        # p2p cannot tell apart (Megatron-LM issue 750): it trains wrongly, without an error.
+        overlap_p2p_comm=vpp > 1,
+        batch_p2p_comm=vpp == 1,
+        # By default the host waits for the whole device at each exchange, for torch of 2021.
+        batch_p2p_sync=False,
+        # Frees an output once it was handed to send. gloo may still be reading it then: the next
+        # stage would compute on freed memory. CUDA orders the two on the stream.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        # apex's kernel: Transformer Engine brings its own, but the output layer insists on apex.
+        gradient_accumulation_fusion=torch.cuda.is_available()
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=fused,
+        persist_layer_norm=False,
+        # Checkpoint keys per layer: layers may have different widths.
+        hetereogenous_dist_checkpoint=True,
+    )
+
+
+def _mlp_of_width(
+    width: int, groups: ProcessGroups, kernel_implementation: str
+) -> type[PrunableMLP]:
+    """A PrunableMLP class that needs a config only.
+
+    megatron-core 0.16 builds a layer's MLP from a ModuleSpec or a class, 0.19 calls whatever stands
+    there and ignores a spec's parameters: a class is what both take.
+    """
+    if uses_transformer_engine():
+        from megatron.core.extensions.transformer_engine import (
+            TELayerNormColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        linears = MLPSubmodules(
+            linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear
+        )
+    else:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+    class SizedMLP(PrunableMLP):
+        def __init__(self, config: TransformerConfig, **_: Any) -> None:
+            super().__init__(config, linears, width, groups.tp, kernel_implementation)
+
+    return SizedMLP
+
+
+def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec:
+    """One decoder layer with an FFN of ``width`` neurons over the TP group."""
+    mlp = _mlp_of_width(width, groups, config.training.kernel_implementation)
+    if uses_transformer_engine():
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.model.qk_layernorm)
+        spec.submodules.mlp = mlp
+        return spec
+    qk_norm = RMSNorm if config.model.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=ScaledDotProductAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(FUSED_NORMS),  # one name in checkpoints
+        ),
+    )
+
+
+def _final_norm() -> type:
+    if uses_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm
+
+
+def build_model(
+    config: Config,
+    core: TransformerConfig,
+    widths: Sequence[int],
+    groups: ProcessGroups,
+) -> list[torch.nn.Module]:
+    """Build this rank's model chunks (one, or virtual-PP many) with ``widths[layer]`` neurons.
+
+    Weights are unset until ``initialize_weights`` or a checkpoint sets them; no random number is
+    drawn. Raises: ConfigError when the kernels asked for cannot run here; AssertionError if a layer
+    comes out with another width.
+    """
+    assert len(widths) == config.model.num_layers
+    try:
+        uses_triton("masked_swiglu", config.training.kernel_implementation, groups.device)
+    except ValueError as error:
+        raise ConfigError(f"training.kernel_implementation: {error}") from error
+    pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
+    vpp = config.parallel.virtual_pipeline_model_parallel_size
+    chunks: list[torch.nn.Module] = []
+    for chunk in range(vpp):
+        vp_stage = chunk if vpp > 1 else None
+        offset = get_transformer_layer_offset(core, vp_stage=vp_stage, pp_rank=pp_rank)
+        count = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
+        block = TransformerBlockSubmodules(
+            layer_specs=[_layer_spec(config, w, groups) for w in widths[offset : offset + count]],
+            layer_norm=_final_norm(),
+        )
+        model = GPTModel(
+            config=core,
+            transformer_layer_spec=block,
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.training.seq_length,
+            pre_process=pp_rank == 0 and chunk == 0,
+            post_process=pp_rank == pp_size - 1 and chunk == vpp - 1,
+            share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            pg_collection=groups.collection,
+            vp_stage=vp_stage,
+        ).to(groups.device)
+        for parameter in model.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunks.append(Float16Module(core, model) if core.bf16 else model)
+    for layer, mlp in prunable_mlps(chunks):
+        assert mlp.width * groups.tp.size() == widths[layer], (layer, mlp.width, widths[layer])
+    return chunks
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def prunable_mlps(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, PrunableMLP]]:
+    """This rank's MLPs with their layer number in the whole model, counted from 0."""
+    for chunk in chunks:
+        for layer in unwrap(chunk).decoder.layers:
+            yield layer.layer_number - 1, layer.mlp
+
+
+def named_parameters(
+    chunks: Sequence[torch.nn.Module],
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters by their name in the whole model, the same in any layout.
+
+    Layers are numbered over all pipeline stages. The last stage's copy of a tied embedding is
+    named after the embedding, and Transformer Engine's norms are named as those of other layers.
+    """
+    for chunk in chunks:
+        model = unwrap(chunk)
+        layers = model.decoder.layers
+        tied = model.share_embeddings_and_output_weights
+        for name, parameter in model.named_parameters():
+            if tied and name == "output_layer.weight":
+                name = "embedding.word_embeddings.weight"
+            local = re.match(r"decoder\.layers\.(\d+)\.", name)
+            if local:
+                layer = layers[int(local[1])].layer_number - 1
+                tensor = name[local.end() :]
+                for plain, fused in FUSED_NORMS.items():
+                    tensor = tensor.replace(fused, plain)
+                name = f"decoder.layers.{layer}.{tensor}"
+            yield name, parameter
+
+
+def initialize_weights(config: Config, chunks: Sequence[torch.nn.Module], tp_rank: int) -> None:
+    """Set every weight as a function of the seed and the parameter's name alone.
+
+    Matrices are normal with ``init_method_std``, those that write to the residual stream with that
+    divided by sqrt(2 num_layers), norms are one (GPT-2 and Megatron). Each TP rank draws the whole
+    tensor and keeps its part, so the starting point does not depend on TP, PP or DP.
+    """
+    std = config.model.init_method_std
+    for name, parameter in named_parameters(chunks):
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+            continue
+        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        scale = std / math.sqrt(2.0 * config.model.num_layers) if residual else std
+        shape = list(parameter.shape)
+        parts = config.parallel.tensor_model_parallel_size
+        axis = parameter.partition_dim if parameter.tensor_model_parallel else None  # type: ignore[attr-defined]
+        if axis is not None:
+            shape[axis] *= parts
+        seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(int.from_bytes(seed[:7], "little"))
+        whole = torch.empty(shape, device=parameter.device).normal_(0.0, scale, generator=generator)
+        if axis is not None:
+            # fc1 is [gate; up], each split over TP.
+            halves = whole.chunk(2 if name.endswith("linear_fc1.weight") else 1, dim=axis)
+            whole = torch.cat([h.chunk(parts, dim=axis)[tp_rank] for h in halves], dim=axis)
+        parameter.data.copy_(whole)

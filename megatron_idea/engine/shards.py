@@ -1,0 +1,189 @@
+"""What a rank's optimizer holds of a parameter, and how shards become whole and shards again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from torch import Tensor
+
+from megatron_idea.engine.distributed import ProcessGroups
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What this rank's optimizer holds of one parameter: its flat elements [start, end).
+
+    Without the distributed optimizer that is the whole parameter on every data-parallel rank.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    end: int
+    main: Tensor
+    """Main weight that the inner optimizer steps: fp32, flat or in the parameter's shape."""
+    state: dict[str, Any]
+    """``exp_avg``, ``exp_avg_sq`` shaped like ``main``, torch's ``step``; empty before step 1."""
+
+    @property
+    def grad(self) -> Tensor:
+        """Gradient [end - start], fp32, reduced over data-parallel ranks; a view."""
+        main_grad: Tensor = self.parameter.main_grad  # type: ignore[attr-defined,assignment]
+        return main_grad.view(-1)[self.start : self.end]
+
+
+def slot(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Slot | None:
+    """This rank's part of ``parameter``; None when its shard is all on other ranks."""
+    inner = optimizer.optimizer
+    if isinstance(optimizer, DistributedOptimizer):
+        if parameter not in optimizer.model_param_gbuf_map:
+            return None
+        owned = optimizer._get_model_param_range_map(parameter)["param"]
+        group, index = optimizer.model_param_group_index_map[parameter]
+        main = inner.param_groups[group]["params"][index]
+        start, end = owned.start, owned.end
+    else:
+        main = getattr(parameter, "main_param", parameter)
+        start, end = 0, parameter.numel()
+    return Slot(parameter, start, end, main, inner.state.get(main, {}))
+
+
+def has_main_copy(parameter: torch.nn.Parameter) -> bool:
+    """Whether the optimizer keeps an fp32 main weight apart from the model's weight."""
+    return parameter.dtype != torch.float32
+
+
+class ShardExchange:
+    """Moves a parameter's main weight and moments between DP shards and one whole copy.
+
+    Parameters are dealt out to data-parallel ranks by size; a parameter's owner holds the whole
+    [3, numel] (main, exp_avg, exp_avg_sq) while it is cut, saved or loaded. So no rank ever holds
+    more than its share of the state and one parameter. Without the distributed optimizer every rank
+    has every parameter whole already and nothing travels.
+    """
+
+    def __init__(
+        self,
+        optimizer: MegatronOptimizer,
+        parameters: Sequence[torch.nn.Parameter],
+        groups: ProcessGroups,
+        owners: Sequence[int] | None = None,
+    ) -> None:
+        """``owners``: those of an exchange over the same model in another shape, to keep them."""
+        self._optimizer = optimizer
+        self._groups = groups
+        self._sharded = isinstance(optimizer, DistributedOptimizer) and groups.shards.size() > 1
+        self._parameters = parameters
+        self._owners = (
+            self._deal(parameters, groups.shards.size())
+            if owners is None
+            else dict(zip(map(id, parameters), owners, strict=True))
+        )
+        self._ranges = self._all_ranges(parameters)
+
+    @property
+    def owners(self) -> list[int]:
+        """The data-parallel rank that each parameter comes together on, in the model's order."""
+        return [self._owners[id(parameter)] for parameter in self._parameters]
+
+    @staticmethod
+    def _deal(parameters: Sequence[torch.nn.Parameter], dp: int) -> dict[int, int]:
+        """Largest first, to the rank that has least; equal over TP because shapes are."""
+        load = [0] * dp
+        owners = {}
+        for parameter in sorted(parameters, key=lambda p: -p.numel()):
+            owner = load.index(min(load))
+            owners[id(parameter)] = owner
+            load[owner] += parameter.numel()
+        return owners
+
+    def _all_ranges(
+        self, parameters: Sequence[torch.nn.Parameter]
+    ) -> dict[int, list[tuple[int, int]]]:
+        """Each DP rank's [start, end) of each parameter."""
+        if not self._sharded:
+            return {}
+        parts = (slot(self._optimizer, parameter) for parameter in parameters)
+        mine = torch.tensor(
+            [(p.start, p.end) if p else (0, 0) for p in parts], device=self._groups.device
+        )
+        dp = self._groups.shards
+        everyones = mine.new_empty(dp.size() * mine.shape[0], 2)
+        torch.distributed.all_gather_into_tensor(everyones, mine, group=dp)
+        by_rank = everyones.view(dp.size(), -1, 2).tolist()
+        return {
+            id(parameter): [tuple(ranges[i]) for ranges in by_rank]
+            for i, parameter in enumerate(parameters)
+        }
+
+    def owns(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the whole of ``parameter`` comes together on this rank."""
+        return not self._sharded or self._owners[id(parameter)] == self._groups.shards.rank()
+
+    def is_saver(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether this rank, alone among its data-parallel peers, writes ``parameter``."""
+        return self._owners[id(parameter)] == self._groups.shards.rank()
+
+    @torch.no_grad()
+    def gather(self, parameter: torch.nn.Parameter) -> Tensor | None:
+        """Whole fp32 [3, numel] on the owner, None elsewhere; a collective over DP."""
+        part = slot(self._optimizer, parameter)
+        mine = (
+            torch.stack([part.main.detach().view(-1), *(part.state[m].view(-1) for m in MOMENTS)])
+            if part
+            else torch.empty(3, 0, device=self._groups.device)
+        )
+        if not self._sharded:
+            return mine
+        ranges = self._ranges[id(parameter)]
+        to_owner = self._splits(parameter)
+        from_ranks = [3 * (end - start) for start, end in ranges]
+        received = mine.new_empty(sum(from_ranks) if self.owns(parameter) else 0)
+        torch.distributed.all_to_all_single(
+            received,
+            mine.flatten(),
+            from_ranks if self.owns(parameter) else [0] * len(ranges),
+            to_owner,
+            group=self._groups.shards,
+        )
+        if not self.owns(parameter):
+            return None
+        # Shards come in rank order, and a parameter's shards lie in rank order.
+        parts = [block.view(3, -1) for block in received.split(from_ranks)]
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def scatter(self, parameter: torch.nn.Parameter, whole: Tensor | None) -> Tensor | None:
+        """This rank's [3, end - start] of the owner's ``whole``; a collective over DP.
+
+        None where this rank holds no part of the parameter.
+        """
+        if not self._sharded:
+            return whole
+        ranges = self._ranges[id(parameter)]
+        sent = torch.empty(0, device=self._groups.device)
+        if whole is not None:
+            sent = torch.cat([whole[:, start:end].flatten() for start, end in ranges])
+        to_ranks = [3 * (end - start) for start, end in ranges]
+        start, end = ranges[self._groups.shards.rank()]
+        received = sent.new_empty(3 * (end - start))
+        torch.distributed.all_to_all_single(
+            received,
+            sent,
+            self._splits(parameter),
+            to_ranks if self.owns(parameter) else [0] * len(ranges),
+            group=self._groups.shards,
+        )
+        return received.view(3, -1) if end > start else None
+
+    def _splits(self, parameter: torch.nn.Parameter) -> list[int]:
+        """Elements of this rank's part, at the owner's place."""
+        start, end = self._ranges[id(parameter)][self._groups.shards.rank()]
+        splits = [0] * self._groups.shards.size()
+        splits[self._owners[id(parameter)]] = 3 * (end - start)
+        return splits

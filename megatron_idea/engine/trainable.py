@@ -1,0 +1,148 @@
+"""A model, its gradient buffers and its optimizer, built and replaced as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
+
+from megatron_idea.config import Config
+from megatron_idea.engine.distributed import ProcessGroups
+from megatron_idea.engine.layers import PrunableMLP
+from megatron_idea.engine.model import (
+    build_model,
+    initialize_weights,
+    prunable_mlps,
+    transformer_config,
+)
+from megatron_idea.engine.optimizer import build_optimizer
+from megatron_idea.engine.shards import ShardExchange
+from megatron_idea.shape import Shape
+
+
+def wrap_data_parallel(
+    config: Config,
+    core: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    groups: ProcessGroups,
+) -> list[DistributedDataParallel]:
+    """Give each chunk megatron-core's gradient buffers and tell the schedules about them.
+
+    Gradients are accumulated and reduced in fp32, and averaged over data-parallel ranks.
+    """
+    parallel = config.parallel.resolved(cuda=groups.device.type == "cuda")
+    wrapped = [
+        DistributedDataParallel(
+            config=core,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=bool(parallel.overlap_grad_reduce),
+                overlap_param_gather=bool(parallel.overlap_param_gather),
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                bucket_size=parallel.bucket_size or None,
+            ),
+            module=chunk,
+            disable_bucketing=index > 0,
+            pg_collection=groups.collection,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    core.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        core.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def forget_data_parallel(core: TransformerConfig) -> None:
+    """Drop what ``wrap_data_parallel`` hung on the config: bound methods keep old buffers alive."""
+    core.finalize_model_grads_func = None
+    core.no_sync_func = None
+    core.grad_sync_func = None
+    core.param_sync_func = None
+
+
+@dataclass
+class Trainable:
+    """A model and its optimizer on this rank: what compaction replaces as one."""
+
+    config: Config
+    groups: ProcessGroups
+    core: TransformerConfig
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    widths: tuple[int, ...]
+    """Physical FFN neurons of every layer of the whole model."""
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All parameters of this rank, in the model's order."""
+        return [p for chunk in self.chunks for p in chunk.parameters()]
+
+    @property
+    def shape(self) -> Shape:
+        """Stored units of every axis, of the whole model."""
+        return Shape.full(self.config.model).with_counts("ffn_hidden_size", self.widths)
+
+    def exchange(self, owners: Sequence[int] | None = None) -> ShardExchange:
+        """Return a way to bring each parameter's whole state together on one rank, and back."""
+        return ShardExchange(self.optimizer, self.parameters, self.groups, owners)
+
+    @property
+    def mlps(self) -> list[tuple[int, PrunableMLP]]:
+        """This rank's MLPs with their layer number in the whole model."""
+        return list(prunable_mlps(self.chunks))
+
+
+class _ZerosUntouched(TorchFunctionMode):
+    """``torch.zeros`` does not write: on a CPU, gradient buffers cost nothing until used."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (torch.empty if func is torch.zeros else func)(*args, **(kwargs or {}))
+
+
+def assemble(
+    config: Config,
+    groups: ProcessGroups,
+    widths: Sequence[int],
+    initialize: bool,
+    gradients: bool = True,
+) -> Trainable:
+    """Build model, gradient buffers and optimizer at ``widths``.
+
+    ``initialize`` sets the weights from the seed; without it a checkpoint or a compaction must.
+    Without ``gradients`` their buffers have no memory until ``restore_grad_buffers``.
+    """
+    core = transformer_config(config)
+    chunks = build_model(config, core, widths, groups)
+    if initialize:
+        initialize_weights(config, chunks, groups.tp.rank())
+    elif config.parallel.use_distributed_optimizer:
+        # Their memory will be the parameter buffer, which copies what stands here: one number each.
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+    if gradients:
+        wrapped = wrap_data_parallel(config, core, chunks, groups)
+    else:
+        with _ZerosUntouched():
+            wrapped = wrap_data_parallel(config, core, chunks, groups)
+        for buffer in (b for chunk in wrapped for b in chunk.buffers):
+            if buffer.param_data is not None:
+                buffer.param_data.zero_()
+        for chunk in wrapped:
+            chunk.offload_grad_buffers()
+    optimizer = build_optimizer(config, wrapped, groups)
+    return Trainable(config, groups, core, wrapped, optimizer, tuple(widths))

@@ -1,0 +1,454 @@
+"""What a run takes of a cluster: memory per GPU, GPU-hours, messages; and layouts that fit.
+
+Memory and messages come from the code itself (``footprint.py``), FLOPs from shapes
+(``estimate.py``). Seconds and GPU-hours are estimates: FLOPs over the GPU's peak times an assumed
+MFU, bytes over the bandwidth of data sheets. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_idea import config as configuration
+from megatron_idea.config import Config, ConfigError, validate
+from megatron_idea.course import flops_per_token, parameter_count
+from megatron_idea.engine.gpus import USABLE, Gpu
+from megatron_idea.planning import footprint
+from megatron_idea.planning.dry_run import Paper, on_paper
+from megatron_idea.planning.estimate import Plan, make_plan
+from megatron_idea.prune.compact import Relocations
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What cannot be read off shapes; every figure in seconds or hours rests on it."""
+
+    mfu: float = 0.4
+    """Model FLOPs utilization: share of the peak that the model's own FLOPs reach."""
+    network_bytes_per_s: float = 50e9
+    """Of one GPU to other nodes, one way: a port of 400 Gb/s each."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU by kind."""
+
+    weights: int
+    gradients: int
+    main_weights: int
+    moments: int
+    masks: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Training at one width, from ``tokens`` on; and the compaction that led to it."""
+
+    tokens: int
+    width: int
+    stage: int
+    """Pipeline stage whose GPUs are the fullest: the figures are theirs."""
+    memory: Memory
+    total_bytes: int
+    compaction_peak_bytes: int
+    """Most bytes at once while compacting to this width, gradients freed; 0 at the start."""
+    compaction_sent_bytes: int
+    compaction_wire_s: float
+    """Those bytes over the network alone; the rebuild itself is not in it."""
+    sent_bytes: dict[str, int]
+    """By one GPU in one optimizer step."""
+    checkpoint_bytes: int
+    step_s: float
+
+
+@dataclass(frozen=True)
+class PhaseHours:
+    """GPU-hours of a phase, and of the same tokens trained otherwise."""
+
+    name: str
+    tokens: int
+    flops_per_token: float
+    this_run: float
+    masks_only: float
+    target_from_scratch: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage; all others between the first and the last need less than the first."""
+
+    stage: int
+    parameters: int
+    """On one of its GPUs, at the enlarged width."""
+    shard: int
+    """Parameters whose optimizer state one of its GPUs holds: the most of any."""
+    memory: Memory
+    sent_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run on so many GPUs. Made by ``make_budget``."""
+
+    gpu: str
+    gpus: int
+    gpu_memory_bytes: float
+    usable_bytes: float
+    assumptions: Assumptions
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    micro_batch_size: int
+    num_microbatches: int
+    stages: list[Stage]
+    stretches: list[Stretch]
+    phases: list[PhaseHours]
+    days: float
+    peak_bytes: int
+    refusal: str
+    """Why it does not fit and what would help; empty where it does."""
+
+
+def checkpoint_bytes(config: Config, width: int) -> int:
+    """Tensors of a checkpoint: weights, both moments and, for bf16, fp32 main weights."""
+    model = config.model
+    each = 2 + 4 + 8 if config.training.precision == "bf16" else 4 + 8
+    return each * parameter_count(model, [width] * model.num_layers).total
+
+
+def num_microbatches(config: Config, world_size: int) -> int:
+    """Micro-batches of one data-parallel rank in an optimizer step."""
+    parallel, training = config.parallel, config.training
+    dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    return training.global_batch_size // (training.micro_batch_size * dp)
+
+
+def step_seconds(
+    config: Config,
+    world_size: int,
+    gpu: Gpu,
+    assume: Assumptions,
+    width: int,
+    sent: dict[str, int],
+) -> dict[str, float]:
+    """Estimate one optimizer step: ``compute`` at the assumed MFU, and what waits beside it.
+
+    ``bubble``: compute x (PP - 1) / (virtual PP x micro-batches). ``tp``, ``pp``: bytes over
+    NVLink inside a node, over the network between nodes. ``dp``: over the network; with
+    overlap_grad_reduce only what is longer than the computation.
+    """
+    parallel, model = config.parallel, config.model
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    flops = flops_per_token(model, [width] * model.num_layers, config.training.seq_length)
+    compute = config.batch_tokens * flops / (world_size * gpu.peak_flops * assume.mfu)
+    passes = parallel.virtual_pipeline_model_parallel_size * num_microbatches(config, world_size)
+
+    def wire(kind: str, ranks: int) -> float:
+        is_inside = ranks <= gpu.gpus_per_node
+        return sent[kind] / (gpu.link_bytes_per_s if is_inside else assume.network_bytes_per_s)
+
+    dp = wire("dp", world_size) + wire("embedding", world_size)
+    return {
+        "compute": compute,
+        "bubble": compute * (pp - 1) / passes,
+        "tp": wire("tp", tp),
+        "pp": wire("pp", tp * pp),
+        "dp": max(0.0, dp - compute) if parallel.overlap_grad_reduce else dp,
+    }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One stage at one width."""
+
+    stage: int
+    parameters: int
+    shard: int
+    memory: Memory
+    sent: dict[str, int]
+
+
+def _measure(paper: Paper, config: Config, stage: int, width: int, runs: bool) -> _Measured:
+    """Build a stage's first rank; ``runs`` takes a step, else activations and messages are none."""
+    trainable = footprint.build(config, paper, [width] * config.model.num_layers)
+    kept = footprint.kept_bytes(trainable)
+    shard, mine = footprint.fullest_shard(trainable), footprint.own_shard(trainable)
+    for kind in ("main_weights", "moments"):
+        kept[kind] = kept[kind] * shard // mine
+    step = footprint.step(paper, trainable) if runs else footprint.Step(0, {})
+    parameters = sum(p.numel() for p in trainable.parameters)
+    memory = Memory(**kept, activations=step.activation_bytes)
+    return _Measured(stage, parameters, shard, memory, step.sent_bytes)
+
+
+def _compactions(
+    paper: Paper, config: Config, widths: Sequence[int], chances: Sequence[Relocations]
+) -> list[footprint.Compaction]:
+    """What each change from one of ``widths`` to the next takes."""
+    done = []
+    trainable = footprint.build(config, paper, [widths[0]] * config.model.num_layers)
+    for width, chance in zip(widths[1:], chances, strict=True):
+        trainable, compaction = footprint.compact(paper, trainable, width, chance)
+        done.append(compaction)
+    return done
+
+
+def _between(start: _Measured, end: _Measured, at: _Measured, share: float) -> _Measured:
+    """``at`` with activations and messages between those of the largest and smallest width.
+
+    A peak is a maximum of sums that grow with the width: convex, so the straight line between two
+    widths is never below it.
+    """
+
+    def mix(a: int, b: int) -> int:
+        return round(a + share * (b - a))
+
+    activations = mix(start.memory.activations, end.memory.activations)
+    return dataclasses.replace(
+        at,
+        memory=dataclasses.replace(at.memory, activations=activations),
+        sent={kind: mix(size, end.sent[kind]) for kind, size in start.sent.items()},
+    )
+
+
+def _figures(paper: Paper, config: Config, stage: int, widths: Sequence[int]) -> list[_Measured]:
+    """A stage at each of ``widths``; steps are run at the first and the last."""
+    ends = [_measure(paper, config, stage, w, runs=True) for w in {widths[0]: 0, widths[-1]: 0}]
+    first, last = ends[0], ends[-1]
+    inner = [
+        _between(
+            first,
+            last,
+            _measure(paper, config, stage, width, runs=False),
+            (widths[0] - width) / (widths[0] - widths[-1]),
+        )
+        for width in widths[1:-1]
+    ]
+    return [first, *inner, *ends[1:]]
+
+
+def outer_stages(config: Config) -> list[int]:
+    """The first and the last: a stage between them has fewer micro-batches and no embedding."""
+    return sorted({0, config.parallel.pipeline_model_parallel_size - 1})
+
+
+def make_budget(
+    config: Config, world_size: int, gpu: Gpu, assume: Assumptions | None = None
+) -> Budget:
+    """Work out what a run takes of ``world_size`` GPUs.
+
+    Raises: ConfigError when the configuration cannot run on so many.
+    """
+    assume = assume or Assumptions()
+    config = configuration.replace(config, parallel=config.parallel.resolved(cuda=True))
+    plan = make_plan(config, world_size)
+    widths = [config.model.ffn_hidden_size, *(change.width for change in plan.width_changes)]
+    begins = [0, *(change.tokens for change in plan.width_changes)]
+    # Drawn here: on paper every new tensor is without contents.
+    chances = [footprint.random_relocations(config, *pair) for pair in itertools.pairwise(widths)]
+    by_stage, compactions_by_stage = {}, {}
+    for stage in outer_stages(config):
+        with on_paper(config, world_size, stage) as paper:
+            by_stage[stage] = _figures(paper, config, stage, widths)
+            compactions_by_stage[stage] = _compactions(paper, config, widths, chances)
+    fullest = max(by_stage, key=lambda s: by_stage[s][0].memory.total)
+    compactions = compactions_by_stage[fullest]
+    stretches = []
+    for tokens, width, at, change in zip(
+        begins, widths, by_stage[fullest], [None, *compactions], strict=True
+    ):
+        seconds = step_seconds(config, world_size, gpu, assume, width, at.sent)
+        stretches.append(
+            Stretch(
+                tokens=tokens,
+                width=width,
+                stage=fullest,
+                memory=at.memory,
+                total_bytes=at.memory.total,
+                compaction_peak_bytes=change.peak_bytes if change else 0,
+                compaction_sent_bytes=change.sent_bytes if change else 0,
+                compaction_wire_s=change.sent_bytes / assume.network_bytes_per_s if change else 0.0,
+                sent_bytes=at.sent,
+                checkpoint_bytes=checkpoint_bytes(config, width),
+                step_s=sum(seconds.values()),
+            )
+        )
+    phases = list(_phase_hours(config, plan, gpu, assume))
+    peak = max(max(s.total_bytes, s.compaction_peak_bytes) for s in stretches)
+    return Budget(
+        gpu=gpu.name,
+        gpus=world_size,
+        gpu_memory_bytes=gpu.memory_bytes,
+        usable_bytes=USABLE * gpu.memory_bytes,
+        assumptions=assume,
+        tensor_parallel=plan.tensor_parallel,
+        pipeline_parallel=plan.pipeline_parallel,
+        data_parallel=plan.data_parallel,
+        micro_batch_size=config.training.micro_batch_size,
+        num_microbatches=num_microbatches(config, world_size),
+        stages=[
+            Stage(s, at[0].parameters, at[0].shard, at[0].memory, at[0].sent)
+            for s, at in by_stage.items()
+        ],
+        stretches=stretches,
+        phases=phases,
+        days=sum(phase.this_run for phase in phases) / world_size / 24,
+        peak_bytes=peak,
+        refusal=refusal(config, stretches[0].memory, gpu),
+    )
+
+
+def _phase_hours(config: Config, plan: Plan, gpu: Gpu, assume: Assumptions) -> Iterator[PhaseHours]:
+    per_hour = 3600 * gpu.peak_flops * assume.mfu
+    layers, seq_length = config.model.num_layers, config.training.seq_length
+    full, target = (
+        flops_per_token(config.model, [width] * layers, seq_length)
+        for width in (plan.enlarged_ffn_hidden_size, plan.target_ffn_hidden_size)
+    )
+    for phase in plan.phases:
+        yield PhaseHours(
+            name=phase.name,
+            tokens=phase.tokens,
+            flops_per_token=phase.flops / phase.tokens if phase.tokens else 0.0,
+            this_run=phase.flops / per_hour,
+            masks_only=phase.tokens * full / per_hour,
+            target_from_scratch=phase.tokens * target / per_hour,
+        )
+
+
+def refusal(config: Config, memory: Memory, gpu: Gpu) -> str:
+    """Why training does not fit a GPU, which kind of memory is most, and what would help."""
+    usable = USABLE * gpu.memory_bytes
+    if memory.total <= usable:
+        return ""
+    kinds = dataclasses.asdict(memory)
+    largest = max(kinds, key=lambda kind: kinds[kind])
+    tp = config.parallel.tensor_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
+    micro = config.training.micro_batch_size
+    smaller = f"TP above {tp}" if tp < gpu.gpus_per_node else f"PP above {pp}"
+    if largest == "activations":
+        help_ = f"training.micro_batch_size below {micro}" if micro > 1 else smaller
+    elif largest in ("main_weights", "moments"):
+        is_sharded = config.parallel.use_distributed_optimizer
+        help_ = "more GPUs" if is_sharded else "parallel.use_distributed_optimizer=true"
+        help_ += f", or {smaller}"
+    else:
+        help_ = smaller
+    return (
+        f"{memory.total / 1e9:.1f} GB are needed on a GPU, {usable / 1e9:.1f} of the "
+        f"{gpu.memory_bytes / 1e9:.0f} GB of one {gpu.name} may be filled: "
+        f"{(memory.total - usable) / 1e9:.1f} GB too much. Most are {largest.replace('_', ' ')} "
+        f"({kinds[largest] / 1e9:.1f} GB); what helps: {help_}"
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to split a run over GPUs, at the enlarged width."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    micro_batch_size: int
+    num_microbatches: int
+    memory: Memory
+    total_bytes: int
+    seconds: dict[str, float]
+    step_s: float
+    refusal: str
+
+
+def suggest(
+    config: Config, world_size: int, gpu: Gpu, assume: Assumptions | None = None
+) -> tuple[list[Layout], list[Layout]]:
+    """Try TP x PP x DP with micro-batches of 1, 2, 4, ... sequences.
+
+    TP stays inside a node. Activations are taken at a micro-batch of 1 and grow with its size.
+
+    Returns: layouts that fit, fastest first; and the smallest of each kind that does not fit.
+    Raises: ConfigError when no layout is legal for so many GPUs.
+    """
+    assume = assume or Assumptions()
+    fitting, refused = [], []
+    for tp, pp in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+        if tp > gpu.gpus_per_node:
+            continue
+        sizes = list(_legal(config, world_size, tp, pp))
+        if not sizes:
+            continue
+        tried = list(_layouts(sizes, world_size, gpu, assume))
+        fitting += [layout for layout in tried if not layout.refusal]
+        if tried[0].refusal:
+            refused.append(tried[0])
+    if not fitting and not refused:
+        raise ConfigError(
+            f"no TP x PP x DP is legal for {world_size} GPUs: training.global_batch_size "
+            f"({config.training.global_batch_size}) must be a multiple of DP, and heads, layers "
+            "and widths of TP and PP"
+        )
+    # A larger micro-batch makes larger GEMMs, which the estimate does not see: first among equals.
+    fitting.sort(key=lambda layout: (float(f"{layout.step_s:.3g}"), -layout.micro_batch_size))
+    return fitting, sorted(refused, key=lambda layout: layout.total_bytes)
+
+
+def _legal(config: Config, world_size: int, tp: int, pp: int) -> Iterator[Config]:
+    """``config`` in this layout with each micro-batch size that it can run with."""
+    for power in range(5):
+        changed = configuration.replace(
+            config,
+            parallel={
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+                "virtual_pipeline_model_parallel_size": 1,
+            },
+            training={"micro_batch_size": 2**power},
+        )
+        try:
+            validate(changed, world_size)
+        except ConfigError:
+            continue
+        yield changed
+
+
+def _layouts(
+    sizes: list[Config], world_size: int, gpu: Gpu, assume: Assumptions
+) -> Iterator[Layout]:
+    base, width = sizes[0], sizes[0].model.ffn_hidden_size
+    stages = []
+    for stage in outer_stages(base):
+        with on_paper(base, world_size, stage) as paper:
+            stages.append(_measure(paper, base, stage, width, runs=True))
+    for config in sizes:
+        times = config.training.micro_batch_size // base.training.micro_batch_size
+        memory = max(
+            (
+                dataclasses.replace(at.memory, activations=at.memory.activations * times)
+                for at in stages
+            ),
+            key=lambda memory: memory.total,
+        )
+        sent = {kind: max(at.sent[kind] for at in stages) for kind in stages[0].sent}
+        seconds = step_seconds(config, world_size, gpu, assume, width, sent)
+        parallel = config.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        yield Layout(
+            tensor_parallel=tp,
+            pipeline_parallel=pp,
+            data_parallel=world_size // (tp * pp),
+            micro_batch_size=config.training.micro_batch_size,
+            num_microbatches=num_microbatches(config, world_size),
+            memory=memory,
+            total_bytes=memory.total,
+            seconds=seconds,
+            step_s=sum(seconds.values()),
+            refusal=refusal(config, memory, gpu),
+        )

@@ -1,0 +1,231 @@
+"""A budget as tables for a terminal and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megatron_idea.engine.gpus import USABLE, Gpu
+from megatron_idea.planning.budget import Budget, Layout
+from megatron_idea.records.readable import human_count
+from megatron_idea.report.picture import MUTED, RC
+
+BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea580c", "#0f766e", "#be123c"
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "main_weights": "main",
+    "moments": "moments",
+    "activations": "activations",
+}
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column(columns[0], no_wrap=True)
+    for header in columns[1:]:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def render_budget(budget: Budget) -> Group:
+    """Lay out a budget for a terminal, about 100 columns wide."""
+    parts = [
+        _headline(budget),
+        _render_memory(budget),
+        _render_compactions(budget),
+        _render_hours(budget),
+        _render_messages(budget),
+    ]
+    if len(budget.stretches) == 1:
+        del parts[2]
+    spaced: list[RenderableType] = [part for table in parts for part in ("", table)]
+    return Group(*spaced)
+
+
+def _headline(budget: Budget) -> Text:
+    assume = budget.assumptions
+    return Text.assemble(
+        (f"{budget.gpus} x {budget.gpu}", "bold"),
+        f"   TP {budget.tensor_parallel} x PP {budget.pipeline_parallel} x DP "
+        f"{budget.data_parallel}, {budget.num_microbatches} micro-batches of "
+        f"{budget.micro_batch_size} a step, about {budget.days:.1f} days\n"
+        f"assumed, not measured: MFU {assume.mfu:g}, "
+        f"{8e-9 * assume.network_bytes_per_s:g} Gb/s a GPU between nodes, "
+        f"{USABLE:.0%} of a GPU's memory may be filled",
+    )
+
+
+def _render_memory(budget: Budget) -> Group:
+    table = _table(
+        f"Memory of the fullest GPU in GB ({gigabytes(budget.usable_bytes)} may be filled)",
+        ["from token", "width", *KINDS.values(), "total"],
+    )
+    note = (
+        f"pipeline stage {budget.stretches[0].stage}; activations: what layers keep and make, "
+        "without workspaces of kernels"
+    )
+    for stretch in budget.stretches:
+        kinds = dataclasses.asdict(stretch.memory)
+        table.add_row(
+            human_count(stretch.tokens),
+            str(stretch.width),
+            *(gigabytes(kinds[kind]) for kind in KINDS),
+            gigabytes(stretch.total_bytes),
+        )
+    return Group(table, Text(note, style="dim"))
+
+
+def _render_compactions(budget: Budget) -> Group:
+    table = _table(
+        "Compactions, on one GPU in GB",
+        ["at token", "to width", "peak", "sent", "seconds on the wire", "checkpoint after"],
+    )
+    note = "peak: alive at once after gradients were freed; the rebuild itself takes time on top"
+    for stretch in budget.stretches[1:]:
+        table.add_row(
+            human_count(stretch.tokens),
+            str(stretch.width),
+            gigabytes(stretch.compaction_peak_bytes),
+            gigabytes(stretch.compaction_sent_bytes),
+            f"{stretch.compaction_wire_s:.2f}",
+            gigabytes(stretch.checkpoint_bytes),
+        )
+    return Group(table, Text(note, style="dim"))
+
+
+def _render_hours(budget: Budget) -> Table:
+    table = _table(
+        "GPU-hours, for the same tokens",
+        ["phase", "tokens", "FLOPs/token", "this run", "masks only", "target from scratch"],
+    )
+    names = ("this_run", "masks_only", "target_from_scratch")
+    for phase in budget.phases:
+        table.add_row(
+            phase.name,
+            human_count(phase.tokens),
+            f"{phase.flops_per_token:.2e}",
+            *(f"{getattr(phase, name):,.0f}" for name in names),
+        )
+    sums = [sum(getattr(phase, name) for phase in budget.phases) for name in names]
+    tokens = sum(phase.tokens for phase in budget.phases)
+    table.add_row("all", human_count(tokens), "", *(f"{hours:,.0f}" for hours in sums))
+    return table
+
+
+def _render_messages(budget: Budget) -> Table:
+    first, last = budget.stretches[0], budget.stretches[-1]
+    table = _table(
+        "One optimizer step at the enlarged width, and at the last",
+        ["GB sent by a GPU over", "TP", "PP", "DP", "tied embedding", "step in s", "checkpoint"],
+    )
+    for name, at in (("enlarged", first), ("last", last))[: len(budget.stretches)]:
+        sent = (gigabytes(at.sent_bytes[kind]) for kind in ("tp", "pp", "dp", "embedding"))
+        checkpoint = gigabytes(at.checkpoint_bytes)
+        table.add_row(name, *sent, f"{at.step_s:.3f}", checkpoint)
+    return table
+
+
+def render_layouts(fitting: Sequence[Layout], refused: Sequence[Layout], gpu: Gpu) -> Group:
+    """The fastest layouts and what holds each back, and why others do not fit."""
+    table = _table(
+        f"Layouts that fit {gpu.name}, fastest first",
+        ["TP x PP x DP", "micro-batch", "GB", "step in s", "waits for"],
+    )
+    for layout in fitting[:5]:
+        waits = {k: v / layout.step_s for k, v in layout.seconds.items() if k != "compute"}
+        said = [f"{kind} {share:.0%}" for kind, share in waits.items() if share >= 0.005]
+        table.add_row(
+            _name(layout),
+            f"{layout.num_microbatches} x {layout.micro_batch_size}",
+            gigabytes(layout.total_bytes),
+            f"{layout.step_s:.3f}",
+            ", ".join(said) or "nothing",
+        )
+    lines = [Text(f"{_name(layout)} does not fit: {layout.refusal}") for layout in refused[:5]]
+    return Group("", table, *lines) if fitting else Group("", *lines)
+
+
+def _name(layout: Layout) -> str:
+    return f"{layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}"
+
+
+def draw_budget(budget: Budget, path: Path) -> None:
+    """Draw memory by kind and cost over tokens into a PNG file."""
+    # Here, not above: matplotlib takes a second to import, and the tables need none of it.
+    import matplotlib
+
+    with matplotlib.rc_context(RC):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        from matplotlib.ticker import FuncFormatter
+
+        figure = Figure(figsize=(9, 6.4), layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.08))
+        FigureCanvasAgg(figure)
+        memory, hours = figure.subplots(2, 1, sharex=True, height_ratios=(1.3, 1))
+        _draw_memory(memory, budget)
+        _draw_hours(hours, budget)
+        hours.set_xlim(0, sum(phase.tokens for phase in budget.phases))
+        hours.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+        hours.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+        hours.set_xlabel("consumed tokens")
+        title = f"{budget.gpus} x {budget.gpu}, as planned: nothing here was measured"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        figure.savefig(path, dpi=200)
+
+
+def _draw_memory(axis: Axes, budget: Budget) -> None:
+    end = sum(phase.tokens for phase in budget.phases)
+    tokens = [stretch.tokens for stretch in budget.stretches] + [end]
+    kinds = [dataclasses.asdict(stretch.memory) for stretch in budget.stretches]
+    kinds.append(kinds[-1])
+    colors: dict[str, Any] = dict(zip(KINDS, (BLUE, GREEN, MUTED, RED, ORANGE), strict=True))
+    axis.stackplot(
+        tokens,
+        *([each[kind] / 1e9 for each in kinds] for kind in KINDS),
+        labels=["main weights" if kind == "main_weights" else kind for kind in KINDS],
+        colors=[colors[kind] for kind in KINDS],
+        alpha=0.75,
+        step="post",
+        linewidth=0,
+    )
+    axis.axhline(budget.usable_bytes / 1e9, color=RED, linewidth=1, linestyle=(0, (4, 3)))
+    axis.annotate(
+        "may be filled", xy=(0.005, budget.usable_bytes / 1e9), color=RED, fontsize=9,
+        xycoords=axis.get_yaxis_transform(), xytext=(0, 3), textcoords="offset points",
+    )  # fmt: skip
+    top = max(budget.usable_bytes, *(stretch.total_bytes for stretch in budget.stretches))
+    axis.set_ylim(0, 1.3 * top / 1e9)
+    axis.set_ylabel("GB on the fullest GPU")
+    axis.legend(loc="upper right", ncols=5, handlelength=1.2, columnspacing=1.0)
+
+
+def _draw_hours(axis: Axes, budget: Budget) -> None:
+    for name, label, color in (
+        ("masks_only", "masks only", MUTED),
+        ("this_run", "this run", BLUE),
+        ("target_from_scratch", "target from scratch", ORANGE),
+    ):
+        tokens, hours = [0], [0.0]
+        for phase in budget.phases:
+            tokens.append(tokens[-1] + phase.tokens)
+            hours.append(hours[-1] + getattr(phase, name))
+        axis.plot(tokens, hours, color=color, linewidth=1.8, label=label)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("GPU-hours")
+    axis.legend(loc="upper left")

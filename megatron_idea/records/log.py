@@ -1,0 +1,183 @@
+"""Write a run's records."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from megatron_idea.config import Config
+from megatron_idea.course import flops_per_token
+from megatron_idea.records.read import EVENTS, METRICS, SAMPLES, SCORES, _lines, read_events
+from megatron_idea.records.trackers import Tracker, open_trackers, require_trackers, still_works
+
+VERSIONS_OF = ("megatron-idea", "torch", "megatron-core", "transformer-engine", "triton", "numpy")
+
+
+class RecordError(ValueError):
+    """A record that cannot be written; the message names the folder and what was saved last."""
+
+    @staticmethod
+    def of(run_dir: Path, error: OSError) -> RecordError:
+        saved = sorted(run_dir.glob("checkpoints/step_[0-9]*[0-9]/state.json"))
+        stands = f"the last checkpoint is {saved[-1].parent}" if saved else "nothing was saved yet"
+        why = error.strerror or error
+        return RecordError(f"cannot write the records of run folder {run_dir}: {why}; {stands}")
+
+
+class RunLog:
+    """Writer of a run folder's records; does nothing on ranks that do not write."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        is_writer: bool,
+        *,
+        step: int = 0,
+        peak_flops: float | None = None,
+    ) -> None:
+        """Open the records of ``run_dir``, as a run that has ``step`` optimizer steps behind it.
+
+        A process that was killed may have recorded steps that no checkpoint holds. They will be
+        run again, so their metrics are dropped; events stay, followed by ``resumed``.
+
+        Args:
+            peak_flops: FLOP/s of all devices of the job together; None: no ``mfu`` is recorded.
+        Raises: ConfigError, on every rank, when a tracker is asked for and not installed;
+            RecordError when nothing can be written to ``run_dir``.
+        """
+        require_trackers(config)
+        self.config = config
+        self.is_writer = is_writer
+        self.peak_flops = peak_flops
+        self.failure: RecordError | None = None
+        """Why a record could not be written; none is written after it."""
+        self._run_dir = run_dir
+        self._files: dict[str, FileIO] = {}
+        self._trackers: list[Tracker] = []
+        if not is_writer:
+            return
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS, SCORES, SAMPLES):
+                _truncate(run_dir / name, keep=lambda record: record["step"] <= step)
+            _truncate(run_dir / EVENTS, keep=lambda event: True)
+        except OSError as error:
+            raise RecordError.of(run_dir, error) from error
+        self.event("resumed" if step else "started", step=step, environment=environment())
+        self.check()
+        started = [event["time"] for event in read_events(run_dir) if event["kind"] == "started"]
+        # A run that a checkpoint of another one began has no start of its own.
+        self._trackers = open_trackers(run_dir, config, step, started[-1] if started else 0.0)
+
+    def check(self) -> None:
+        """Raises: RecordError when a record could not be written."""
+        if self.failure is not None:
+            raise self.failure
+
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Append the record of one step.
+
+        Returns: the record, with ``mfu`` when the devices' peak is known.
+        """
+        if self.peak_flops and record.get("tokens_per_s"):
+            per_token = flops_per_token(
+                self.config.model, record["ffn_width"], self.config.training.seq_length
+            )
+            record = {**record, "mfu": record["tokens_per_s"] * per_token / self.peak_flops}
+        if self.is_writer:
+            self._append(METRICS, record)
+            self._track(record)
+        return record
+
+    def scores(self, record: dict[str, Any]) -> None:
+        """Append how importances were spread at a mask update."""
+        self._append(SCORES, record)
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Append what the model wrote after a prompt."""
+        self._append(SAMPLES, record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        """A record is with the operating system before the next step begins."""
+        if self.is_writer and self.failure is None:
+            try:
+                if name not in self._files:
+                    # Unbuffered: what cannot be written is not tried again when the file is closed.
+                    self._files[name] = open(self._run_dir / name, "ab", buffering=0)  # noqa: SIM115
+                line = memoryview(json.dumps(record).encode() + b"\n")
+                while line:  # a disk that becomes full takes a part
+                    line = line[self._files[name].write(line) :]
+            except OSError as error:  # raised by ``check``, when all ranks are there to hear it
+                self.failure = RecordError.of(self._run_dir, error)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append something that happened, with the time of day in seconds since 1970."""
+        if self.is_writer:
+            self._append(EVENTS, {"kind": kind, "time": time.time(), **fields})
+            if kind == "evaluated" and not fields.get("why", "").startswith("compaction"):
+                shown = ("step", "tokens", "val_loss")
+                self._track({name: fields[name] for name in shown if name in fields})
+
+    def _track(self, record: dict[str, Any]) -> None:
+        values = dict(_scalars(record))
+        self._trackers = [
+            tracker
+            for tracker in self._trackers
+            if still_works(tracker, lambda t: t.scalars(record["step"], values))
+        ]
+
+    def close(self) -> None:
+        """Let everything arrive; the log takes no records afterwards."""
+        for file in self._files.values():
+            file.close()
+        for tracker in self._trackers:
+            still_works(tracker, lambda t: t.close())
+
+
+def environment() -> dict[str, Any]:
+    """What a run runs on: device, processes, and the versions of what computes."""
+    import torch  # metrics are also read where nothing is computed
+    import torch.distributed as dist
+
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Cut a JSONL file before its first record that is not kept, and before a half-written line.
+
+    One ``truncate`` of the file: a kill leaves it either as it was or as it should be.
+    """
+    kept = 0
+    for record, end in _lines(path):
+        if not keep(record):
+            break
+        kept = end
+    if path.is_file() and path.stat().st_size > kept:
+        os.truncate(path, kept)
+
+
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if name == "step" or isinstance(value, str) or value is None:
+            continue
+        yield name, sum(value) / len(value) if isinstance(value, list) else value
