@@ -295,7 +295,7 @@ class PruneConfig:
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 
     def __post_init__(self) -> None:
-        _one_of("prune.strategy", self.strategy, ("idea", "none"))
+        _one_of("prune.strategy", self.strategy, ("idea", "magnitude", "random", "none"))
         _one_of("prune.element", self.element, ("abs", "squared", "signed"))
         _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
         _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))

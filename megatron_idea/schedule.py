@@ -66,23 +66,27 @@ def removal_window(schedule: ScheduleConfig) -> tuple[float, int]:
     return ends["enlarged"] + schedule.prune_warmup_fraction * length, ends["prune"]
 
 
-def keep_ratio(schedule: ScheduleConfig, tokens: int, final_keep_ratio: float) -> float:
-    """Share of FFN neurons alive once ``tokens`` tokens are consumed.
+def removed(schedule: ScheduleConfig, tokens: int) -> float:
+    """Share of all that is to be removed that is gone once ``tokens`` tokens are consumed.
 
-    r = R + (1 - R) (1 - (t - start) / (end - start))^3 in the removal window; 1 before, R after.
+    1 - (1 - (t - start) / (end - start))^3 in the removal window; 0 before, 1 after.
 
-    Returns: in [final_keep_ratio, 1]; never increases with ``tokens``.
+    Returns: in [0, 1]; never decreases with ``tokens``.
     Source: Zhu and Gupta 2017, eq. 1; the window is our reading of IDEA Prune.
     """
     start, end = removal_window(schedule)
     if tokens >= end:
-        return final_keep_ratio
-    if tokens < start:
         return 1.0
+    if tokens < start:
+        return 0.0
     if schedule.removal == "one_shot":
-        return final_keep_ratio
-    remaining = 1.0 - (tokens - start) / (end - start)
-    return final_keep_ratio + (1.0 - final_keep_ratio) * remaining**3
+        return 1.0
+    return 1.0 - (1.0 - (tokens - start) / (end - start)) ** 3
+
+
+def keep_ratio(schedule: ScheduleConfig, tokens: int, final_keep_ratio: float) -> float:
+    """Share of FFN neurons alive once ``tokens`` tokens are consumed, in [final_keep_ratio, 1]."""
+    return 1.0 - removed(schedule, tokens) * (1.0 - final_keep_ratio)
 
 
 def keep_count(ratio: float, ffn_hidden_size: int) -> int:

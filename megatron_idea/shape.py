@@ -127,6 +127,22 @@ class Shape:
         heads = sum(layer.num_query_groups * layer.heads_per_group for layer in self.layers)
         return 6 * matmul + 6 * heads * model.kv_channels * seq_length
 
+    def is_within(self, full: Shape) -> bool:
+        """Say whether an enlarged model of shape ``full`` can have become this."""
+        numbers = [layer.number for layer in self.layers]
+        return (
+            self.hidden_size <= full.hidden_size
+            and numbers == sorted(set(numbers))
+            and 0 <= numbers[0] <= numbers[-1] < full.num_layers
+            and all(
+                0 < mine.ffn_hidden_size <= of_full.ffn_hidden_size
+                and 0 < mine.num_query_groups <= of_full.num_query_groups
+                and mine.heads_per_group == of_full.heads_per_group
+                for mine in self.layers
+                for of_full in [full.layers[mine.number]]
+            )
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as a checkpoint's ``state.json`` keeps them."""
         return dataclasses.asdict(self)

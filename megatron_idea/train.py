@@ -39,10 +39,9 @@ from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.evaluation.generate import sample_live
 from megatron_idea.evaluation.held_out import held_out_loss
 from megatron_idea.prune.compact import release
-from megatron_idea.prune.mask import apply_mask
+from megatron_idea.prune.plan import Plan, live_counts
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.relocate import extension
-from megatron_idea.prune.strategy import Plan
 from megatron_idea.records.lock import RunLock
 from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
@@ -169,8 +168,10 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     words = load_tokenizer(config.data.tokenizer)
     data = open_batches(config, groups, words, "train", num_samples)
     held_out = validation_batches(config, groups, words)
-    trainable = assemble(config, groups, state.widths, initialize=path is None)
-    pruner = Pruner(trainable)
+    trainable = assemble(
+        config, groups, state.shape.counts("ffn_hidden_size"), initialize=path is None
+    )
+    pruner = Pruner(config, trainable)
     if path is not None:
         checkpoint.load(trainable, pruner, path)
 
@@ -242,8 +243,8 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
         "loss": loss,
         "lr": lr,
         "keep_ratio": keep_ratio(config.schedule, tokens, config.final_keep_ratio),
-        "ffn_live": plan.live if plan else pruner.live,
-        "ffn_width": list(plan.widths if plan else trainable.widths),
+        "ffn_live": live_counts((plan or pruner).alive["ffn_hidden_size"]),
+        "ffn_width": list((plan or trainable).shape.counts("ffn_hidden_size")),
         "grad_norm": grad_norm if math.isfinite(loss) else math.nan,
         "tokens_per_s": config.batch_tokens / step_s,
         "step_s": step_s,
@@ -300,20 +301,24 @@ def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
 
 
 def apply(run: Run, state: TrainState, plan: Plan) -> None:
-    """Mask or compact; before neurons go for good a checkpoint is made, unless we come from it."""
-    compacts = plan.widths != run.trainable.widths
+    """Zero what the plan removes, and cut zeros out when it asks for a smaller shape.
+
+    Before units go for good a checkpoint is made, unless we come from it.
+    """
+    compacts = plan.shape != run.trainable.shape
     if run.config.checkpoint.before_compaction and compacts and not state.plan_due:
         state.plan_due = True
         save(run, state, wait=True)  # the compaction needs it complete, and its memory
-    measured = compacts and run.config.evaluation.around_compaction
+    run.pruner.silence(run.trainable, plan)
+    if not compacts:
+        return
+    measured = run.config.evaluation.around_compaction
     if measured:
-        apply_mask(run.trainable.mlps, plan)
         measure(run, state, "compaction_before")
-    report = run.pruner.apply(run.trainable, plan)
+    report = run.pruner.compact(run.trainable, plan)
     state.plan_due = False
-    state.widths = run.trainable.widths
-    if report is not None:
-        run.log.event("compacted", step=state.step, tokens=state.consumed_tokens, **vars(report))
+    state.shape = run.trainable.shape
+    run.log.event("compacted", step=state.step, tokens=state.consumed_tokens, **vars(report))
     if measured:
         measure(run, state, "compaction_after")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
-from megatron_idea.checkpoint.state import CheckpointError
+from megatron_idea.checkpoint.state import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError, require_multiple, validate
 from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.engine.distributed import joined
@@ -24,13 +24,14 @@ from megatron_idea.engine.optimizer import finish_main_update, set_state
 from megatron_idea.engine.shards import MOMENTS
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.prune.axis import cut
-from megatron_idea.prune.compact import stored
-from megatron_idea.prune.mask import apply_mask
-from megatron_idea.prune.pruner import Pruner, make_plan
-from megatron_idea.prune.strategy import Plan, Stats, live_counts, select
+from megatron_idea.prune.compact import kept
+from megatron_idea.prune.plan import Plan
+from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.units import named_shares
 from megatron_idea.records.lock import RunLock
 from megatron_idea.shape import due_counts
+
+AXIS = "ffn_hidden_size"
 
 
 def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Path:
@@ -54,32 +55,35 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
     config = checkpoint.read_config(found, overrides)
     validate(config, world_size=1)
     state = checkpoint.read_state(found, config)
-    wanted = _legal(widths, state.widths, saved)
+    wanted = _legal(widths, state.shape.counts(AXIS), saved)
     with RunLock(out), joined(config.parallel, config.training.seed) as groups:
         if checkpoint.complete(out):
             raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
         storage.verify(found, groups)
-        trainable = assemble(config, groups, state.widths, initialize=False)
-        pruner = Pruner(trainable)
+        trainable = assemble(config, groups, state.shape.counts(AXIS), initialize=False)
+        pruner = Pruner(config, trainable)
         checkpoint.load(trainable, pruner, found)
         if state.plan_due and not wanted:
             plan = pruner.plan(trainable, state.consumed_tokens)
             if plan is None:
                 raise CheckpointError(checkpoint.NOTHING_DUE.format(found))
         else:
-            plan = _plan(trainable, pruner, wanted or _needed(pruner, state.widths, saved))
-        if plan.widths == state.widths:
+            plan = _plan(trainable, pruner, wanted or _needed(pruner, state, saved))
+        if plan.shape == state.shape:
             raise ConfigError(
-                f"{found} has nothing to compact: its widths are {sorted(set(state.widths))} and "
-                f"at most {max(pruner.live)} neurons of a layer live; --to asks for smaller ones"
+                f"{found} has nothing to compact: its widths are "
+                f"{sorted(set(state.shape.counts(AXIS)))} and at most {max(pruner.live[AXIS])} "
+                "neurons of a layer live; --to asks for smaller ones"
             )
+        pruner.silence(trainable, plan)
+        state.shape, state.plan_due = plan.shape, False
         carried = pruner.state(trainable)
-        fresh = _cut(trainable, plan, state.adam_step)
-        pruner.load_state(fresh, carried)
+        fresh = _cut(trainable, pruner, plan, state.adam_step)
+        carried |= {f"stored.{axis}": torch.cat(pruner.stored[axis]) for axis in pruner.stored}
+        pruner.load_state(fresh, carried, pruner.pending_steps, pruner.memory.tolist())
         fresh.config = configuration.replace(saved, run_dir=str(out))
-        state.widths, state.plan_due = plan.widths, False
-        if kept := checkpoint.tokenizer_beside(found):
-            copy_tokenizer(kept, out / checkpoint.TOKENIZER)
+        if tokenizer := checkpoint.tokenizer_beside(found):
+            copy_tokenizer(tokenizer, out / checkpoint.TOKENIZER)
         return checkpoint.save(fresh, pruner, state)
 
 
@@ -99,51 +103,54 @@ def _legal(widths: Sequence[int], present: Sequence[int], config: Config) -> tup
     return each
 
 
-def _needed(pruner: Pruner, present: Sequence[int], config: Config) -> tuple[int, ...]:
-    """The smallest legal widths that hold the live neurons."""
-    return due_counts(present, pruner.live, config.ffn_multiple, block=1, final=True)
+def _needed(pruner: Pruner, state: TrainState, config: Config) -> tuple[int, ...]:
+    """Return the smallest legal widths that hold the live neurons."""
+    present, live = state.shape.counts(AXIS), pruner.live[AXIS]
+    return due_counts(present, live, config.ffn_multiple, block=1, final=True)
 
 
 def _plan(trainable: Trainable, pruner: Pruner, widths: tuple[int, ...]) -> Plan:
     """Keep the most important live neurons, as many as ``widths`` hold."""
-    alive = pruner.alive
-    budget = [min(n, w) for n, w in zip(live_counts(alive), widths, strict=True)]
-    if budget != live_counts(alive):
-        pruner.scores.fold(trainable.groups)
-        sums = pruner.in_original_numbering(trainable, pruner.scores.ema)
-        if not bool(sums.any()):
+    alive, live = pruner.alive, pruner.live[AXIS]
+    counts = [min(n, w) for n, w in zip(live, widths, strict=True)]
+    if counts != live:
+        if pruner.scores is None or pruner.strategy is None:
+            raise ConfigError("prune.strategy is none: nothing says which neurons matter")
+        pruner.scores.fold(trainable, pruner.stored)
+        stats = pruner.stats(trainable)
+        if any(not bool(units[AXIS].any()) for units in stats.sums.values()):
             raise ConfigError(
                 "this checkpoint has no scores: it was written before the prune phase, so which "
                 "neurons matter is not known yet"
             )
-        hidden_size = trainable.config.model.hidden_size
-        alive = select(pruner.strategy.importance(Stats(sums, hidden_size)), alive, budget)
-    return make_plan(alive, widths)
+        alive = pruner.keep(pruner.strategy.importance(stats), {AXIS: counts})
+    return Plan.of(alive, trainable.shape.with_counts(AXIS, widths), pruner.memory)
 
 
-def _cut(trainable: Trainable, plan: Plan, step: int) -> Trainable:
-    """A second model and optimizer with the survivors of the first."""
-    kept = {
-        layer: stored(plan.alive[layer], [mlp.neuron_ids], plan.widths[layer])[0].nonzero().view(-1)
-        for layer, mlp in trainable.mlps
-    }
-    wholes = _survivors(trainable, kept)
-    fresh = assemble(trainable.config, trainable.groups, plan.widths, initialize=False)
+def _cut(trainable: Trainable, pruner: Pruner, plan: Plan, step: int) -> Trainable:
+    """Make a second model and optimizer with the survivors of the first."""
+    places = {}
+    after = []
+    for layer, (ids, count) in enumerate(
+        zip(pruner.stored[AXIS], plan.shape.counts(AXIS), strict=True)
+    ):
+        places[layer] = kept(plan.alive[AXIS][layer], ids, count).nonzero().view(-1)
+        after.append(ids[places[layer]])
+    wholes = _survivors(trainable, places)
+    fresh = assemble(trainable.config, trainable.groups, plan.shape.counts(AXIS), initialize=False)
     with torch.no_grad():
         for name, parameter in named_parameters(fresh.chunks):
             main, *moments = wholes.pop(name).flatten(1)
             state = dict(zip(MOMENTS, moments, strict=True))
             set_state(fresh.optimizer, parameter, step, main, state)
         finish_main_update(fresh.optimizer, fresh.chunks)
-    for (layer, old), (_, new) in zip(trainable.mlps, fresh.mlps, strict=True):
-        new.neuron_ids.copy_(old.neuron_ids[kept[layer]])
-    apply_mask(fresh.mlps, plan)
+    pruner.stored = {**pruner.stored, AXIS: tuple(after)}
     return fresh
 
 
 @torch.no_grad()
-def _survivors(trainable: Trainable, kept: dict[int, Tensor]) -> dict[str, Tensor]:
-    """Main weight, exp_avg and exp_avg_sq, [3, *shape], of every parameter by its name."""
+def _survivors(trainable: Trainable, places: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Return main weight, exp_avg and exp_avg_sq, [3, *shape], of every parameter by its name."""
     shards = trainable.exchange()
     wholes = {}
     for name, parameter, shares in named_shares(trainable):
@@ -151,7 +158,7 @@ def _survivors(trainable: Trainable, kept: dict[int, Tensor]) -> dict[str, Tenso
         assert gathered is not None, "one process has all"
         whole = gathered.view(3, *parameter.shape)
         for share in shares:
-            if share.axis == "ffn_hidden_size":
-                whole = torch.stack([cut(state, share, kept[share.layer]) for state in whole])
+            if share.axis == AXIS and share.layer is not None:
+                whole = torch.stack([cut(state, share, places[share.layer]) for state in whole])
         wholes[name] = whole
     return wholes

@@ -61,13 +61,14 @@ class Saving:
             # Until the next forward asks for them, only their owners have the weights of this step.
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
-        scores = pruner.state(trainable)
+        of_pruner = pruner.state(trainable)
         self.config, self.groups = trainable.config, groups
         self.state = dataclasses.replace(
             state,
-            widths=trainable.widths,
+            shape=trainable.shape,
             adam_step=adam_step(trainable.optimizer, groups),
-            score_window_steps=scores.window_steps,
+            pending_steps=pruner.pending_steps,
+            memory=pruner.memory.tolist(),
             layout=layout_of(groups),
         )
         self.path = checkpoints_of(self.config.run_dir) / f"step_{state.step:08d}"
@@ -75,7 +76,7 @@ class Saving:
         self._replaced = self.path.with_name(f"{self.path.name}.replaced")
         with self._explained():
             together(self._begin, groups)
-            tree = tensors_of(trainable, scores, self.state.adam_step)
+            tree = tensors_of(trainable, of_pruner, self.state.adam_step)
             self._strategy, self._request = _begin_tensors(tree, self._partial, groups)
         self._writing = storage.Writing(self._request)
 

@@ -12,9 +12,11 @@ from megatron_idea import files
 from megatron_idea.checkpoint.index import ForeignError, read_index
 from megatron_idea.config import Config
 from megatron_idea.guard import Watch
-from megatron_idea.huggingface import names as huggingface
+from megatron_idea.huggingface.names import checkpoint_name
+from megatron_idea.prune.axis import whole_shapes
+from megatron_idea.shape import LAYER_AXES, LayerShape, Shape
 
-FORMAT = 2  # 1 had no manifest
+FORMAT = 3  # 1 had no manifest, 2 kept masks in the model and widths of FFNs alone
 
 
 NOTHING_DUE = "{} is damaged: state.json says that a compaction is due, and none is"
@@ -30,8 +32,8 @@ class TrainState:
 
     step: int
     consumed_tokens: int
-    widths: tuple[int, ...]
-    """Physical FFN neurons of every layer."""
+    shape: Shape
+    """What the model stores; the tensors of the checkpoint are of it."""
     adam_step: int = 0
     """Optimizer steps that were taken; skipped steps are not counted."""
     skipped: int = 0
@@ -40,7 +42,10 @@ class TrainState:
     """Samples that were left out after a loss spike."""
     watch: Watch = field(default_factory=Watch)
     """What the guard remembers."""
-    score_window_steps: int = 0
+    pending_steps: int = 0
+    """Steps that were measured since the last plan."""
+    memory: list[float] = field(default_factory=list)
+    """What the pruning strategy wants to be told next time."""
     plan_due: bool = False
     """Saved right before a compaction: whoever goes on from here plans and compacts first."""
     layout: dict[str, int] = field(default_factory=dict)
@@ -48,15 +53,14 @@ class TrainState:
 
     @staticmethod
     def fresh(config: Config) -> TrainState:
-        """The state before the first step: nothing consumed, all layers at full width."""
-        widths = (config.model.ffn_hidden_size,) * config.model.num_layers
-        return TrainState(0, 0, widths)
+        """Return the state before the first step: nothing consumed, nothing removed."""
+        return TrainState(0, 0, Shape.full(config.model))
 
 
 def read_state(path: Path, config: Config | None = None) -> TrainState:
     """Read ``state.json``; with ``config``, for its model, split over its TP ranks.
 
-    Raises: CheckpointError when it is missing, damaged, of another format, or its widths do not
+    Raises: CheckpointError when it is missing, damaged, of another format, or its units do not
         split, or when the checkpoint's tensors are not those of the configuration's model.
     """
     try:
@@ -78,13 +82,15 @@ def read_state(path: Path, config: Config | None = None) -> TrainState:
 
 
 def _check_split(path: Path, state: TrainState, tp: int) -> None:
-    uneven = [width for width in state.widths if width % tp]
-    if uneven:
-        raise CheckpointError(
-            f"{path} has layers of {uneven[0]} FFN neurons, which cannot be split over "
-            f"parallel.tensor_model_parallel_size={tp}; resume with a size that divides "
-            f"{math.gcd(*state.widths)}"
-        )
+    for axis in LAYER_AXES:
+        counts = state.shape.counts(axis)
+        uneven = [count for count in counts if count % tp]
+        if uneven:
+            raise CheckpointError(
+                f"{path} has layers with {axis} {uneven[0]}, which cannot be split over "
+                f"parallel.tensor_model_parallel_size={tp}; resume with a size that divides "
+                f"{math.gcd(*counts)}"
+            )
 
 
 def _check_model(path: Path, state: TrainState, config: Config) -> None:
@@ -92,23 +98,30 @@ def _check_model(path: Path, state: TrainState, config: Config) -> None:
 
     ``config.yaml`` and ``state.json`` say what is built, the index what there is to fill it with.
     """
-    model = config.model
-    if len(state.widths) != model.num_layers or max(state.widths) > model.ffn_hidden_size:
+    full = Shape.full(config.model)
+    if not state.shape.is_within(full):
         raise CheckpointError(
-            f"{path} has {len(state.widths)} layers of up to {max(state.widths)} FFN neurons; its "
-            f"configuration says {model.num_layers} of up to {model.ffn_hidden_size}"
+            f"{path} says in state.json that it stores {_brief(state.shape)}; its configuration "
+            f"is of a model of {_brief(full)}"
         )
     try:
         found, _ = read_index(path)
     except (ForeignError, files.UnsafeFileError) as error:
         raise CheckpointError(f"{path} is damaged: .metadata: {error}") from error
-    for name, shape in huggingface.checkpoint_shapes(model, state.widths):
+    for parameter, shape in whole_shapes(config.model, state.shape):
+        name = checkpoint_name(parameter)
         if found.get(name) != shape:
             has = list(found[name]) if name in found else "not there"
             raise CheckpointError(
                 f"{path} does not hold the model of its configuration: {name} is {has}, wanted "
                 f"{list(shape)}"
             )
+
+
+def _brief(shape: Shape) -> str:
+    most = {axis: max(shape.counts(axis)) for axis in LAYER_AXES}
+    widths = ", ".join(f"{axis} {count}" for axis, count in most.items())
+    return f"{shape.num_layers} layers of up to {widths}, hidden_size {shape.hidden_size}"
 
 
 Record = TypeVar("Record")
@@ -136,9 +149,14 @@ def _typed(kind: type[Record], content: Any) -> Record:
 def _value(name: str, kind: str, value: Any) -> Any:
     if kind == "Watch":
         return _typed(Watch, value)
-    if kind == "tuple[int, ...]" and isinstance(value, list) and value:
-        if all(files.is_whole(one, least=1) for one in value):
-            return tuple(value)
+    if kind == "Shape":
+        value = value if isinstance(value, dict) else {}
+        layers, hidden_size = value.get("layers"), value.get("hidden_size")
+        if isinstance(layers, list) and layers and files.is_whole(hidden_size, least=1):
+            return Shape(hidden_size, tuple(_typed(LayerShape, one) for one in layers))
+    elif kind == "list[float]":
+        if isinstance(value, list) and all(map(files.is_number, value)):
+            return value
     elif (
         (kind == "int" and files.is_whole(value))
         or (kind == "bool" and isinstance(value, bool))

@@ -1,20 +1,13 @@
-"""Save and load the whole state of a run, from any parallel layout to any other.
+"""The tensors of a checkpoint, from any parallel layout to any other.
 
-    <run>/checkpoints/step_00000042/
-        state.json     step, consumed tokens, FFN widths: read first, the model is built from it
-        config.yaml    the configuration that wrote it
-        manifest.json  size and checksum of every other file
-        ...            tensors, by megatron-core's dist_checkpointing, one key per layer
-
-A folder is written under a temporary name and renamed when it is complete, so it is complete or
-absent. Tensors: model weights, masks and neuron ids; Adam's moments and (for bf16) fp32 main
-weights, each parameter whole, by the data-parallel rank that owns it; scores; random-number states.
+Model weights; Adam's moments and (for bf16) fp32 main weights, each parameter whole, by the
+data-parallel rank that owns it; who is alive and stored, and scores; random-number states.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_idea.checkpoint.state import CheckpointError, TrainState, read_state
 from megatron_idea.engine import cpu
 from megatron_idea.engine.distributed import ProcessGroups, agree_or_raise
-from megatron_idea.engine.model import prunable_mlps, unwrap
+from megatron_idea.engine.model import unwrap
 from megatron_idea.engine.optimizer import finish_main_update, set_state
 from megatron_idea.engine.shards import MOMENTS, has_main_copy
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.pruner import Pruner, ScoreState
+from megatron_idea.prune.pruner import Pruner
 
 # Transformer Engine's modules, norms among them, keep their FP8 scales under this name, and nothing
 # without FP8. Not stored: a job without Transformer Engine could not write it for one with it.
@@ -41,7 +34,7 @@ _EXTRA_STATE = "_extra_state"
 
 
 def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
-    """Read a checkpoint into a model that was built at the checkpoint's widths; collective.
+    """Read a checkpoint into a model that was built in the checkpoint's shape; collective.
 
     Random-number streams continue only in the layout that saved them, and on the same kind of
     device; elsewhere they start from the seed again, which matters with dropout alone.
@@ -50,29 +43,30 @@ def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
     """
     state = read_state(path)
     groups = trainable.groups
-    assert state.widths == trainable.widths, (state.widths, trainable.widths)
-    wanted = tensors_of(trainable, _empty_scores(trainable, state), state.adam_step, empty=True)
+    assert state.shape == trainable.shape, (state.shape, trainable.shape)
+    wanted = tensors_of(trainable, pruner.blank_state(trainable), state.adam_step, empty=True)
     if state.layout != layout_of(groups):
         wanted.pop("rng")
     loaded = _load_tensors(wanted, path, groups)
-    _take_weights(trainable.chunks, loaded, path, groups)
+    _take_weights(trainable.chunks, loaded)
     if state.adam_step:
         _load_optimizer(trainable, loaded["optimizer"], state.adam_step)
     else:  # before the first step main weights are the weights
         trainable.optimizer.reload_model_params()
-    pruner.load_state(
-        trainable,
-        ScoreState(loaded["scores"]["ema"], loaded["scores"]["window"], state.score_window_steps),
-    )
+    problem = pruner.unfit(trainable, loaded["pruner"])
+    agree_or_raise(CheckpointError(f"{path} is damaged: {problem}") if problem else None, groups)
+    pruner.load_state(trainable, loaded["pruner"], state.pending_steps, state.memory)
     if "rng" in loaded:
         _set_rng({name: value[0] for name, value in loaded["rng"].items()}, path, groups)
     return state
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], path: Path, groups: ProcessGroups) -> None:
-    """Read weights and masks alone, into chunks that were built at the checkpoint's widths."""
-    loaded = _load_tensors(_weight_tensors(chunks, groups), path, groups)
-    _take_weights(chunks, loaded, path, groups)
+    """Read weights alone, into chunks that were built in the checkpoint's shape.
+
+    What is removed is zero in them: nothing else has to be known to use the model.
+    """
+    _take_weights(chunks, _load_tensors(_weight_tensors(chunks, groups), path, groups))
 
 
 def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> dict[str, Any]:
@@ -88,28 +82,15 @@ def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> 
     return loaded
 
 
-def _take_weights(
-    chunks: Sequence[torch.nn.Module], loaded: dict[str, Any], path: Path, groups: ProcessGroups
-) -> None:
+def _take_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
         found = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
         missing = [key for key in found.missing_keys if not key.endswith(_EXTRA_STATE)]
         assert not missing and not found.unexpected_keys, found
-    # Neuron ids are places in tables of scores.
-    config: Any = unwrap(chunks[0]).config
-    full = config.ffn_hidden_size
-    wild = None
-    for layer, mlp in prunable_mlps(chunks):
-        mlp.refresh_mask()
-        if bool(((mlp.neuron_ids < 0) | (mlp.neuron_ids >= full)).any()):
-            wild = CheckpointError(
-                f"{path} is damaged: layer {layer} has neurons that the model of {full} has not"
-            )
-    agree_or_raise(wild, groups)
 
 
 def _weight_tensors(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
-    """Weights, masks and neuron ids with their place in the whole, keyed per layer."""
+    """Weights with their place in the whole, keyed per layer."""
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.shards}
     tree = {}
     for index, chunk in enumerate(chunks):
@@ -144,7 +125,7 @@ def _named(trainable: Trainable) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def tensors_of(
-    trainable: Trainable, scores: ScoreState, step: int, empty: bool = False
+    trainable: Trainable, pruner: Mapping[str, Tensor], step: int, empty: bool = False
 ) -> dict[str, Any]:
     """All tensors of a run with their place in the whole; ``empty``: as targets for loading."""
     groups = trainable.groups
@@ -152,9 +133,9 @@ def tensors_of(
     if step:
         tree["optimizer"] = _optimizer_tensors(trainable, tree, empty)
     rank, world = groups.world.rank(), groups.world.size()
-    tree["scores"] = {
-        name: ShardedTensor.from_rank_offsets(f"scores.{name}", value, replica_id=rank)
-        for name, value in (("ema", scores.ema), ("window", scores.window))
+    tree["pruner"] = {
+        name: ShardedTensor.from_rank_offsets(f"pruner.{name}", value, replica_id=rank)
+        for name, value in pruner.items()
     }
     tree["rng"] = {
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", value[None], (0, rank, world))
@@ -200,12 +181,6 @@ def _optimizer_tensors(
             for kind in kinds
         }
     return result
-
-
-def _empty_scores(trainable: Trainable, state: TrainState) -> ScoreState:
-    model = trainable.config.model
-    table = torch.empty(model.num_layers, 3, model.ffn_hidden_size, device=trainable.groups.device)
-    return ScoreState(table, torch.empty_like(table), state.score_window_steps)
 
 
 def _get_rng() -> dict[str, Tensor]:

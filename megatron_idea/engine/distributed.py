@@ -80,8 +80,8 @@ def device() -> torch.device:
 
 
 def on_device(tensor: Tensor, target: torch.device) -> Tensor:
-    """A copy of a CPU tensor on ``target``, for which the host does not wait."""
-    if target.type == "cuda":
+    """``tensor`` on ``target``; the host does not wait for the copy of one that is on the CPU."""
+    if target.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(target, non_blocking=True)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_idea.engine.distributed import on_device
 from megatron_idea.kernels import masked_swiglu
 
 
@@ -92,19 +92,13 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 class PrunableMLP(MLP):
-    """SwiGLU MLP whose neurons can be masked, and whose width is its own, not the config's.
+    """SwiGLU MLP that leaves removed neurons out, and whose width is its own, not the config's.
 
     A neuron is one intermediate index: a gate row and an up row of ``linear_fc1`` and a column of
     ``linear_fc2``. On a TP rank with ``f`` neurons, neuron ``c`` is rows ``c`` and ``f + c`` and
-    column ``c``. A masked neuron's activation is exactly zero, hence so are the gradients of all
-    its weights: removing it physically changes nothing.
-
-    Buffers, [f] each and saved with the model: ``mask`` (bool, True is alive) and ``neuron_ids``
-    (int64, the neuron's index in the enlarged model, which it keeps for life).
+    column ``c``. The weights of a removed neuron are 0, so its activation is 0 whatever stands
+    here; the mask, which is not saved, keeps it exactly so in formats that scale what they store.
     """
-
-    mask: Tensor
-    neuron_ids: Tensor
 
     def __init__(
         self,
@@ -122,35 +116,20 @@ class PrunableMLP(MLP):
         expected = (2 * width, width)
         actual = (self.linear_fc1.weight.shape[0], self.linear_fc2.weight.shape[1])
         assert actual == expected, f"fc1 rows, fc2 columns are {actual}, wanted {expected}"
-        device = self.linear_fc1.weight.device
-        first = tp_group.rank() * width
-        self.register_buffer("mask", torch.ones(width, dtype=torch.bool, device=device))
-        self.register_buffer("neuron_ids", torch.arange(first, first + width, device=device))
-        self._factor: Tensor | None = None
+        self._mask: Tensor | None = None
         self._implementation = kernel_implementation
 
     @property
     def width(self) -> int:
-        """Physical neurons on this TP rank."""
-        return self.mask.numel()
+        """Stored neurons on this TP rank."""
+        return int(self.linear_fc2.weight.shape[1])
 
-    def set_mask(self, mask: Tensor, whole: bool | None = None) -> None:
-        """Set which of this rank's neurons are alive: bool [width].
-
-        ``whole``: whether all are; a caller that knows it spares the host a look at the device.
-        """
-        self.mask.copy_(mask)
-        self.refresh_mask(whole=whole)
-
-    def refresh_mask(self, scale: float = 1.0, whole: bool | None = None) -> None:
-        """Derive the activation's factor from ``mask``; call it after the buffer was loaded.
-
-        ``scale`` multiplies what is alive, until the next call. ``whole`` as in ``set_mask``.
-        """
-        if whole is None:
-            whole = bool(self.mask.all())
-        unchanged = whole and scale == 1.0
-        self._factor = None if unchanged else self.mask.to(self.linear_fc1.weight.dtype) * scale
+    def set_alive(self, alive: Tensor) -> None:
+        """Say which of this rank's neurons are alive: bool [width], on the CPU."""
+        weight = self.linear_fc1.weight
+        assert alive.shape == (self.width,), (alive.shape, self.width)
+        whole = bool(alive.all())
+        self._mask = None if whole else on_device(alive.to(weight.dtype), weight.device)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
@@ -158,22 +137,5 @@ class PrunableMLP(MLP):
         """[s, b, h] to [s, b, h]; the second value is fc2's bias, which this model has not."""
         assert per_token_scale is None, "only a mixture of experts scales tokens"
         gate_up, _bias = self.linear_fc1(hidden_states)
-        activation = masked_swiglu(gate_up, self._factor, implementation=self._implementation)
+        activation = masked_swiglu(gate_up, self._mask, implementation=self._implementation)
         return self.linear_fc2(activation)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """The weights as megatron-core shards them, and the two buffers split over TP."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        tp, dp = self.tp_group, (metadata or {})["dp_cp_group"]
-        for name in ("mask", "neuron_ids"):
-            state[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
-                f"{prefix}{name}",
-                getattr(self, name),
-                *sharded_offsets,
-                (len(sharded_offsets), tp.rank(), tp.size()),
-                replica_id=(0, 0, dp.rank()),
-                prepend_axis_num=len(sharded_offsets),
-            )
-        return state

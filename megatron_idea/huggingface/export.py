@@ -33,7 +33,7 @@ from megatron_idea.data.tokenizer import (
 )
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.schedule import phase
-from megatron_idea.shape import round_up
+from megatron_idea.shape import Shape, round_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = ("padded", "compact")
@@ -77,16 +77,20 @@ class _Weights:
         main = f"optimizer.main.{name}"
         return main if self._mains and main in self._tensors else name
 
-    def live(self, layer: int) -> Tensor:
-        """[w] indices of the layer's live neurons, by neuron id: no layout changes an export."""
-        names = [f"decoder.layers.{layer}.mlp.{name}" for name in ("mask", "neuron_ids")]
-        mask, ids = self._tensors.read(names).values()
-        alive = mask.nonzero().view(-1)
-        return alive[ids[alive].argsort()]
+    def live(self, shape: Shape) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's live neurons: places in memory and numbers, in order of the numbers.
 
-    def ids(self, layer: int, indices: Tensor) -> list[int]:
-        name = f"decoder.layers.{layer}.mlp.neuron_ids"
-        return self._tensors.read([name])[name][indices].tolist()
+        So no layout changes an export.
+        """
+        names = [f"pruner.{what}.ffn_hidden_size" for what in ("alive", "stored")]
+        alive, stored = self._tensors.read(names).values()
+        found = []
+        of_layers = stored.split(list(shape.counts("ffn_hidden_size")))
+        for layer, ids in zip(shape.layers, of_layers, strict=True):
+            numbers, places = ids.sort()
+            here = alive[layer.number][numbers]
+            found.append((places[here], numbers[here]))
+        return found
 
 
 def export_checkpoint(
@@ -126,7 +130,7 @@ def export_checkpoint(
     words = _tokenizer_of(config, tokenizer)
     state = checkpoint.read_state(found, config)
     weights = _Weights(found, config, DTYPES[dtype])
-    live = [weights.live(layer) for layer in range(config.model.num_layers)]
+    live, numbers = zip(*weights.live(state.shape), strict=True)
     widths = [round_up(len(kept), config.final_ffn_multiple) for kept in live]
     if layout == "padded":
         widths = [max(widths)] * len(widths)
@@ -154,7 +158,7 @@ def export_checkpoint(
         special = {"bos_token_id": words.eod, "eos_token_id": ends, "pad_token_id": words.eod}
         _write_json(partial / "generation_config.json", special)
         counts = [len(kept) for kept in live]
-        ids = {str(layer): weights.ids(layer, kept) for layer, kept in enumerate(live)}
+        ids = {str(layer): kept.tolist() for layer, kept in enumerate(numbers)}
         _write_json(
             partial / "pruning.json",
             {"ffn_hidden_size": config.model.ffn_hidden_size, "live_neuron_ids": ids},

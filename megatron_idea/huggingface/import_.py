@@ -112,9 +112,9 @@ def _write(config: Config, ours: _Ours, widths: list[int]) -> Path:
         with torch.no_grad():
             for name, parameter in named_parameters(trainable.chunks):
                 parameter.copy_(ours.read(name, tuple(parameter.shape)))
-        pruner = Pruner(trainable)
+        pruner = Pruner(config, trainable)
         trainable.config = config  # of the layout that the run will have
-        return checkpoint.save(trainable, pruner, TrainState(0, 0, tuple(widths)))
+        return checkpoint.save(trainable, pruner, TrainState(0, 0, trainable.shape))
     finally:
         stop_distributed()
 

@@ -62,33 +62,6 @@ def checkpoint_name(parameter: str) -> str:
     return parameter
 
 
-def checkpoint_shapes(
-    model: ModelConfig, widths: Sequence[int]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of what a checkpoint of layers with ``widths`` neurons holds of its model."""
-    hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
-    yield EMBEDDING, (model.vocab_size, hidden)
-    yield FINAL_NORM, (hidden,)
-    if not model.share_embeddings_and_output_weights:
-        yield OUTPUT, (model.vocab_size, hidden)
-    for layer, width in enumerate(widths):
-        shapes = {
-            "self_attention.linear_qkv.layer_norm_weight": (hidden,),
-            QKV: ((heads + 2 * groups) * model.kv_channels, hidden),
-            "self_attention.linear_proj.weight": (hidden, heads * model.kv_channels),
-            "mlp.linear_fc1.layer_norm_weight": (hidden,),
-            FC1: (2 * width, hidden),
-            FC2: (hidden, width),
-            "mlp.mask": (width,),
-            "mlp.neuron_ids": (width,),
-        }
-        if model.qk_layernorm:
-            shapes |= dict.fromkeys(QK_NORMS, (model.kv_channels,))
-        yield from ((f"decoder.layers.{layer}.{name}", shape) for name, shape in shapes.items())
-    scores = (model.num_layers, 3, model.ffn_hidden_size)
-    yield from (("scores.ema", scores), ("scores.window", scores))
-
-
 def renamed_in_layer(model: ModelConfig) -> dict[str, str]:
     """A layer's tensors that are renamed alone, ours to theirs."""
     return RENAMED | QK_NORMS if model.qk_layernorm else RENAMED

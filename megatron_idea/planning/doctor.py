@@ -223,16 +223,21 @@ def _train_save_resume(folder: str) -> None:
     from megatron_idea.engine.distributed import joined
     from megatron_idea.engine.optimizer import update
     from megatron_idea.engine.trainable import assemble
-    from megatron_idea.prune.pruner import Pruner, make_plan
+    from megatron_idea.prune.plan import Plan
+    from megatron_idea.prune.pruner import Pruner
 
     tiny = config.from_dict({"run_dir": folder, **_TRIAL})
     with joined(tiny.parallel, tiny.training.seed) as groups:
         state = checkpoint.TrainState.fresh(tiny)
-        trainable = assemble(tiny, groups, state.widths, initialize=True)
+        axis = "ffn_hidden_size"
+        trainable = assemble(tiny, groups, state.shape.counts(axis), initialize=True)
         update(trainable.optimizer, tiny, lr=0.0)  # on gradients that are zero
-        pruner = Pruner(trainable)
-        pruner.alive[:, 32:] = False
-        pruner.apply(trainable, make_plan(pruner.alive, (32, 32)))
+        pruner = Pruner(tiny, trainable)
+        alive = {name: units.clone() for name, units in pruner.alive.items()}
+        alive[axis][:, 32:] = False
+        plan = Plan.of(alive, trainable.shape.with_counts(axis, 32), pruner.memory)
+        pruner.silence(trainable, plan)
+        pruner.compact(trainable, plan)
         checkpoint.load(trainable, pruner, checkpoint.save(trainable, pruner, state))
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,17 +44,43 @@ class Axis:
     """Whether every layer has units of its own; else they belong to the model."""
     is_split: bool
     """Whether a unit lives on one tensor-parallel rank; else every rank has a piece of it."""
+    matrices: tuple[str, ...] = ()
+    """What a method may tell apart of a unit, in the order of every table of measurements."""
 
 
 AXES = {
     axis.name: axis
     for axis in (
-        Axis("ffn_hidden_size", "neuron", is_per_layer=True, is_split=True),
-        Axis("num_query_groups", "KV group", is_per_layer=True, is_split=True),
+        Axis(
+            "ffn_hidden_size",
+            "neuron",
+            is_per_layer=True,
+            is_split=True,
+            matrices=("gate", "up", "down"),
+        ),
+        Axis(
+            "num_query_groups",
+            "KV group",
+            is_per_layer=True,
+            is_split=True,
+            matrices=("query", "key", "value", "projection"),
+        ),
         Axis("hidden_size", "channel", is_per_layer=False, is_split=False),
         Axis("num_layers", "layer", is_per_layer=False, is_split=False),
     )
 }
+
+LAYER_TENSORS = (
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+    "input_layernorm.weight",
+    "pre_mlp_layernorm.weight",
+)
+"""A layer's parameters that units own something of."""
+HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
+"""Of queries and keys, shared by all heads of a layer: they belong to the layer alone."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,21 @@ def shares_of(name: str, model: ModelConfig, shape: Shape, tp: int) -> tuple[Sha
     numel = math.prod(dim.size for dim in dims)
     whole = Share("num_layers", position, 0, numel, 1, ((tensor, numel),))
     return (*_shares(tensor, dims, position), whole)
+
+
+def whole_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name every parameter of a model with its shape over all tensor-parallel ranks."""
+    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
+    if not model.share_embeddings_and_output_weights:
+        names.append("output_layer.weight")
+    for name in names:
+        dims = _model_tensor(name, model.vocab_size, shape.hidden_size)
+        yield name, tuple(dim.size for dim in dims)
+    tensors = [*LAYER_TENSORS, *(HEAD_NORMS if model.qk_layernorm else ())]
+    for position, layer in enumerate(shape.layers):
+        for tensor in tensors:
+            dims = _layer_tensor(tensor, layer, shape.hidden_size, model.kv_channels, tp=1)
+            yield f"decoder.layers.{position}.{tensor}", tuple(dim.size for dim in dims)
 
 
 def cut(whole: Tensor, share: Share, keep: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 from megatron_idea.engine.distributed import (
     PeakMemory,
     ProcessGroups,
-    assert_same_on_all_ranks,
     forget_dummy_gradients,
     forget_rotary_cache,
     together,
@@ -30,23 +29,25 @@ from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import adam_step, finish_main_update, set_state
 from megatron_idea.engine.shards import MOMENTS, has_main_copy, slot
 from megatron_idea.engine.trainable import Trainable, assemble, forget_data_parallel
-from megatron_idea.prune.mask import apply_mask
+from megatron_idea.prune.axis import AXES, Share
+from megatron_idea.prune.plan import Plan, StoredUnits
 from megatron_idea.prune.relocate import Relocation, move, relocate
-from megatron_idea.prune.strategy import Plan
 from megatron_idea.prune.units import named_shares
 from megatron_idea.prune.verify import check, fingerprint
+from megatron_idea.shape import Shape
 
-Relocations = Mapping[tuple[str, int | None], Relocation]
-"""By axis and layer, as ``Share`` has them."""
+Relocations = Mapping[tuple[str, int], Relocation]
+"""By axis and layer's position."""
 
 
 @dataclass(frozen=True)
 class CompactReport:
     """What a compaction did, for events.jsonl."""
 
-    widths_before: list[int]
-    widths_after: list[int]
-    moved_neurons: int
+    before: dict[str, list[int]]
+    """Stored units of the axes that shrank, for each layer."""
+    after: dict[str, list[int]]
+    moved_units: int
     """Survivors that went to another tensor-parallel rank, over all layers."""
     moved_bytes: int
     """What they own of main weights and moments."""
@@ -58,23 +59,48 @@ class CompactReport:
     digest: str
 
 
-def stored(alive: Tensor, ids: Sequence[Tensor], width: int) -> list[Tensor]:
-    """Which neurons of a layer stay in memory: the live, then masked ones by id up to ``width``."""
-    present = torch.cat(list(ids))
-    is_alive = alive[present]
-    spare = width - int(is_alive.sum())
-    assert spare >= 0, f"{width} neurons cannot hold {int(is_alive.sum())} live ones"
-    stored = is_alive.clone()
-    masked = (~is_alive).nonzero().view(-1)
-    stored[masked[present[masked].argsort()[:spare]]] = True
-    return list(stored.split([len(i) for i in ids]))
+def kept(alive: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Say which of the units ``ids`` stay in memory: the live, and zeros up to ``count``.
+
+    ``alive``: bool, of all units of the layer. Returns: bool, one for each of ``ids``.
+    """
+    keep = alive[ids].clone()
+    spare = count - int(keep.sum())
+    assert spare >= 0, f"{count} units cannot hold {int(keep.sum())} live ones"
+    zeros = (~keep).nonzero().view(-1)
+    keep[zeros[ids[zeros].argsort()[:spare]]] = True
+    return keep
 
 
-def _tp_ids(ids: Tensor, groups: ProcessGroups) -> list[Tensor]:
-    """Every TP rank's neuron ids of a layer, on the CPU."""
-    everyones = ids.new_empty(groups.tp.size() * ids.numel())
-    dist.all_gather_into_tensor(everyones, ids, group=groups.tp)
-    return list(everyones.cpu().split(ids.numel()))
+def relocations_of(
+    plan: Plan, stored: StoredUnits, shape: Shape, tp: int, placement: str
+) -> Relocations:
+    """Decide where units go, for every layer of the whole model on the axes that shrink."""
+    found: dict[tuple[str, int], Relocation] = {}
+    for axis in shrinking(shape, plan.shape):
+        assert AXES[axis].is_split, f"{axis} cannot be cut from a live model yet"
+        for layer, (ids, count) in enumerate(
+            zip(stored[axis], plan.shape.counts(axis), strict=True)
+        ):
+            keep = kept(plan.alive[axis][shape.layers[layer].number], ids, count)
+            parts = ids.chunk(tp), keep.chunk(tp)
+            found[axis, layer] = relocate(*parts, placement)
+    return found
+
+
+def shrinking(old: Shape, new: Shape) -> list[str]:
+    """List the axes on which two shapes differ."""
+    return [axis for axis in AXES if old.counts(axis) != new.counts(axis)]
+
+
+def stored_after(stored: StoredUnits, relocations: Relocations) -> StoredUnits:
+    """Return the units in memory once they have been relocated."""
+    after = {axis: list(ids) for axis, ids in stored.items()}
+    for (axis, layer), relocation in relocations.items():
+        home, index = torch.cat(relocation.sources).unbind(1)
+        per_rank = len(stored[axis][layer]) // len(relocation.sources)
+        after[axis][layer] = stored[axis][layer][home * per_rank + index]
+    return {axis: tuple(ids) for axis, ids in after.items()}
 
 
 def _quiesce(trainable: Trainable) -> None:
@@ -113,38 +139,31 @@ def release(trainable: Trainable) -> None:
         torch.cuda.empty_cache()
 
 
-def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
-    """Shrink the live model and its optimizer to ``plan.widths``, in place of ``trainable``.
+def compact(
+    trainable: Trainable, plan: Plan, stored: StoredUnits, placement: str
+) -> tuple[CompactReport, StoredUnits]:
+    """Shrink the live model and its optimizer to ``plan.shape``, in place of ``trainable``.
 
-    Call at a step boundary. Collective over all ranks. Neurons that the plan keeps in memory
-    though they are masked stay masked.
+    Call at a step boundary, when what the plan removes is zero and the plan was compared over all
+    ranks. Collective over all ranks.
 
-    Raises: RuntimeError when the plan differs between ranks, AssertionError for a plan that does
-        not fit the model; in both cases nothing was changed. CompactionError when the result is
-        not the model that there was.
+    Returns: what was done, and the units that are in memory now.
+    Raises: AssertionError for a plan that does not fit the model; nothing was changed then.
+        CompactionError when the result is not the model that there was.
     """
     begin = time.perf_counter()
-    groups, old_widths = trainable.groups, trainable.widths
-    assert_same_on_all_ranks(plan.digest.encode(), "the pruning plan", groups)
+    groups, old = trainable.groups, trainable.shape
     _quiesce(trainable)
-    ids = {
-        ("ffn_hidden_size", layer): _tp_ids(mlp.neuron_ids, groups) for layer, mlp in trainable.mlps
-    }
     step = adam_step(trainable.optimizer, groups)
 
     def decide() -> Relocations:
         assert step > 0, "there is no optimizer state to carry over before the first step"
-        return {
-            (axis, layer): relocate(
-                of, stored(plan.alive[layer], of, plan.widths[layer]), placement
-            )
-            for (axis, layer), of in ids.items()
-        }
+        return relocations_of(plan, stored, old, groups.tp.size(), placement)
 
     relocations: Relocations = together(decide, groups)
-    moved, moved_bytes = _moved(trainable, relocations)
-    apply_mask(trainable.mlps, plan)
-    before = fingerprint(trainable, last_bit=True)
+    after = stored_after(stored, relocations)
+    moved_bytes = _moved_bytes(trainable, relocations)
+    before = fingerprint(trainable, stored, last_bit=True)
     peak = PeakMemory()
     attributes = {name: _attributes(p) for name, p in named_parameters(trainable.chunks)}
 
@@ -154,49 +173,56 @@ def compact(trainable: Trainable, plan: Plan, placement: str) -> CompactReport:
     staged, owners = stage(trainable, relocations)
     release(trainable)
 
-    fresh = assemble(trainable.config, groups, plan.widths, initialize=False, gradients=False)
+    fresh = assemble(
+        trainable.config,
+        groups,
+        plan.shape.counts("ffn_hidden_size"),
+        initialize=False,
+        gradients=False,
+    )
     for name, parameter in named_parameters(fresh.chunks):
         assert _attributes(parameter) == attributes[name], (
             f"{name} lost an attribute in the rebuild"
         )
     restore(fresh, staged, owners, step)
-    for layer, mlp in fresh.mlps:
-        key = ("ffn_hidden_size", layer)
-        source = relocations[key].sources[groups.tp.rank()]
-        mlp.neuron_ids.copy_(torch.stack(ids[key])[source[:, 0], source[:, 1]])
-    apply_mask(fresh.mlps, plan)
     for chunk in fresh.chunks:
         chunk.restore_grad_buffers()
     trainable.core, trainable.chunks = fresh.core, fresh.chunks
     trainable.optimizer, trainable.widths = fresh.optimizer, fresh.widths
     peak_bytes = peak.bytes
-    loss_change = check(before, fingerprint(trainable), trainable)
-    return CompactReport(
-        list(old_widths),
-        list(plan.widths),
-        moved,
+    loss_change = check(before, fingerprint(trainable, after), trainable)
+    shrunk = shrinking(old, plan.shape)
+    report = CompactReport(
+        {axis: list(old.counts(axis)) for axis in shrunk},
+        {axis: list(plan.shape.counts(axis)) for axis in shrunk},
+        sum(relocation.moved for relocation in relocations.values()),
         moved_bytes,
         time.perf_counter() - begin,
         _highest(peak_bytes, groups),
         loss_change,
         plan.digest,
     )
+    return report, after
 
 
-def _moved(trainable: Trainable, relocations: Relocations) -> tuple[int, int]:
-    """Count the units that change their rank in all pipeline stages, and bytes of their state."""
-    moved = {key: relocation.moved for key, relocation in relocations.items()}
-    weights = sum(
-        moved.get((share.axis, share.layer), 0) * share.unit_numel
-        for _, _, shares in named_shares(trainable)
-        for share in shares
-    )
+def _moved_bytes(trainable: Trainable, relocations: Relocations) -> int:
+    """Add up what the units that change their rank own of main weights and moments."""
     groups, state_bytes = trainable.groups, torch.float32.itemsize * (1 + len(MOMENTS))
-    total = torch.tensor([sum(moved.values()), weights * state_bytes], device=groups.device)
+    weights = sum(
+        relocation.moved * share.unit_numel
+        for _, _, shares in named_shares(trainable)
+        for share, relocation in _relocated(shares, relocations)
+    )
+    total = torch.tensor(weights * state_bytes, device=groups.device)
     dist.all_reduce(total)
     # Tensor- and data-parallel ranks of a stage have counted the same units.
-    units, size = (total // (groups.tp.size() * groups.shards.size())).tolist()
-    return units, size
+    return int(total) // (groups.tp.size() * groups.shards.size())
+
+
+def _relocated(shares: Sequence[Share], relocations: Relocations) -> list[tuple[Share, Relocation]]:
+    """Pair the shares whose units are relocated with how."""
+    found = ((share, relocations.get((share.axis, share.layer or 0))) for share in shares)
+    return [(share, how) for share, how in found if how is not None and share.layer is not None]
 
 
 def _highest(peak_bytes: int, groups: ProcessGroups) -> int:
@@ -240,7 +266,7 @@ def stage(trainable: Trainable, relocations: Relocations) -> tuple[dict[str, Ten
     shards = trainable.exchange()
     work = []
     for name, parameter, shares in named_shares(trainable):
-        leaving = [share for share in shares if (share.axis, share.layer) in relocations]
+        leaving = _relocated(shares, relocations)
         work.append((name, parameter, leaving))
     staged: dict[str, Tensor] = {}
     # What is cut comes first: two copies of it are there meanwhile, and most is still free then.
@@ -249,8 +275,7 @@ def stage(trainable: Trainable, relocations: Relocations) -> tuple[dict[str, Ten
         _drop(trainable, parameter)
         if whole is None:  # another rank owns it
             continue
-        for share in leaving:
-            relocation = relocations[share.axis, share.layer]
+        for share, relocation in leaving:
             whole = move(whole, share, relocation, trainable.groups.tp)
         staged[name] = whole
     return staged, shards.owners

@@ -7,68 +7,45 @@ lists them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
-from torch.nn.functional import pad
 
 from megatron_idea.config import PruneConfig
-from megatron_idea.prune.strategy import Stats, live_counts, ranked
+from megatron_idea.prune.plan import Units
+from megatron_idea.prune.strategy import (
+    Counts,
+    Goal,
+    Measure,
+    Stats,
+    reduce_matrices,
+    reduction,
+    scheduled_counts,
+    scheduled_removal_is_due,
+)
 
 
 class IdeaPrune:
-    """S_i = max over {gate, up, down} of mean_j EMA |w_ij g_ij|, the same budget in every layer."""
+    """S_i = max over {gate, up, down} of mean_j EMA |w_ij g_ij|; the schedule says how many go."""
 
-    def __init__(self, config: PruneConfig, unit: int) -> None:
-        """``unit``: with one ranking over all layers neurons go in blocks of this many."""
-        self.element = config.element
-        self.reduction = {"l2": "sum_of_squares", "max": "max"}.get(config.row_reduce, "sum")
-        self._row_reduce = config.row_reduce
-        self._matrix_reduce = config.matrix_reduce
-        self._scope = config.scope
-        self._unit = unit
+    def __init__(self, config: PruneConfig, goals: Mapping[str, Goal]) -> None:
+        self.axes: tuple[str, ...] = tuple(goals)
+        self.measures: tuple[Measure, ...] = (Measure(config.element, reduction(config)),)
+        self._config = config
+        self._goals = goals
 
-    def importance(self, stats: Stats) -> Tensor:
-        """[L, F] from [L, 3, F]; the maximum comes after the moving average, which is linear.
+    def is_due(self, alive: Units, removed: float) -> bool:
+        """Follow the schedule."""
+        return scheduled_removal_is_due(alive, self._goals, removed)
 
-        ``l2`` is the root of the averaged sum of squares. ``signed`` sums take their absolute value
-        here, after averaging.
-        """
-        rows = stats.sums.abs()
-        if self._row_reduce == "mean":
-            rows = rows / stats.row_length
-        elif self._row_reduce == "l2":
-            rows = rows.sqrt()
-        if self._matrix_reduce == "max":
-            return rows.amax(dim=1)
-        return rows.mean(dim=1) if self._matrix_reduce == "mean" else rows.sum(dim=1)
+    def importance(self, stats: Stats) -> Units:
+        """Reduce the moving averages; the maximum comes after averaging, which is linear."""
+        sums = stats.sums[self.measures[0]]
+        return {a: reduce_matrices(sums[a], stats.sizes[a], self._config) for a in self.axes}
 
-    def allocate(self, importance: Tensor, alive: Tensor, keep_count: int) -> list[int]:
-        """Layer scope: the same count everywhere. Global: drop the least important blocks first."""
-        if self._scope == "layer":
-            return [min(keep_count, live) for live in live_counts(alive)]
-        return self._drop_blocks(importance, alive, keep_count * alive.shape[0])
-
-    def _drop_blocks(self, importance: Tensor, alive: Tensor, total: int) -> list[int]:
-        """Rank every layer's tail blocks of ``unit`` neurons against each other by their mean.
-
-        Widths stay multiples of the unit at every moment and no layer falls below one unit, so
-        the last plan lands on legal widths whose mean is the target. What a layer has beyond a
-        multiple of the unit goes first: after a resume with a larger one, and at the full width.
-        """
-        unit = self._unit
-        order = ranked(importance, alive)
-        budget = live_counts(alive)
-        best_first = pad(importance.gather(1, order), (0, -order.shape[1] % unit))
-        tails = best_first.unfold(1, unit, unit).mean(dim=2).tolist()
-
-        def rank(layer: int) -> tuple[bool, float, int]:
-            live = budget[layer]
-            return live % unit == 0, tails[layer][(live - 1) // unit], layer
-
-        while True:
-            cuts = [n % unit or unit for n in budget]
-            spare = sum(budget) - total
-            layers = [i for i, n in enumerate(budget) if cuts[i] <= min(spare, n - unit)]
-            if not layers:
-                return budget
-            layer = min(layers, key=rank)
-            budget[layer] -= cuts[layer]
+    def budget(
+        self, importance: Units, alive: Units, removed: float, memory: Tensor
+    ) -> tuple[Counts, Tensor]:
+        """Follow the schedule; equal counts in all layers, or one ranking over them."""
+        scope = self._config.scope
+        return scheduled_counts(importance, alive, self._goals, removed, scope), memory

@@ -1,173 +1,245 @@
-"""Observe, plan, apply: the pruning of a run, driven by consumed tokens."""
+"""Observe, plan, silence, compact: the pruning of a run, driven by consumed tokens."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.config import Config
-from megatron_idea.engine.distributed import assert_same_on_all_ranks
+from megatron_idea.engine.distributed import assert_same_on_all_ranks, on_device
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.compact import CompactReport, compact
 from megatron_idea.prune.distribution import Decision, Distribution
 from megatron_idea.prune.idea import IdeaPrune
-from megatron_idea.prune.mask import apply_mask
-from megatron_idea.prune.score import ScoreTracker
-from megatron_idea.prune.strategy import Plan, Stats, Strategy, live_counts, select
-from megatron_idea.prune.units import to_original_numbering
-from megatron_idea.schedule import gathers_scores, keep_count, keep_ratio, removal_window
-from megatron_idea.shape import due_counts
+from megatron_idea.prune.magnitude import Magnitude
+from megatron_idea.prune.measures import Sums, unit_sizes
+from megatron_idea.prune.plan import Plan, StoredUnits, Units, first_units, live_counts, present
+from megatron_idea.prune.random import RandomPrune
+from megatron_idea.prune.scores import Scores
+from megatron_idea.prune.silence import silence
+from megatron_idea.prune.strategy import Counts, Goal, Measure, Stats, Strategy, select
+from megatron_idea.prune.units import on_this_rank
+from megatron_idea.schedule import gathers_scores, removal_window, removed
+from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_counts
 
 
-def build_strategy(config: Config) -> Strategy:
-    """The method that ``prune.strategy`` names."""
-    return IdeaPrune(config.prune, unit=config.final_ffn_multiple)
-
-
-def make_plan(alive: Tensor, widths: tuple[int, ...]) -> Plan:
-    """A plan with its digest: ``alive`` [L, F] bool in original numbering, on the CPU."""
-    content = alive.numpy().tobytes() + repr(widths).encode()
-    return Plan(alive, widths, hashlib.sha256(content).hexdigest())
+def build_strategy(config: Config) -> Strategy | None:
+    """Build the method that ``prune.strategy`` names; None for plain training."""
+    goals = {
+        "ffn_hidden_size": Goal(
+            config.model.ffn_hidden_size, config.target_ffn_hidden_size, config.final_ffn_multiple
+        )
+    }
+    if config.prune.strategy == "none":
+        return None
+    if config.prune.strategy == "random":
+        return RandomPrune(config.prune, goals, config.training.seed)
+    if config.prune.strategy == "magnitude":
+        return Magnitude(config.prune, goals)
+    return IdeaPrune(config.prune, goals)
 
 
 class Pruner:
-    """Keeps score of a model's neurons and says which live on.
+    """Measures a model's units and says which live on.
 
     Nothing here counts steps or stores a phase: what is due follows from the consumed tokens and
-    from who is alive. ``alive`` [L, F] is equal on every rank and is derived from the masks. It is
-    on the CPU, where plans are made: of a plan the host waits for the ranking of neurons only.
+    from who is alive. All of its state is equal on every rank, but for the sums of the steps since
+    the last plan, which each rank has of its own shards.
     """
 
-    def __init__(self, trainable: Trainable) -> None:
-        config = trainable.config
+    alive: Units
+    """Who is alive. Kept here alone; what the model's layers know of it is derived."""
+    stored: StoredUnits
+    """Who is in memory, and where."""
+    memory: Tensor
+    """What the strategy wants to be told next time."""
+
+    def __init__(self, config: Config, trainable: Trainable) -> None:
+        """Begin with everything alive; ``load_state`` says otherwise."""
         self.config = config
         self.strategy = build_strategy(config)
-        self.scores = ScoreTracker(trainable.mlps, self.strategy, config.prune.history)
-        self.alive = self._read_masks(trainable)
+        self.full = Shape.full(config.model)
+        self.stored = first_units(trainable.shape)
+        self.alive = present(self.stored, trainable.shape, self.full)
+        self.memory = torch.empty(0)
+        self.scores = (
+            Scores(self.strategy, self.full, config.prune.history, trainable.groups.device)
+            if self.strategy is not None
+            else None
+        )
         self.distribution = Distribution(config.schedule)
         self.decision: Decision | None = None
 
-    def _read_masks(self, trainable: Trainable) -> Tensor:
-        masks = [mlp.mask.to(torch.int32) for _, mlp in trainable.mlps]
-        return self.in_original_numbering(trainable, masks).cpu() > 0
-
     @property
-    def live(self) -> list[int]:
-        """Live neurons of every layer."""
-        return live_counts(self.alive)
+    def live(self) -> dict[str, list[int]]:
+        """Count the live units of every layer."""
+        return {axis: live_counts(self.alive[axis]) for axis in LAYER_AXES}
 
-    def observe(self, trainable: Trainable, tokens: int) -> list[Tensor] | None:
-        """Importance in this step's gradients; None outside the prune phase.
+    def observe(self, trainable: Trainable, tokens: int) -> dict[Measure, Sums] | None:
+        """Measure this step's gradients; None outside the prune phase.
 
         Call after gradients are reduced and before the optimizer clips and steps.
         """
-        if self.config.prune.strategy == "none" or not gathers_scores(self.config.schedule, tokens):
+        if self.scores is None or not gathers_scores(self.config.schedule, tokens):
             return None
         return self.scores.observe(trainable)
 
-    def record(self, observed: list[Tensor] | None) -> None:
+    def record(self, observed: dict[Measure, Sums] | None) -> None:
         """Let an observation count: the step that it comes from was taken."""
         if observed is not None:
+            assert self.scores is not None
             self.scores.record(observed)
 
-    def in_original_numbering(self, trainable: Trainable, values: list[Tensor]) -> Tensor:
-        """[L, ..., F] of values per local neuron, equal on every rank."""
-        model = self.config.model
-        return to_original_numbering(
-            trainable.mlps, values, model.num_layers, model.ffn_hidden_size, trainable.groups
-        )
-
     def plan(self, trainable: Trainable, tokens: int, pausing: bool = False) -> Plan | None:
-        """What the consumed tokens ask for; None when that is what the model is already.
+        """Say what the consumed tokens ask for; None when that is what the model is already.
 
         ``pausing``: nothing is removed, until all must be. Collective over all ranks when something
         is due, and every rank decides alike.
         """
-        config = self.config
-        if config.prune.strategy == "none" or not self._mask_update_due(tokens):
+        if self.scores is None or not self._plan_due(tokens):
             return None
-        self.scores.fold(trainable.groups)
-        model = config.model
-        final = tokens >= removal_window(config.schedule)[1]
+        self.scores.fold(trainable, self.stored)
+        final = tokens >= removal_window(self.config.schedule)[1]
         if pausing and not final:
             return None
-        ratio = keep_ratio(config.schedule, tokens, config.final_keep_ratio)
-        count = keep_count(ratio, model.ffn_hidden_size)
-        alive = self.alive
-        if count * model.num_layers < sum(self.live):
-            sums = self.in_original_numbering(trainable, self.scores.ema)
-            importance = self.strategy.importance(Stats(sums, model.hidden_size))
-            budget = self.strategy.allocate(importance, alive, count)
-            alive = select(importance, alive, budget)
-            self.decision = Decision(importance, self.alive, alive)
-        widths = trainable.widths
-        if config.prune.compact:
-            widths = due_counts(
-                widths, live_counts(alive), config.ffn_multiple, config.compaction_block, final
-            )
-        if widths == trainable.widths and torch.equal(alive, self.alive):
+        alive, memory = self._choose(trainable, removed(self.config.schedule, tokens))
+        shape = self.due_shape(trainable.shape, alive, final)
+        if shape == trainable.shape and alive is self.alive:
             return None
-        return make_plan(alive, widths)
+        return Plan.of(alive, shape, memory)
 
-    def score_record(self, tokens: int) -> dict[str, Any] | None:
-        """What the last plan's importances looked like, once a plan and at a bounded rate."""
-        decision, self.decision = self.decision, None
-        return self.distribution.record(decision, tokens) if decision else None
-
-    def _mask_update_due(self, tokens: int) -> bool:
+    def _plan_due(self, tokens: int) -> bool:
         """Every ``mask_interval_steps`` steps, and whenever the prune phase is over."""
         interval = self.config.prune.mask_interval_steps
         step = -(-tokens // self.config.batch_tokens)
         return tokens >= removal_window(self.config.schedule)[1] or step % interval == 0
 
-    def apply(self, trainable: Trainable, plan: Plan) -> CompactReport | None:
-        """Mask what the plan removes; compact when it asks for smaller widths.
+    def _choose(self, trainable: Trainable, share: float) -> tuple[Units, Tensor]:
+        """Ask the strategy who lives on when ``share`` of the removal is due, and what to keep."""
+        strategy = self.strategy
+        assert strategy is not None
+        if not strategy.is_due(self.alive, share):
+            return self.alive, self.memory
+        importance = strategy.importance(self.stats(trainable))
+        counts, memory = strategy.budget(importance, self.alive, share, self.memory)
+        return self.keep(importance, counts), memory
+
+    def stats(self, trainable: Trainable) -> Stats:
+        """Return what is known of all units now; collective over all ranks."""
+        assert self.scores is not None and self.strategy is not None
+        sizes = unit_sizes(self.config.model, trainable.shape, self.strategy.axes)
+        device = trainable.groups.device
+        return Stats(
+            self.scores.now(trainable, self.stored),
+            {axis: on_device(size, device) for axis, size in sizes.items()},
+            self.alive,
+        )
+
+    def keep(self, importance: Units, counts: Counts) -> Units:
+        """Choose the most important units; ``alive`` itself when nobody goes."""
+        chosen = {
+            axis: select(importance[axis], self.alive[axis], list(counts[axis])) for axis in counts
+        }
+        for axis, kept in chosen.items():  # recorded for axes that a picture can show
+            self.decision = Decision(importance[axis], self.alive[axis], kept)
+        if all(torch.equal(kept, self.alive[axis]) for axis, kept in chosen.items()):
+            return self.alive
+        return {**self.alive, **chosen}
+
+    def due_shape(self, shape: Shape, alive: Units, final: bool) -> Shape:
+        """Return the shape to store from now on: as it is, or smaller when a block can be shed."""
+        config, axis = self.config, "ffn_hidden_size"
+        if not config.prune.compact:
+            return shape
+        counts = due_counts(
+            shape.counts(axis),
+            live_counts(alive[axis]),
+            config.ffn_multiple,
+            config.compaction_block,
+            final,
+        )
+        return shape.with_counts(axis, counts)
+
+    def score_record(self, tokens: int) -> dict[str, Any] | None:
+        """Describe the last plan's importances, once a plan and at a bounded rate."""
+        decision, self.decision = self.decision, None
+        return self.distribution.record(decision, tokens) if decision else None
+
+    def silence(self, trainable: Trainable, plan: Plan) -> None:
+        """Zero what the plan removes.
 
         Raises: RuntimeError when the plan differs between ranks; nothing was changed then.
         """
         assert_same_on_all_ranks(plan.digest.encode(), "the pruning plan", trainable.groups)
-        self.alive = plan.alive
-        if plan.widths == trainable.widths:
-            apply_mask(trainable.mlps, plan)
-            return None
-        carried = self.state(trainable)
-        report = compact(trainable, plan, self.config.prune.placement)
-        self.load_state(trainable, carried)
+        gone = {axis: self.alive[axis] & ~plan.alive[axis] for axis in AXES}
+        silence(trainable, on_this_rank(gone, trainable, self.stored))
+        self.alive, self.memory = plan.alive, plan.memory
+        self.tell_layers(trainable)
+
+    def compact(self, trainable: Trainable, plan: Plan) -> CompactReport:
+        """Cut zeros out of the live model, down to the plan's shape; ``silence`` comes first."""
+        report, self.stored = compact(trainable, plan, self.stored, self.config.prune.placement)
+        self.tell_layers(trainable)
         return report
 
-    def state(self, trainable: Trainable) -> ScoreState:
-        """The scores in original numbering, whatever the layout; collective."""
-        self.scores.reduce_window(trainable.groups)
-        window = self.in_original_numbering(trainable, self.scores.window)
-        # Equal on every rank, as the average is: only the first data-parallel ranks carry it.
-        dist.broadcast(window, src=0)
-        ema = self.in_original_numbering(trainable, self.scores.ema)
-        return ScoreState(ema, window, self.scores.window_steps)
+    def tell_layers(self, trainable: Trainable) -> None:
+        """Derive the masks of this rank's FFNs from who is alive."""
+        alive = on_this_rank(self.alive, trainable, self.stored)["ffn_hidden_size"]
+        for layer, mlp in trainable.mlps:
+            mlp.set_alive(alive[layer])
 
-    def load_state(self, trainable: Trainable, state: ScoreState) -> None:
-        """Take scores over into the present layout, and who is alive from the model's masks."""
-        self.scores.resize(trainable.mlps)
-        self.scores.window_steps = state.window_steps
-        self.alive = self._read_masks(trainable)
-        for (layer, mlp), ema, window in zip(
-            trainable.mlps, self.scores.ema, self.scores.window, strict=True
-        ):
-            ema.copy_(state.ema[layer][:, mlp.neuron_ids])
-            if trainable.groups.shards.rank() == 0:
-                window.copy_(state.window[layer][:, mlp.neuron_ids])
+    @property
+    def pending_steps(self) -> int:
+        """Steps that were measured since the last plan."""
+        return self.scores.pending_steps if self.scores is not None else 0
 
+    def state(self, trainable: Trainable) -> dict[str, Tensor]:
+        """Return all of a pruner that is a tensor, whatever the layout; collective."""
+        scores = self.scores.state(trainable, self.stored) if self.scores is not None else {}
+        return self._units() | {f"scores.{name}": value for name, value in scores.items()}
 
-@dataclass(frozen=True)
-class ScoreState:
-    """Scores as they are carried over a compaction and stored in a checkpoint."""
+    def blank_state(self, trainable: Trainable) -> dict[str, Tensor]:
+        """Return tensors of the same names and sizes, to be read into."""
+        scores = self.scores.blank_state() if self.scores is not None else {}
+        return self._units() | {f"scores.{name}": value for name, value in scores.items()}
 
-    ema: Tensor
-    """[L, 3, F] fp32, original numbering, equal on every rank."""
-    window: Tensor
-    """[L, 3, F] fp32: sums since the average was last updated."""
-    window_steps: int
+    def _units(self) -> dict[str, Tensor]:
+        alive = {f"alive.{axis}": self.alive[axis].clone() for axis in AXES}
+        return alive | {f"stored.{axis}": torch.cat(self.stored[axis]) for axis in AXES}
+
+    def unfit(self, trainable: Trainable, tensors: Mapping[str, Tensor]) -> str:
+        """Say in what way units of a checkpoint are none of this model's; empty if they are."""
+        for axis, stored in self._split(trainable.shape, tensors).items():
+            numbers = self.full.counts(axis)[0]
+            for ids in stored:
+                if len(ids.unique()) != len(ids) or not bool(((ids >= 0) & (ids < numbers)).all()):
+                    return f"it stores {axis} that the enlarged model of {numbers} has not"
+        return ""
+
+    def load_state(
+        self,
+        trainable: Trainable,
+        tensors: Mapping[str, Tensor],
+        pending_steps: int,
+        memory: Sequence[float],
+    ) -> None:
+        """Take over what ``state`` returned, in the present layout."""
+        self.alive = {axis: tensors[f"alive.{axis}"].cpu() for axis in AXES}
+        self.stored = self._split(trainable.shape, tensors)
+        self.memory = torch.tensor(memory)
+        if self.scores is not None:
+            of_scores = {
+                name.removeprefix("scores."): value
+                for name, value in tensors.items()
+                if name.startswith("scores.")
+            }
+            self.scores.load_state(of_scores, pending_steps, trainable, self.stored)
+        self.tell_layers(trainable)
+
+    def _split(self, shape: Shape, tensors: Mapping[str, Tensor]) -> StoredUnits:
+        return {
+            axis: tensors[f"stored.{axis}"].cpu().split(list(shape.counts(axis))) for axis in AXES
+        }

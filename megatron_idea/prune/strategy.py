@@ -1,100 +1,203 @@
-"""What a pruning method decides, as values; one method a file implements the Protocol.
+"""What a pruning method decides. A method is one file with one class that follows this protocol.
 
-Neurons are spoken of in original numbering: row ``l``, column ``i`` of every [L, F] tensor here is
-neuron ``i`` of the enlarged model's layer ``l``, alive or not, wherever it lies now.
+A method sees numbers about units and answers with numbers about units. It knows no tensor of the
+model, no rank and no optimizer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from megatron_idea.config import PruneConfig
 from megatron_idea.engine.distributed import on_device
+from megatron_idea.prune.plan import Units, live_counts
 
-GATE, UP, DOWN = range(3)
+Counts = Mapping[str, list[int]]
+"""Axis -> units to keep: one number a layer, or one for an axis of the model."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One value per weight, reduced over the weights that a unit has in one matrix."""
+
+    element: str
+    """``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g: from the gradients of training steps.
+    ``weight`` |w|: from the weights as they are when a plan is made."""
+    reduction: str
+    """``sum``, ``sum_of_squares``, ``max``."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.element != "weight"
 
 
 @dataclass(frozen=True)
 class Stats:
     """What was measured, reduced over all ranks and equal on all of them."""
 
-    sums: Tensor
-    """[L, 3, F] fp32: per neuron and matrix (gate, up, down), the moving average of the reduction
-    that the strategy asked for; 0 for removed neurons."""
-    row_length: int
-    """Weights that a neuron has in one matrix: hidden_size."""
+    sums: Mapping[Measure, Units]
+    """fp32 [layers, matrices, units] an axis; 0 for units that are gone. Measures of gradients are
+    moving averages over steps."""
+    sizes: Mapping[str, Tensor]
+    """Axis -> fp32 [matrices, 1]: weights that a unit has in each matrix."""
+    alive: Units
+    """bool; what a method says of units that are gone is not heard."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which neurons live on and how wide the layers are stored, the same on every rank."""
+class Goal:
+    """Where an axis begins and where it is to end; per layer for neurons and KV groups."""
 
-    alive: Tensor
-    """[L, F] bool, on the CPU; a subset of the previous plan's."""
-    widths: tuple[int, ...]
-    """Physical neurons per layer; larger than the live count where masked ones stay for now."""
-    digest: str
-    """SHA-256 of the above, compared over all ranks before anything is applied."""
+    full: int
+    target: int
+    multiple: int
+    """Counts at the end of the run are multiples of this."""
 
-    @property
-    def live(self) -> list[int]:
-        """Live neurons per layer."""
-        return live_counts(self.alive)
-
-
-def live_counts(alive: Tensor) -> list[int]:
-    """Live neurons per layer of a [L, F] bool tensor."""
-    return alive.sum(dim=1).tolist()
+    def live(self, removed: float) -> int:
+        """Units alive when ``removed`` of all that is to go has gone, rounded to nearest."""
+        return round(self.full - removed * (self.full - self.target))
 
 
 class Strategy(Protocol):
-    """A pruning method: pure functions of measured statistics and of who is alive."""
+    """A pruning method: pure functions of what was measured and of who is alive."""
 
-    element: str
-    """Importance of one weight: ``abs``, ``squared``, ``signed``."""
-    reduction: str
-    """How a row is reduced while it is measured: ``sum``, ``sum_of_squares``, ``max``."""
+    axes: tuple[str, ...]
+    """What it prunes."""
+    measures: tuple[Measure, ...]
+    """What it has to know; nothing is measured for a method that asks for nothing."""
 
-    def importance(self, stats: Stats) -> Tensor:
-        """One number per neuron, [L, F] fp32; larger is more important."""
+    def is_due(self, alive: Units, removed: float) -> bool:
+        """Say whether anything has to go by now; nothing is asked of the method before."""
         ...
 
-    def allocate(self, importance: Tensor, alive: Tensor, keep_count: int) -> list[int]:
-        """Neurons to keep in each layer when ``keep_count`` a layer may live on average.
+    def importance(self, stats: Stats) -> Units:
+        """Return one fp32 number per unit of every axis of ``axes``; larger is more important."""
+        ...
 
-        Never more than are alive in that layer. ``alive`` is on the CPU, ``importance`` where it
-        was measured.
+    def budget(
+        self, importance: Units, alive: Units, removed: float, memory: Tensor
+    ) -> tuple[Counts, Tensor]:
+        """Say how many units live on, never more than are alive.
+
+        Args:
+            importance: where it was measured; ``alive`` is on the CPU.
+            removed: share of the whole removal that is due by now, in [0, 1].
+            memory: what the method returned last time; empty fp32 at the start of a run. It is
+                saved with the run.
+        Returns: counts for ``axes``, and the new memory.
         """
         ...
 
 
-def select(importance: Tensor, alive: Tensor, budget: list[int]) -> Tensor:
-    """The ``budget[l]`` most important live neurons of each layer; ties go to the lower index.
+def reduce_matrices(sums: Tensor, sizes: Tensor, config: PruneConfig) -> Tensor:
+    """Make one number a unit of one number a matrix: [..., matrices, units] to [..., units].
+
+    ``prune.row_reduce`` says what a matrix's number is of its weights, ``prune.matrix_reduce`` how
+    matrices are joined. Signed sums take their absolute value here.
+    """
+    rows = sums.abs()
+    if config.row_reduce == "mean":
+        rows = rows / sizes
+    elif config.row_reduce == "l2":
+        rows = rows.sqrt()
+    if config.matrix_reduce == "max":
+        return rows.amax(dim=-2)
+    return rows.mean(dim=-2) if config.matrix_reduce == "mean" else rows.sum(dim=-2)
+
+
+def reduction(config: PruneConfig) -> str:
+    """Return how a measure has to reduce weights for ``reduce_matrices``."""
+    return {"l2": "sum_of_squares", "max": "max"}.get(config.row_reduce, "sum")
+
+
+def scheduled_removal_is_due(alive: Units, goals: Mapping[str, Goal], removed: float) -> bool:
+    """Say whether the schedule wants fewer units than live, on any axis."""
+    return any(
+        goal.live(removed) * len(live) < sum(live)
+        for axis, goal in goals.items()
+        for live in [live_counts(alive[axis])]
+    )
+
+
+def scheduled_counts(
+    importance: Units, alive: Units, goals: Mapping[str, Goal], removed: float, scope: str
+) -> dict[str, list[int]]:
+    """Follow the schedule on every axis.
+
+    ``scope``: ``layer`` keeps the same number in every layer; ``global`` ranks all layers of an
+    axis against each other, and the mean over layers follows the schedule.
+    """
+    counts = {}
+    for axis, goal in goals.items():
+        live = live_counts(alive[axis])
+        if scope == "global" and len(live) > 1:
+            total = goal.live(removed) * len(live)
+            counts[axis] = drop_blocks(importance[axis], alive[axis], total, goal.multiple)
+        else:
+            counts[axis] = [min(goal.live(removed), n) for n in live]
+    return counts
+
+
+def drop_blocks(importance: Tensor, alive: Tensor, total: int, multiple: int) -> list[int]:
+    """Rank every layer's tail blocks of ``multiple`` units against each other by their mean.
+
+    Counts stay multiples at every moment and no layer falls below one block, so the last plan lands
+    on legal counts whose mean is the target. What a layer has beyond a multiple goes first: after a
+    resume with a larger one, and at the full width.
+    """
+    order = ranked(importance, alive)
+    counts = live_counts(alive)
+    best_first = pad(importance.gather(1, order), (0, -order.shape[1] % multiple))
+    tails = best_first.unfold(1, multiple, multiple).mean(dim=2).tolist()
+
+    def rank(layer: int) -> tuple[bool, float, int]:
+        live = counts[layer]
+        return live % multiple == 0, tails[layer][(live - 1) // multiple], layer
+
+    while True:
+        cuts = [n % multiple or multiple for n in counts]
+        spare = sum(counts) - total
+        layers = [i for i, n in enumerate(counts) if cuts[i] <= min(spare, n - multiple)]
+        if not layers:
+            return counts
+        layer = min(layers, key=rank)
+        counts[layer] -= cuts[layer]
+
+
+def select(importance: Tensor, alive: Tensor, counts: list[int]) -> Tensor:
+    """Keep the most important live units of each row; ties go to the lower number.
 
     Importance is ranked where it is, and the order is the one thing that the host waits for.
 
-    Returns: [L, F] bool on the CPU, as ``alive`` is, and a subset of it.
-    Raises: ValueError when importance is not finite: a broken gradient must not pick neurons.
+    Args:
+        importance: fp32 [layers, units] or [units]; alive: bool, likewise, on the CPU; counts: one
+            a row.
+    Returns: bool on the CPU, a subset of ``alive``.
+    Raises: RuntimeError when importance is not finite: a broken gradient must not pick units.
     """
     here = on_device(alive, importance.device)
     finite = (torch.isfinite(importance) | ~here).all()
-    order = torch.where(finite, ranked(importance, here), -1).cpu()
+    order = torch.where(finite, ranked(importance, here), -1).reshape(len(counts), -1).cpu()
     if int(order[0, 0]) < 0:
-        raise ValueError("importance of a live neuron is not finite")
-    keep = torch.zeros_like(alive)
-    for layer, count in enumerate(budget):
-        keep[layer, order[layer, :count]] = True
-    assert not bool((keep & ~alive).any()), "a removed neuron was selected"
+        raise RuntimeError("importance of a live unit is not finite")
+    keep = torch.zeros(order.shape, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        keep[row, order[row, :count]] = True
+    keep = keep.view_as(alive)
+    assert not bool((keep & ~alive).any()), "a removed unit was selected"
     return keep
 
 
 def ranked(importance: Tensor, alive: Tensor) -> Tensor:
-    """[L, F] neuron indices from most to least important, removed ones last, ties by index.
+    """Return unit numbers from most to least important, removed ones last, ties by number.
 
     On the device of ``importance``; ``alive`` may be on the CPU.
     """
     score = importance.masked_fill(~on_device(alive, importance.device), float("-inf"))
-    return torch.sort(score, dim=1, descending=True, stable=True).indices
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices

@@ -15,7 +15,8 @@ from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.engine.passes import at_least, through
 from megatron_idea.engine.shards import MOMENTS, slot
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.axis import Share
+from megatron_idea.prune.axis import AXES, Share
+from megatron_idea.prune.plan import StoredUnits
 from megatron_idea.prune.units import named_shares
 
 # Mean absolute change of a token's loss, in nats. Leaving masked neurons out changes nothing but
@@ -38,28 +39,28 @@ class CompactionError(RuntimeError):
 class Fingerprint:
     """What a compaction must not change."""
 
-    checksums: dict[int, dict[int, int]]
-    """Layer -> neuron id -> checksum of main weight and moments, for this pipeline stage."""
+    checksums: dict[tuple[str, int], dict[int, int]]
+    """(Axis, layer's position) -> unit's number -> checksum of its main weight and moments, for the
+    layers of this pipeline stage."""
     losses: Tensor
     """[tokens] loss of each token of a fixed text; on every rank."""
     last_bit: float = 0.0
     """Mean absolute change of a token's loss, in nats, by the last bits of FFN activations."""
 
 
-def fingerprint(trainable: Trainable, last_bit: bool = False) -> Fingerprint:
+def fingerprint(trainable: Trainable, stored: StoredUnits, last_bit: bool = False) -> Fingerprint:
     """Take it before and after; collective over all ranks, and no random number is drawn.
 
     ``last_bit``: measure what rounding may change, too, where it may be much; wanted before.
     """
-    groups = trainable.groups
     checksums = {}
-    sums = unit_checksums(trainable, "ffn_hidden_size")
-    for layer, mlp in trainable.mlps:
-        pairs = torch.stack([mlp.neuron_ids, sums[layer]])
-        everyones = pairs.new_empty(groups.tp.size() * 2, pairs.shape[1])
-        dist.all_gather_into_tensor(everyones, pairs, group=groups.tp)
-        ids, values = everyones.view(-1, 2, pairs.shape[1]).transpose(0, 1).flatten(1).tolist()
-        checksums[layer] = dict(zip(ids, values, strict=True))
+    for axis in ("ffn_hidden_size",):
+        for layer, sums in unit_checksums(trainable, axis).items():
+            assert layer is not None
+            everyones = sums.new_empty(trainable.groups.tp.size() * len(sums))
+            dist.all_gather_into_tensor(everyones, sums, group=trainable.groups.tp)
+            ids = stored[axis][layer].tolist()
+            checksums[axis, layer] = dict(zip(ids, everyones.tolist(), strict=True))
     losses = _losses(trainable)
     return Fingerprint(checksums, losses, _last_bit(trainable, losses) if last_bit else 0.0)
 
@@ -71,11 +72,14 @@ def _last_bit(trainable: Trainable, losses: Tensor) -> float:
         bit = 2.0**-10
     else:
         return 0.0  # at any depth rounding of fp32 is far below its tolerance
-    for _, mlp in trainable.mlps:
-        mlp.refresh_mask(scale=1.0 + bit)
+
+    def disturb(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return inputs[0] * (1.0 + bit), *inputs[1:]
+
+    hooks = [mlp.linear_fc2.register_forward_pre_hook(disturb) for _, mlp in trainable.mlps]
     change = float((_losses(trainable) - losses).abs().mean())
-    for _, mlp in trainable.mlps:
-        mlp.refresh_mask()
+    for hook in hooks:
+        hook.remove()
     return change
 
 
@@ -89,12 +93,13 @@ def check(before: Fingerprint, after: Fingerprint, trainable: Trainable) -> floa
     limit = max(TOLERANCE[trainable.config.training.precision], LAST_BITS * before.last_bit)
 
     def compare() -> None:
-        for layer, sums in after.checksums.items():
-            wrong = [n for n, value in sums.items() if before.checksums[layer].get(n) != value]
+        for (axis, layer), sums in after.checksums.items():
+            known = before.checksums[axis, layer]
+            wrong = [n for n, value in sums.items() if known.get(n) != value]
             if wrong:
                 raise CompactionError(
-                    f"compaction changed the state of {len(wrong)} of {len(sums)} neurons in "
-                    f"layer {layer}, the first is {min(wrong)}"
+                    f"compaction changed the state of {len(wrong)} of {len(sums)} "
+                    f"{AXES[axis].unit}s in layer {layer}, the first is {min(wrong)}"
                 )
         if not change <= limit:
             raise CompactionError(

@@ -1,0 +1,75 @@
+"""Who lives on and what is stored: the values that a pruning decision is made of.
+
+Units go by the number that they have in the enlarged model, which they keep for life. Everything
+here is small, on the CPU, and the same on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_idea.shape import AXES, LAYER_AXES, Shape
+
+Units = Mapping[str, Tensor]
+"""Axis -> one value a unit: [layers, units] for neurons and KV groups, [units] for the others."""
+
+StoredUnits = Mapping[str, tuple[Tensor, ...]]
+"""Axis -> for each stored layer (one entry for an axis of the model) int64: the numbers of the
+units in memory, those of the first tensor-parallel rank first, in their order there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units live on, and the shape that the model is stored in from now on."""
+
+    alive: Units
+    """bool; a subset of what was alive before."""
+    shape: Shape
+    """Larger than the live units need where zeroed ones stay in memory for now."""
+    memory: Tensor
+    """What the strategy wants to be told next time."""
+    digest: str
+    """SHA-256 of the above, compared over all ranks before anything is applied."""
+
+    @staticmethod
+    def of(alive: Units, shape: Shape, memory: Tensor) -> Plan:
+        """Make a plan with its digest."""
+        digest = hashlib.sha256(repr(shape).encode() + memory.numpy().tobytes())
+        for axis in sorted(alive):
+            digest.update(axis.encode() + alive[axis].numpy().tobytes())
+        return Plan(alive, shape, memory, digest.hexdigest())
+
+
+def first_units(shape: Shape) -> dict[str, tuple[Tensor, ...]]:
+    """Return the stored units of a model from which nothing was removed, in their order."""
+    return {axis: tuple(torch.arange(count) for count in shape.counts(axis)) for axis in AXES}
+
+
+def present(stored: StoredUnits, shape: Shape, full: Shape) -> dict[str, Tensor]:
+    """Return which units of the enlarged model are in memory, bool."""
+    found = {}
+    for axis in AXES:
+        counts = full.counts(axis)
+        rows = torch.zeros(len(counts), counts[0], dtype=torch.bool)
+        for position, ids in enumerate(stored[axis]):
+            row = shape.layers[position].number if axis in LAYER_AXES else 0
+            rows[row, ids] = True
+        found[axis] = rows if axis in LAYER_AXES else rows[0]
+    return found
+
+
+def live_counts(alive: Tensor) -> list[int]:
+    """Count the live units of an axis: one number a layer, or one."""
+    counts: list[int] = alive.reshape(-1, alive.shape[-1]).sum(dim=1).tolist()
+    return counts
+
+
+def local_part(stored: Tensor, tp: dist.ProcessGroup) -> Tensor:
+    """Return the part of stored units that is on this tensor-parallel rank."""
+    return stored.chunk(tp.size())[tp.rank()]

@@ -1,0 +1,58 @@
+"""Removal is a value: zeros in all that a unit owns.
+
+A unit of zeros computes exactly 0, so its gradients are exactly 0, so Adam moves it by 0 and decay
+keeps it 0: it cannot come back, and cutting it out later changes nothing. No layer has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_idea.engine.distributed import on_device
+from megatron_idea.engine.shards import MOMENTS, has_main_copy, slot
+from megatron_idea.engine.trainable import Trainable
+from megatron_idea.prune.axis import Share, blocks
+from megatron_idea.prune.units import named_shares
+
+
+@torch.no_grad()
+def silence(trainable: Trainable, gone: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Zero units in weights, fp32 main weights and both moments, where this rank holds them.
+
+    Call at a step boundary, on all ranks. Where weights are gathered only when the next forward
+    pass needs them, every rank zeroes its copy, and the gather brings zeros of the others' shards.
+
+    Args:
+        gone: axis -> layer -> bool [units on this rank], on the CPU.
+    """
+    device = trainable.groups.device
+    for _, parameter, shares in named_shares(trainable):
+        shard = slot(trainable.optimizer, parameter)
+        for share in shares:
+            of_axis = gone.get(share.axis, {})
+            mask = of_axis.get(share.layer) if share.layer is not None else None
+            if mask is None or not bool(mask.any()):
+                continue
+            _zero([parameter.data], share, 0, mask, device)
+            if shard is not None:
+                states = [shard.state[name] for name in MOMENTS if name in shard.state]
+                if has_main_copy(parameter):
+                    states.append(shard.main.data)
+                _zero(states, share, shard.start, mask, device)
+
+
+def _zero(
+    states: list[Tensor], share: Share, start: int, gone: Tensor, device: torch.device
+) -> None:
+    """Zero units in elements of a tensor from ``start`` on, in every one of its states."""
+    if not states:
+        return
+    for block in blocks(share, start, start + states[0].numel()):
+        units = gone[block.unit : block.unit + block.units].nonzero().view(-1)
+        if len(units):
+            index = on_device(units, device)
+            for state in states:
+                block.of(state.view(-1)).index_fill_(1, index, 0.0)
