@@ -34,12 +34,13 @@ from megatron_idea.engine.distributed import PeakMemory, ProcessGroups, joined, 
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.prune.pruner import Pruner, make_plan
 from megatron_idea.prune.relocate import extension
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
 from measure import ratio, write
-from training import FixedBatch, full_widths, stepper
+from training import FixedBatch, stepper
 
 GOALS = {
     "compaction_to_step": 3.0,
@@ -53,11 +54,11 @@ MEMORY_PROCESS = {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONSAFEPATH": "1"}
 def trained(config: Config, groups: ProcessGroups) -> tuple[Trainable, Pruner, Any]:
     """A model that has taken three steps, and what takes another."""
     extension()  # loaded at the start of a run
-    trainable = assemble(config, groups, full_widths(config), initialize=True)
-    step = stepper(trainable, FixedBatch(config, groups.device), 0, False)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
+    step = stepper(config, trainable, FixedBatch(config, groups.device), 0, False)
     for _ in range(3):
         step()
-    return trainable, Pruner(trainable), step
+    return trainable, Pruner(config, trainable), step
 
 
 def shrink(trainable: Trainable, pruner: Pruner, width: int) -> Any:
@@ -95,7 +96,7 @@ def against_steps(config: Config, groups: ProcessGroups) -> dict[str, float]:
         shrink(trainable, pruner, width)
         compactions.append(synchronized() - between)
         steps.append(between - begin)
-        step = stepper(trainable, FixedBatch(config, groups.device), 0, False)
+        step = stepper(config, trainable, FixedBatch(config, groups.device), 0, False)
         step()  # the first one at a new width prepares buffers and kernels
     return ratio(compactions, steps)
 
@@ -103,7 +104,7 @@ def against_steps(config: Config, groups: ProcessGroups) -> dict[str, float]:
 OFFLINE = """
 import sys, time
 from pathlib import Path
-from megatron_idea.offline import compact_checkpoint
+from megatron_idea.checkpoint.compact import compact_checkpoint
 begin = time.perf_counter()
 compact_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), [int(sys.argv[3])])
 print(time.perf_counter() - begin)
@@ -123,7 +124,7 @@ def against_disk(config: Config, groups: ProcessGroups, rounds: int) -> dict[str
             # Scores: without any it is not known which neurons matter.
             pruner.scores.ema = [e + torch.rand_like(e) for e in pruner.scores.ema]
             begin = synchronized()
-            saved = checkpoint.save(trainable, pruner, state)
+            saved = checkpoint.save(here, trainable, pruner, state)
             save_s = synchronized() - begin
             out = Path(folder) / "compacted"
             command = [sys.executable, "-W", "ignore", "-c", OFFLINE, saved, out, width]
@@ -136,8 +137,9 @@ def against_disk(config: Config, groups: ProcessGroups, rounds: int) -> dict[str
             )
             begin = synchronized()
             small = checkpoint.resolve(out)
-            again = assemble(here, groups, checkpoint.read_state(small).widths, initialize=False)
-            checkpoint.load(again, Pruner(again), small)
+            shape = checkpoint.read_state(small).shape(here.model)
+            again = assemble(here.sections, groups, shape, initialize=False)
+            checkpoint.load(again, Pruner(here, again), small)
             load_s = synchronized() - begin
             del again
             gc.collect()  # what this round left is not the compaction's to collect

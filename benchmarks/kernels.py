@@ -31,6 +31,7 @@ from megatron_idea.engine.distributed import joined
 from megatron_idea.engine.trainable import assemble
 from megatron_idea.kernels.dispatch import can_launch, jit, launch, tl
 from megatron_idea.schedule import phase_ends
+from megatron_idea.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
@@ -45,7 +46,7 @@ from kernel_contenders import (
     score_calls,
 )
 from measure import alternate, ratio, write
-from training import FixedBatch, full_widths, stepper
+from training import FixedBatch, stepper
 
 # Out again: transformers looks for a package `kernels`, and would find this file.
 sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
@@ -269,10 +270,11 @@ def measure_step(protocol: Protocol, findings: Findings, on_gpu: bool) -> None:
         middle = (ends["enlarged"] + ends["prune"]) // 2
         # Two models: each keeps its place in the schedule, and its masks.
         pruning, none = (
-            assemble(config, groups, full_widths(config), initialize=True) for _ in range(2)
+            assemble(config.sections, groups, Shape.full(config.model), initialize=True)
+            for _ in range(2)
         )
-        calls = {"pruning": stepper(pruning, data, middle, True),
-                 "none": stepper(none, data, 0, False)}  # fmt: skip
+        calls = {"pruning": stepper(config, pruning, data, middle, True),
+                 "none": stepper(config, none, data, 0, False)}  # fmt: skip
         seconds = alternate(calls, rounds=4 * protocol.rounds)
     (name,) = STEP_GOAL
     findings.step[name] = ratio(seconds["pruning"], seconds["none"])

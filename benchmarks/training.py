@@ -26,6 +26,7 @@ from megatron_idea.engine.distributed import ProcessGroups, joined
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.schedule import phase_ends
+from megatron_idea.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
@@ -72,14 +73,13 @@ class Silent:
 
 
 def stepper(
-    trainable: Trainable, data: FixedBatch, at_tokens: int, advance: bool
+    config: Config, trainable: Trainable, data: FixedBatch, at_tokens: int, advance: bool
 ) -> Callable[[], None]:
     """One optimizer step of the real loop; ``advance`` lets the tokens, and so the plans, go on."""
     from megatron_idea.train import Run, step
 
-    config, groups = trainable.config, trainable.groups
-    byte = load_tokenizer("byte")
-    run = Run(config, groups, trainable, Pruner(trainable), data, None, byte, *[Silent()] * 3)
+    byte, pruner = load_tokenizer("byte"), Pruner(config, trainable)
+    run = Run(config, trainable.groups, trainable, pruner, data, None, byte, *[Silent()] * 3)
     state = TrainState.fresh(config)
     state.consumed_tokens = at_tokens
 
@@ -115,41 +115,41 @@ def plain_stepper(config: Config, data: FixedBatch) -> Callable[[], None]:
     return call
 
 
-def full_widths(config: Config) -> list[int]:
-    return [config.model.ffn_hidden_size] * config.model.num_layers
-
-
 def measure(config: Config, groups: ProcessGroups, rounds: int) -> dict[str, dict[str, float]]:
     data = FixedBatch(config, groups.device)
     ends = phase_ends(config.schedule)
     results = {}
 
-    engine = assemble(config, groups, full_widths(config), initialize=True)
-    calls = {"engine": stepper(engine, data, 0, False), "plain": plain_stepper(config, data)}
+    full = Shape.full(config.model)
+    engine = assemble(config.sections, groups, full, initialize=True)
+    calls = {
+        "engine": stepper(config, engine, data, 0, False),
+        "plain": plain_stepper(config, data),
+    }
     seconds = alternate(calls, rounds)
     results["engine_to_plain"] = ratio(seconds["engine"], seconds["plain"])
 
     # Masks only, in the middle of a prune phase of very many steps: every step observes, folds,
     # plans and masks, and the widths stay what they are.
     masked = configuration.replace(config, prune={"compact": False})
-    pruning = assemble(masked, groups, full_widths(config), initialize=True)
+    pruning = assemble(config.sections, groups, full, initialize=True)
     middle = (ends["enlarged"] + ends["prune"]) // 2
     calls = {
-        "pruning": stepper(pruning, data, middle, True),
-        "none": stepper(engine, data, 0, False),
+        "pruning": stepper(masked, pruning, data, middle, True),
+        "none": stepper(config, engine, data, 0, False),
     }
     seconds = alternate(calls, rounds)
     results["pruning_to_none"] = ratio(seconds["pruning"], seconds["none"])
 
-    compacted = assemble(config, groups, full_widths(config), initialize=True)
-    shrink = stepper(compacted, data, ends["prune"] - config.batch_tokens, True)
+    compacted = assemble(config.sections, groups, full, initialize=True)
+    shrink = stepper(config, compacted, data, ends["prune"] - config.batch_tokens, True)
     shrink()
-    target = [config.target_ffn_hidden_size] * config.model.num_layers
-    assert list(compacted.widths) == target, compacted.widths
-    built = assemble(config, groups, target, initialize=True)
+    target = full.with_counts("ffn_hidden_size", config.target_ffn_hidden_size)
+    assert compacted.shape == target, compacted.shape
+    built = assemble(config.sections, groups, target, initialize=True)
     calls = {
-        "compacted": stepper(compacted, data, ends["recover"] - config.batch_tokens, False),
-        "built": stepper(built, data, 0, False),
+        "compacted": stepper(config, compacted, data, ends["recover"] - config.batch_tokens, False),
+        "built": stepper(config, built, data, 0, False),
     }
     seconds = alternate(calls, rounds)
     results["compacted_to_built"] = ratio(seconds["compacted"], seconds["built"])

@@ -402,6 +402,17 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class Sections:
+    """What a model and its optimizer are built from, at the start and after each compaction."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+
+
+@dataclass(frozen=True)
 class Config:
     run_dir: str = "runs/unnamed"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -415,6 +426,11 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def sections(self) -> Sections:
+        """The sections that a model and its optimizer are built from."""
+        return Sections(self.model, self.training, self.parallel, self.optimizer, self.schedule)
 
     @property
     def batch_tokens(self) -> int:

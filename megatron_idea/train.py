@@ -168,9 +168,7 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     words = load_tokenizer(config.data.tokenizer)
     data = open_batches(config, groups, words, "train", num_samples)
     held_out = validation_batches(config, groups, words)
-    trainable = assemble(
-        config, groups, state.shape.counts("ffn_hidden_size"), initialize=path is None
-    )
+    trainable = assemble(config.sections, groups, state.shape, initialize=path is None)
     pruner = Pruner(config, trainable)
     if path is not None:
         checkpoint.load(trainable, pruner, path)
@@ -220,7 +218,7 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
     loss, grad_norm, stopping, saved = share(run, losses)
     taken = math.isfinite(loss) and math.isfinite(grad_norm)
     if taken:
-        clip_and_step(trainable.optimizer, config, lr, grad_norm)
+        clip_and_step(trainable.optimizer, lr, grad_norm)
     if saved:
         finish_saving(run)
     step_s = time.perf_counter() - begin
@@ -383,7 +381,7 @@ def measure(run: Run, state: TrainState, why: str) -> None:
 def save(run: Run, state: TrainState, wait: bool = False) -> None:
     """Begin to write a checkpoint; the end of it comes now with ``wait``, else some steps later."""
     finish_saving(run)
-    run.saving = checkpoint.Saving(run.trainable, run.pruner, state)
+    run.saving = checkpoint.Saving(run.config, run.trainable, run.pruner, state)
     if wait or not run.config.checkpoint.asynchronous:
         finish_saving(run)
 

@@ -31,7 +31,7 @@ def save_job(rendezvous: str, config: Config, steps: int) -> list[int]:
         run, state = live_run(groups, config)
         for _ in range(steps):
             step(run, state)
-        checkpoint.save(run.trainable, run.pruner, state)
+        checkpoint.save(config, run.trainable, run.pruner, state)
         return run.pruner.live
     finally:
         stop_distributed()

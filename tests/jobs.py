@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_idea import config as configuration
-from megatron_idea.config import Config
+from megatron_idea.config import Config, Sections
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
 
 
@@ -75,7 +76,7 @@ def _run(
         stop_distributed()
 
 
-def random_tokens(config: Config, seed: int) -> torch.Tensor:
+def random_tokens(config: Config | Sections, seed: int) -> torch.Tensor:
     """[global_batch_size, seq_length + 1] token ids, the same on every rank."""
     shape = (config.training.global_batch_size, config.training.seq_length + 1)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +86,7 @@ def random_tokens(config: Config, seed: int) -> torch.Tensor:
 class RandomBatches:
     """Stands for ``Batches``: a step's tokens are a function of its first sample and a seed."""
 
-    def __init__(self, config: Config, groups: Any, seed: int = 0) -> None:
+    def __init__(self, config: Config | Sections, groups: Any, seed: int = 0) -> None:
         self._config, self._groups, self._seed = config, groups, seed
         per_rank = config.training.global_batch_size // groups.dp.size()
         self.micro_batch_size = config.training.micro_batch_size
@@ -106,11 +107,34 @@ class RandomBatches:
             }
 
 
+def ffn_shape(config: Config, widths: Sequence[int]) -> Shape:
+    """The shape of ``config``'s model when layer i has ``widths[i]`` neurons."""
+    return Shape.full(config.model).with_counts("ffn_hidden_size", widths)
+
+
+def core_config(config: Config, shape: Shape | None = None) -> Any:
+    """megatron-core's view of ``config``, of the enlarged model or of another shape."""
+    from megatron_idea.engine.model import transformer_config
+
+    shape = shape or Shape.full(config.model)
+    return transformer_config(config.model, config.training, config.parallel, shape)
+
+
+def built(groups: Any, config: Config, shape: Shape | None = None) -> list[Any]:
+    """Chunks with their initial weights, of the enlarged model or of another shape."""
+    from megatron_idea.engine.model import build_model, initialize_weights
+
+    model, training = config.model, config.training
+    chunks: list[Any] = build_model(model, training, core_config(config, shape), groups)
+    initialize_weights(model, training.seed, chunks, groups)
+    return chunks
+
+
 def backward(trainable: Any, seed: int = 0) -> None:
     """Gradients of one global batch of random tokens, reduced over data-parallel ranks."""
     from megatron_idea.engine.passes import forward_backward
 
-    forward_backward(trainable, RandomBatches(trainable.config, trainable.groups, seed), 0)
+    forward_backward(trainable, RandomBatches(trainable.sections, trainable.groups, seed), 0)
 
 
 def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
@@ -120,12 +144,12 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
     from megatron_idea.prune.pruner import Pruner
 
     state = TrainState.fresh(config)
-    trainable = assemble(config, groups, state.widths, initialize=True)
+    trainable = assemble(config.sections, groups, state.shape(config.model), initialize=True)
     run = SimpleNamespace(
         config=config,
         groups=groups,
         trainable=trainable,
-        pruner=Pruner(trainable),
+        pruner=Pruner(config, trainable),
         data=RandomBatches(config, groups),
         held_out=None,
         log=SimpleNamespace(
@@ -150,7 +174,7 @@ def whole(trainable: Any, parameter: torch.nn.Parameter, what: str) -> torch.Ten
     if part is not None:
         value = part.state[what] if what.startswith("exp_avg") else getattr(part, what)
         result[part.start : part.end] = value.detach().view(-1)
-    if trainable.config.parallel.use_distributed_optimizer:
+    if trainable.parallel.use_distributed_optimizer:
         dist.all_reduce(result, group=trainable.groups.dp)
     return result
 

@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from jobs import backward, on_ranks
+from jobs import backward, ffn_shape, on_ranks
 from torch import Tensor
 
 from megatron_idea.config import Config, replace
@@ -280,7 +280,7 @@ def test_a_model_trains_and_scores_as_with_the_reference(
     scores: dict[str, list[Tensor]] = {}
     for implementation in ("triton", "reference"):
         chosen = replace(config, training={"kernel_implementation": implementation})
-        trainable = assemble(chosen, groups, [24, 16], initialize=True)
+        trainable = assemble(chosen.sections, groups, ffn_shape(chosen, [24, 16]), initialize=True)
         for _, mlp in trainable.mlps:
             mlp.set_mask(torch.arange(mlp.width, device=groups.device) % 3 > 0)
         tracker = ScoreTracker(trainable.mlps, build_strategy(chosen), 0.9)
@@ -288,7 +288,7 @@ def test_a_model_trains_and_scores_as_with_the_reference(
         for step in range(6):
             backward(trainable, seed=step)
             scores[implementation] = tracker.observe(trainable)
-            curve.append(update(trainable.optimizer, chosen, 1e-2))
+            curve.append(update(trainable.optimizer, 1e-2))
     assert len(set(curves["triton"])) == 6
     assert_close(curves["triton"], curves["reference"], "gradient norms", tolerance=1e-5)
     for ours, theirs in zip(scores["triton"], scores["reference"], strict=True):

@@ -191,7 +191,7 @@ def test_plain_training_has_one_stretch_and_no_compactions() -> None:
 def save_a_checkpoint(groups: Any, config: Config) -> int:
     run, state = live_run(groups, config)
     step(run, state)
-    folder = checkpoint.save(run.trainable, run.pruner, state)
+    folder = checkpoint.save(config, run.trainable, run.pruner, state)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

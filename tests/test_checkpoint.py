@@ -369,7 +369,7 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
                         moment = part.state["exp_avg"]
                         moment.copy_(part.grad.view_as(moment))
                 save(run, state, wait=True)
-                norms.append(update(run.trainable.optimizer, config, lr=0.0))
+                norms.append(update(run.trainable.optimizer, lr=0.0))
                 run.log.close()
         return norms
     finally:

@@ -13,6 +13,7 @@ import torch
 from jobs import neuron_rows, on_ranks
 
 from megatron_idea.config import Config, replace, validate
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
 
 if TYPE_CHECKING:
@@ -506,7 +507,7 @@ def test_releasing_a_model_empties_transformer_engines_stand_ins_for_gradients(
     assert name not in sys.modules
     sys.modules[name] = SimpleNamespace(_dummy_wgrads=kept)  # type: ignore[assignment]
     try:
-        release(assemble(config, groups, [24, 24], initialize=True))
+        release(assemble(config.sections, groups, Shape.full(config.model), initialize=True))
     finally:
         del sys.modules[name]
     assert not kept
@@ -522,8 +523,8 @@ def test_a_compaction_compares_what_megatron_core_writes_on_parameters_and_nothi
     from megatron_idea.prune.pruner import make_plan
 
     state_of_a_step = {"grad_added_to_main_grad", "zero_out_wgrad", "main_param_sharded"}
-    trainable = assemble(config, groups, [24, 24], initialize=True)
-    update(trainable.optimizer, config, lr=0.0)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
+    update(trainable.optimizer, lr=0.0)
     for parameter in trainable.parameters:
         written = {k for k, v in vars(parameter).items() if isinstance(v, (bool, int, str))}
         assert written - state_of_a_step <= set(PARAMETER_ATTRIBUTES)
@@ -531,7 +532,7 @@ def test_a_compaction_compares_what_megatron_core_writes_on_parameters_and_nothi
     alive = torch.ones(2, 24, dtype=torch.bool)
     alive[:, 16:] = False
     compact(trainable, make_plan(alive, (16, 16)), "min")
-    assert trainable.widths == (16, 16)
+    assert trainable.shape.counts("ffn_hidden_size") == (16, 16)
 
     norm = trainable.chunks[0].module.decoder.final_layernorm.weight
     norm.sequence_parallel = not norm.sequence_parallel

@@ -10,6 +10,7 @@ import torch
 from jobs import backward, on_ranks
 
 from megatron_idea.config import Config
+from megatron_idea.shape import Shape
 from megatron_idea.testing import assert_equal
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def test_torch_itself_still_knows_that_there_is_no_cuda(
     from megatron_idea.engine.trainable import assemble
 
     name = torch.Tensor.type
-    trainable = assemble(config, groups, [24, 24], initialize=True)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     backward(trainable)
-    update(trainable.optimizer, config, 1e-3)
+    update(trainable.optimizer, 1e-3)
     assert torch.Tensor.type is name
     assert torch.zeros(1).type() == "torch.FloatTensor"
     assert not torch.cuda.is_available()

@@ -58,7 +58,9 @@ def test_the_implementation_of_compaction_is_named(
     assert detail in row.detail and row.is_fatal == fatal
 
 
-@pytest.mark.parametrize("part", ["optim.assemble", "checkpoint.load", "prune.pruner.compact"])
+@pytest.mark.parametrize(
+    "part", ["engine.trainable.assemble", "checkpoint.load", "prune.pruner.compact"]
+)
 def test_what_would_end_a_run_is_fatal(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(*_: object, **__: object) -> None:
         raise TypeError("async_save() missing 1 required positional argument")

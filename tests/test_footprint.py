@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import backward, run_job
+from jobs import backward, ffn_shape, run_job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +25,7 @@ from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.planning import footprint
 from megatron_idea.planning.dry_run import LiveBytes, on_paper
 from megatron_idea.prune import compact as compaction
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
 
 LAYERS, HIDDEN, WIDTH, VOCAB, SEQUENCE = 4, 64, 1024, 2048, 64
@@ -92,9 +93,9 @@ def train_a_step(groups: Any, config: Config) -> dict[str, Any]:
     """What this rank measures: bytes kept by kind and in all, activations, its shard."""
     gc.unfreeze()  # a worker's collections skip what it has imported; tensors may be there too
     before = {id(x) for x in all_tensors()}
-    trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     backward(trainable)
-    update(trainable.optimizer, config, lr=1e-3)
+    update(trainable.optimizer, lr=1e-3)
     alive = [x for x in all_tensors() if id(x) not in before]
     kept = footprint.kept_bytes(trainable)
     with LiveBytes(alive) as live:
@@ -136,9 +137,9 @@ def compact_really(groups: Any, config: Config, relocations: Any) -> dict[str, i
     """The peak of a compaction on this rank, and the bytes it sends by all-to-all."""
     from torch.distributed import all_to_all_single
 
-    trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     backward(trainable)
-    update(trainable.optimizer, config, lr=1e-3)
+    update(trainable.optimizer, lr=1e-3)
     sent = 0
 
     def count(output: Any, given: Any, out_splits: Any, in_splits: Any, group: Any) -> Any:
@@ -154,7 +155,8 @@ def compact_really(groups: Any, config: Config, relocations: Any) -> dict[str, i
         live.peak = live.live
         staged, owners = compaction.stage(trainable, relocations)
         compaction.release(trainable)
-        fresh = assemble(config, groups, [NARROW] * LAYERS, initialize=False, gradients=False)
+        shape = ffn_shape(config, [NARROW] * LAYERS)
+        fresh = assemble(config.sections, groups, shape, initialize=False, gradients=False)
         compaction.restore(fresh, staged, owners, 1)
         for chunk in fresh.chunks:
             chunk.restore_grad_buffers()
@@ -203,7 +205,7 @@ def test_messages_are_those_of_the_layout() -> None:
 
 
 def count_flops(groups: Any, config: Config) -> int:
-    trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     # The plain formula of attention is made of products that the counter knows.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         backward(trainable)
@@ -251,8 +253,8 @@ def test_a_process_can_train_after_it_has_planned() -> None:
     del paper, trainable
     groups = start_distributed(config.parallel, seed=1)
     try:
-        trainable = assemble(config, groups, [WIDTH] * LAYERS, initialize=True)
+        trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
         backward(trainable)
-        assert 0 < update(trainable.optimizer, config, lr=1e-3) < float("inf")
+        assert 0 < update(trainable.optimizer, lr=1e-3) < float("inf")
     finally:
         stop_distributed()

@@ -91,7 +91,7 @@ def live_job(
         losses.append(step(run, state)[0]["loss"])
         if writes and done % 4 == 0:
             samples = sample_live(run.trainable.chunks, config, groups, tokenizer)
-    checkpoint.save(run.trainable, run.pruner, state)
+    checkpoint.save(config, run.trainable, run.pruner, state)
     return losses, samples
 
 

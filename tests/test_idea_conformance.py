@@ -45,7 +45,7 @@ def run_steps(run: Any, state: Any, steps: int) -> list[dict[str, Any]]:
 
 def logits(trainable: Any, seed: int = 100) -> Tensor:
     """[b, s, vocab_size] of the model as it is."""
-    tokens = random_tokens(trainable.config, seed)[:, :-1]
+    tokens = random_tokens(trainable.sections, seed)[:, :-1]
     (chunk,) = trainable.chunks
     with torch.no_grad():
         return chunk(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
@@ -129,7 +129,7 @@ def in_fp64(trainable: Any) -> Any:
     """A copy of the model in double precision, masks included."""
     from megatron_idea.engine.model import build_model, named_parameters, prunable_mlps
 
-    chunks = build_model(trainable.config, trainable.core, trainable.widths, trainable.groups)
+    chunks = build_model(trainable.model, trainable.training, trainable.core, trainable.groups)
     weights = dict(named_parameters(trainable.chunks))
     for name, parameter in named_parameters(chunks):
         parameter.data.copy_(weights[name])
@@ -153,7 +153,7 @@ def test_4_masked_and_compacted_model_are_one_function(
     masked = in_fp64(trainable)
     live = int(alive.sum(1).max())
     compact(trainable, Plan(alive, (live, live), "digest"), "min")
-    assert trainable.widths == (live, live) < (24, 24)
+    assert trainable.shape.counts("ffn_hidden_size") == (live, live) < (24, 24)
     compacted = in_fp64(trainable)
     tokens = random_tokens(config, seed=100)[:, :-1]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -251,7 +251,7 @@ def test_8_removed_neurons_stay_removed_through_fifty_steps_of_adam(
         norms = []
         for seed in range(50):
             backward(trainable, 1000 + seed)
-            norms.append(update(trainable.optimizer, run.config, 1e-2))
+            norms.append(update(trainable.optimizer, 1e-2))
         moved = [not torch.equal(w.data[d], s) for (w, d), s in zip(removed, start, strict=True)]
         assert all(moved), "decay and momentum step raw weights"
         assert run.pruner.live == [12, 12]

@@ -11,6 +11,7 @@ from jobs import RandomBatches, on_ranks
 
 from megatron_idea.config import Config, replace
 from megatron_idea.engine.distributed import ProcessGroups
+from megatron_idea.shape import Shape
 from megatron_idea.testing import assert_close
 
 STEPS, LR = 12, 1e-2
@@ -28,7 +29,7 @@ def curve(groups: ProcessGroups, config: Config, whose: str, dead: int = 0) -> t
     from megatron_idea.engine.passes import forward_backward
     from megatron_idea.engine.trainable import assemble
 
-    trainable = assemble(config, groups, [24, 24], initialize=True)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     for _, mlp in trainable.mlps:
         mlp.set_mask(torch.arange(24, device=groups.device) >= dead)
         if whose == "megatron":
@@ -39,7 +40,7 @@ def curve(groups: ProcessGroups, config: Config, whose: str, dead: int = 0) -> t
         data = RandomBatches(config, groups, seed=step % 2)
         of_step = forward_backward(trainable, data, 0)
         losses.append(float(torch.stack(of_step).mean()))
-        update(trainable.optimizer, config, LR)
+        update(trainable.optimizer, LR)
     return torch.tensor(losses, dtype=torch.float64)
 
 

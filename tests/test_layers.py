@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from jobs import on_ranks
+from jobs import built, core_config, ffn_shape, on_ranks
 from torch import Tensor
 
 from megatron_idea.config import Config, replace
@@ -28,9 +28,8 @@ def gradients(y: Tensor, dy: Tensor, of: list[Tensor]) -> list[Tensor]:
 @on_ranks(1)
 def test_rmsnorm_is_its_formula_and_torchs(groups: ProcessGroups, config: Config) -> None:
     from megatron_idea.engine.layers import RMSNorm
-    from megatron_idea.engine.model import transformer_config
 
-    core = transformer_config(config)
+    core = core_config(config)
     norm = RMSNorm(core, 24, eps=1e-3).to("cpu")
     norm.weight.data.copy_(1 + draw(24, seed=1))
     # The smallest rows are those that feel eps.
@@ -57,9 +56,8 @@ def test_a_norm_starts_at_one_and_says_whether_tokens_are_split(
     groups: ProcessGroups, config: Config
 ) -> None:
     from megatron_idea.engine.layers import RMSNorm
-    from megatron_idea.engine.model import transformer_config
 
-    core = transformer_config(config)
+    core = core_config(config)
     for split in (False, True):
         core.sequence_parallel = split
         norm = RMSNorm(core, 24)
@@ -92,11 +90,8 @@ def test_attention_is_explicit_causal_softmax(
     groups: ProcessGroups, config: Config, seq: int, groups_kv: int, scale: float | None
 ) -> None:
     from megatron_idea.engine.layers import ScaledDotProductAttention
-    from megatron_idea.engine.model import transformer_config
 
-    attention = ScaledDotProductAttention(
-        transformer_config(config), 1, None, "self", softmax_scale=scale
-    )
+    attention = ScaledDotProductAttention(core_config(config), 1, None, "self", softmax_scale=scale)
     inputs = [
         draw(seq, 3, heads, 6, seed=i).requires_grad_()
         for i, heads in enumerate((4, groups_kv, groups_kv))
@@ -118,9 +113,8 @@ def test_attention_is_explicit_causal_softmax(
 @on_ranks(1)
 def test_attention_drops_out_in_training_only(groups: ProcessGroups, config: Config) -> None:
     from megatron_idea.engine.layers import ScaledDotProductAttention
-    from megatron_idea.engine.model import transformer_config
 
-    core = transformer_config(replace(config, model={"attention_dropout": 0.5}))
+    core = core_config(replace(config, model={"attention_dropout": 0.5}))
     attention = ScaledDotProductAttention(core, 1, None, "self")
     q = draw(8, 2, 2, 4)
     assert not torch.equal(attention(q, q, q, None), attention(q, q, q, None))
@@ -128,18 +122,11 @@ def test_attention_drops_out_in_training_only(groups: ProcessGroups, config: Con
     assert_equal(attention(q, q, q, None), attention(q, q, q, None))
 
 
-def built(groups: ProcessGroups, config: Config, widths: tuple[int, int] = (24, 24)) -> Any:
+def first_mlp(groups: ProcessGroups, config: Config) -> Any:
     """The first layer's MLP of a fresh model."""
-    from megatron_idea.engine.model import (
-        build_model,
-        initialize_weights,
-        prunable_mlps,
-        transformer_config,
-    )
+    from megatron_idea.engine.model import prunable_mlps
 
-    chunks = build_model(config, transformer_config(config), widths, groups)
-    initialize_weights(config, chunks, groups.tp.rank())
-    return next(prunable_mlps(chunks))[1]
+    return next(prunable_mlps(built(groups, config)))[1]
 
 
 def run(mlp: PrunableMLP, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -248,11 +235,11 @@ def test_a_loaded_mask_acts_once_it_is_refreshed(groups: ProcessGroups, config: 
 def test_each_layers_width_is_its_own_not_the_configs(
     groups: ProcessGroups, config: Config
 ) -> None:
-    from megatron_idea.engine.model import build_model, prunable_mlps, transformer_config
+    from megatron_idea.engine.model import prunable_mlps
 
-    core = transformer_config(config)
-    mlps = [mlp for _, mlp in prunable_mlps(build_model(config, core, (10, 18), groups))]
-    assert core.ffn_hidden_size == 24
+    chunks = built(groups, config, ffn_shape(config, (10, 18)))
+    mlps = [mlp for _, mlp in prunable_mlps(chunks)]
+    assert chunks[0].config.ffn_hidden_size == 24
     assert [mlp.width for mlp in mlps] == [10, 18]
     assert [tuple(mlp.linear_fc1.weight.shape) for mlp in mlps] == [(20, 16), (36, 16)]
     assert [tuple(mlp.linear_fc2.weight.shape) for mlp in mlps] == [(16, 10), (16, 18)]
@@ -264,7 +251,7 @@ def test_each_layers_width_is_its_own_not_the_configs(
 def test_tensor_parallel_ranks_hold_consecutive_neurons_and_their_masks(
     groups: ProcessGroups, config: Config
 ) -> None:
-    mlp = built(groups, config)
+    mlp = first_mlp(groups, config)
     rank = groups.tp.rank()
     assert mlp.neuron_ids.tolist() == list(range(12 * rank, 12 * rank + 12))
     assert mlp.width == len(mlp.mask) == 12

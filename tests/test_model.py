@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import on_ranks, random_tokens, run_job, small
+from jobs import (
+    backward,
+    built,
+    core_config,
+    ffn_shape,
+    on_ranks,
+    random_tokens,
+    run_job,
+    small,
+    whole,
+)
 from torch import Tensor
 
 from megatron_idea.config import Config, ModelConfig, replace
 from megatron_idea.course import parameter_count
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
@@ -42,23 +54,14 @@ def all_names(layers: int) -> set[str]:
     return inner | {EMBEDDING, "decoder.final_layernorm.weight"}
 
 
-def built(groups: ProcessGroups, config: Config, widths: list[int] | None = None) -> list[Any]:
-    """Chunks with their initial weights."""
-    from megatron_idea.engine.model import build_model, initialize_weights, transformer_config
-
-    widths = widths or [config.model.ffn_hidden_size] * config.model.num_layers
-    chunks = build_model(config, transformer_config(config), widths, groups)
-    initialize_weights(config, chunks, groups.tp.rank())
-    return chunks
-
-
 def weights(
-    groups: ProcessGroups, config: Config, widths: list[int] | None = None
+    groups: ProcessGroups, config: Config, widths: Sequence[int] = ()
 ) -> dict[str, np.ndarray]:
     """This rank's initial weights by canonical name."""
     from megatron_idea.engine.model import named_parameters
 
-    named = named_parameters(built(groups, config, widths))
+    shape = ffn_shape(config, widths) if widths else None
+    named = named_parameters(built(groups, config, shape))
     return {name: parameter.detach().float().cpu().numpy() for name, parameter in named}
 
 
@@ -191,8 +194,40 @@ def test_layers_have_the_asked_widths_over_tensor_parallel_ranks(
 ) -> None:
     from megatron_idea.engine.model import prunable_mlps
 
-    mlps = dict(prunable_mlps(built(groups, config, [8, 20])))
+    mlps = dict(prunable_mlps(built(groups, config, ffn_shape(config, [8, 20]))))
     assert {layer: mlp.width for layer, mlp in mlps.items()} == {0: 4, 1: 10}
+
+
+def uneven(config: Config) -> Shape:
+    """Other neurons and other KV groups in each layer, and fewer channels."""
+    shape = ffn_shape(config, [24, 10]).with_counts("num_query_groups", [4, 2])
+    return shape.with_counts("hidden_size", 12)
+
+
+UNEVEN = {"num_attention_heads": 8, "num_query_groups": 4}
+
+
+@on_ranks(2, tensor_model_parallel_size=2)
+def test_layers_of_any_shape_train_over_tensor_parallel_ranks(
+    groups: ProcessGroups, config: Config
+) -> None:
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.engine.trainable import assemble
+
+    config = replace(config, model=UNEVEN)
+    shape = uneven(config)
+    trainable = assemble(config.sections, groups, shape, initialize=True)
+    split = [p.numel() for p in trainable.parameters if p.tensor_model_parallel]
+    common = [p.numel() for p in trainable.parameters if not p.tensor_model_parallel]
+    assert 2 * sum(split) + sum(common) == shape.parameters(config.model).total
+    for layer, stored in zip(trainable.chunks[0].module.decoder.layers, shape.layers, strict=True):
+        attention = layer.self_attention
+        assert attention.num_query_groups_per_partition == stored.num_query_groups // 2
+        assert attention.num_attention_heads_per_partition == stored.num_query_groups
+        assert layer.mlp.width == stored.ffn_hidden_size // 2
+    backward(trainable)
+    assert all(whole(trainable, p, "grad").any() for p in trainable.parameters)
+    assert math.isfinite(update(trainable.optimizer, lr=1e-3))
 
 
 class PlainGPT:
@@ -273,7 +308,7 @@ def test_logits_and_gradients_are_those_of_plain_pytorch(
     from megatron_idea.engine.model import named_parameters
 
     config = replace(config, model={"init_method_std": 0.3} | model)
-    (chunk,) = built(groups, config, [24, 10])
+    (chunk,) = built(groups, config, ffn_shape(config, [24, 10]))
     generator = torch.Generator().manual_seed(0)
     plain_weights = {}
     for name, parameter in named_parameters([chunk]):
@@ -314,7 +349,6 @@ def test_transformer_engines_norms_have_the_names_of_ours() -> None:
     """It keeps a layer's norms in the linear layers that follow them."""
     from megatron_idea.engine.model import named_parameters
     from megatron_idea.prune.axis import shares_of
-    from megatron_idea.shape import Shape
 
     def weights(*names: str) -> torch.nn.Module:
         module = torch.nn.Module()
@@ -357,7 +391,7 @@ def test_gradient_accumulation_is_fused_where_apex_is_and_not_by_transformer_eng
     installed = {"transformer_engine", *(["fused_weight_gradient_mlp_cuda"] if apex else [])}
     monkeypatch.setattr(model, "find_spec", lambda name: name if name in installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(model, "TransformerConfig", dict)
-    assert model.transformer_config(small())["gradient_accumulation_fusion"] is apex  # type: ignore[index]
+    monkeypatch.setattr(model, "ShapedTransformerConfig", dict)
+    assert core_config(small())["gradient_accumulation_fusion"] is apex
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not model.transformer_config(small())["gradient_accumulation_fusion"]  # type: ignore[index]
+    assert not core_config(small())["gradient_accumulation_fusion"]

@@ -38,7 +38,7 @@ def online_job(rendezvous: str, config: Config) -> list[tuple[str, str]]:
             kept = Path(config.run_dir).parent / f"before_{state.step}"
             if groups.is_writer:
                 shutil.copytree(before, kept / "checkpoints" / before.name)
-            after = checkpoint.save(run.trainable, run.pruner, state)
+            after = checkpoint.save(config, run.trainable, run.pruner, state)
             out.append((str(kept), str(after)))
         run.log.close()
         return out
@@ -58,8 +58,9 @@ def content_job(rendezvous: str, config: Config, path: str) -> dict[str, Any]:
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     try:
         state = checkpoint.read_state(Path(path))
-        trainable = assemble(config, groups, state.widths, initialize=False)
-        pruner = Pruner(trainable)
+        shape = state.shape(config.model)
+        trainable = assemble(config.sections, groups, shape, initialize=False)
+        pruner = Pruner(config, trainable)
         checkpoint.load(trainable, pruner, Path(path))
         shards = trainable.exchange()
         out: dict[str, Any] = {"widths": state.widths, "step": state.adam_step}
@@ -148,9 +149,7 @@ def half_job(rendezvous: str, config: Config) -> None:
             step(run, state)
             if number == 3:
                 early = replace(config, run_dir=f"{config.run_dir}_early")
-                run.trainable.config = early
-                save(run, state, wait=True)
-                run.trainable.config = config
+                checkpoint.save(early, run.trainable, run.pruner, state)
         save(run, state, wait=True)
         run.log.close()
     finally:

@@ -12,6 +12,7 @@ from jobs import backward, on_ranks, run_job, small, whole
 from torch import Tensor
 
 from megatron_idea.config import Config, replace
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def fresh(groups: ProcessGroups, config: Config, **sections: Any) -> Any:
     from megatron_idea.engine.trainable import assemble
 
     config = replace(config, schedule={"lr": LR}, **sections)
-    return assemble(config, groups, [config.model.ffn_hidden_size] * 2, initialize=True)
+    return assemble(config.sections, groups, Shape.full(config.model), initialize=True)
 
 
 def take_steps(trainable: Any, steps: int) -> None:
@@ -33,7 +34,7 @@ def take_steps(trainable: Any, steps: int) -> None:
 
     for seed in range(steps):
         backward(trainable, seed)
-        assert math.isfinite(update(trainable.optimizer, trainable.config, LR))
+        assert math.isfinite(update(trainable.optimizer, LR))
 
 
 def slots(trainable: Any) -> list[Any]:
@@ -147,7 +148,7 @@ def test_the_step_count_is_that_of_the_steps_taken(groups: ProcessGroups, config
     assert adam_step(trainable.optimizer, groups) == 3
     backward(trainable)
     trainable.parameters[0].main_grad.fill_(math.nan)
-    update(trainable.optimizer, trainable.config, LR)
+    update(trainable.optimizer, LR)
     assert adam_step(trainable.optimizer, groups) == 3
     for part in slots(trainable):
         moments = {name: part.state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
@@ -230,7 +231,7 @@ def step_by_ones(trainable: Any, lr: float) -> dict[str, tuple[Tensor, Tensor]]:
     before = {n: p.detach().clone() for n, p in named_parameters(trainable.chunks)}
     for parameter in trainable.parameters:
         parameter.main_grad.fill_(1.0)
-    update(trainable.optimizer, trainable.config, lr)
+    update(trainable.optimizer, lr)
     after = {n: p.detach().clone() for n, p in named_parameters(trainable.chunks)}
     return {name: (before[name], after[name]) for name in before}
 
@@ -245,16 +246,21 @@ def test_a_step_is_adamw_with_the_given_rate_and_spares_norms_from_decay(
         assert_close(after, before * (1 - 3e-3 * decay) - 3e-3, name, tolerance=2e-7)
 
 
+@pytest.mark.parametrize("channels", [1536, 24])
 @on_ranks(1)
 def test_mup_simple_scales_the_rate_of_matrices_and_leaves_their_decay(
-    groups: ProcessGroups, config: Config
+    groups: ProcessGroups, config: Config, channels: int
 ) -> None:
-    trainable = fresh(
-        groups,
+    """By the enlarged model's hidden size, however many channels are left."""
+    from megatron_idea.engine.trainable import assemble
+
+    config = replace(
         config,
         model={"hidden_size": 1536},
         optimizer={"clip_grad": 0.0, "weight_decay": 0.5, "lr_scaling": "mup_simple"},
     )
+    shape = Shape.full(config.model).with_counts("hidden_size", channels)
+    trainable = assemble(config.sections, groups, shape, initialize=True)
     halved = 0
     for name, (before, after) in step_by_ones(trainable, lr=3e-3).items():
         matrix = before.dim() > 1 and name.startswith("decoder.")
@@ -288,7 +294,7 @@ def test_the_norm_is_that_before_clipping_and_clipping_reaches_the_moments(
     trainable = fresh(groups, config, optimizer={"clip_grad": clip})
     backward(trainable)
     grads = [whole(trainable, p, "grad") for p in trainable.parameters]
-    norm = update(trainable.optimizer, trainable.config, LR)
+    norm = update(trainable.optimizer, LR)
     expected = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
     assert norm == pytest.approx(expected, rel=1e-6)
     factor = clip / norm if 0 < clip < norm else 1.0
@@ -316,7 +322,7 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(
         backward(trainable)
         if groups.dp.rank() == 1:
             slots(trainable)[0].grad[0] = broken
-        assert not math.isfinite(update(trainable.optimizer, trainable.config, LR))
+        assert not math.isfinite(update(trainable.optimizer, LR))
         after = snapshot(trainable)
         assert len(after) == len(before)
         for one, other in zip(after, before, strict=True):

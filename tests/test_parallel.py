@@ -498,8 +498,8 @@ def save_job(rendezvous: str, config: Config) -> list[str]:
         run, state = build(config, groups)
         for _ in range(3):
             step(run, state)
-        path = checkpoint.save(run.trainable, run.pruner, state)
-        fresh = assemble(config, groups, state.widths, initialize=False)
+        path = checkpoint.save(config, run.trainable, run.pruner, state)
+        fresh = assemble(config.sections, groups, state.shape(config.model), initialize=False)
         checkpoint.load_weights(fresh.chunks, path, groups)
         for chunk in run.trainable.chunks:
             chunk.start_param_sync(force_sync=True)

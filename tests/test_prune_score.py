@@ -11,6 +11,7 @@ from jobs import backward, on_ranks, run_job, small, whole
 from torch import Tensor
 
 from megatron_idea.config import Config, replace
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def tracked(groups: ProcessGroups, config: Config, **prune: Any) -> tuple[Any, A
     from megatron_idea.prune.pruner import Pruner
 
     config = replace(config, prune=prune)
-    trainable = assemble(config, groups, [config.model.ffn_hidden_size] * 2, initialize=True)
-    return trainable, Pruner(trainable)
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
+    return trainable, Pruner(config, trainable)
 
 
 def observe(trainable: Any, pruner: Any, seed: int) -> list[Tensor]:
@@ -93,9 +94,9 @@ def test_sums_are_those_of_main_weights_and_reduced_gradients(
         trainable, pruner = tracked(groups, config, **method)
         backward(trainable, seed=0)
         # Before the first step bf16 weights and their main weights are the same numbers.
-        update(trainable.optimizer, trainable.config, 1e-3)
+        update(trainable.optimizer, 1e-3)
         sums = torch.stack(observe(trainable, pruner, seed=1))
-        prune = trainable.config.prune
+        prune = pruner.config.prune
         expected = dense(trainable, prune.element, prune.row_reduce)
         assert_scores_close(sums, expected, 2e-6, str(method))
 
@@ -108,7 +109,7 @@ def test_shards_of_data_parallel_ranks_add_up_to_whole_rows(
     config = replace(config, parallel={"use_distributed_optimizer": sharded})
     for method in METHODS:
         trainable, pruner = tracked(groups, config, ema=0.0, **method)
-        prune = trainable.config.prune
+        prune = pruner.config.prune
         expected = []
         for seed in range(2):
             observe(trainable, pruner, seed)

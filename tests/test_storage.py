@@ -180,8 +180,8 @@ def abandoned_job(rendezvous: str, config: Config) -> None:
         for _ in range(14):
             step(run, state)
             if state.step == 2:
-                checkpoint.Saving(run.trainable, run.pruner, state)._writing.join()
-        assert run.trainable.widths[0] < 64, "the abandoned one had other sizes"
+                checkpoint.Saving(config, run.trainable, run.pruner, state)._writing.join()
+        assert state.widths[0] < 64, "the abandoned one had other sizes"
         save(run, state, wait=True)
         run.log.close()
         build(config, groups)[0].log.close()

@@ -60,7 +60,7 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         if checkpoint.complete(out):
             raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
         storage.verify(found, groups)
-        trainable = assemble(config, groups, state.shape.counts(AXIS), initialize=False)
+        trainable = assemble(config.sections, groups, state.shape, initialize=False)
         pruner = Pruner(config, trainable)
         checkpoint.load(trainable, pruner, found)
         if state.plan_due and not wanted:
@@ -81,10 +81,10 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         fresh = _cut(trainable, pruner, plan, state.adam_step)
         carried |= {f"stored.{axis}": torch.cat(pruner.stored[axis]) for axis in pruner.stored}
         pruner.load_state(fresh, carried, pruner.pending_steps, pruner.memory.tolist())
-        fresh.config = configuration.replace(saved, run_dir=str(out))
         if tokenizer := checkpoint.tokenizer_beside(found):
             copy_tokenizer(tokenizer, out / checkpoint.TOKENIZER)
-        return checkpoint.save(fresh, pruner, state)
+        new_run = configuration.replace(saved, run_dir=str(out))
+        return checkpoint.save(new_run, fresh, pruner, state)
 
 
 def _legal(widths: Sequence[int], present: Sequence[int], config: Config) -> tuple[int, ...]:
@@ -137,7 +137,7 @@ def _cut(trainable: Trainable, pruner: Pruner, plan: Plan, step: int) -> Trainab
         places[layer] = kept(plan.alive[AXIS][layer], ids, count).nonzero().view(-1)
         after.append(ids[places[layer]])
     wholes = _survivors(trainable, places)
-    fresh = assemble(trainable.config, trainable.groups, plan.shape.counts(AXIS), initialize=False)
+    fresh = assemble(trainable.sections, trainable.groups, plan.shape, initialize=False)
     with torch.no_grad():
         for name, parameter in named_parameters(fresh.chunks):
             main, *moments = wholes.pop(name).flatten(1)

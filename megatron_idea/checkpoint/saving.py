@@ -31,6 +31,7 @@ from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.folder import checkpoints_of, complete, latest
 from megatron_idea.checkpoint.state import FORMAT, CheckpointError, TrainState, read_state
 from megatron_idea.checkpoint.tensors import layout_of, reason, tensors_of
+from megatron_idea.config import Config
 from megatron_idea.engine import cpu
 from megatron_idea.engine.core_versions import async_save
 from megatron_idea.engine.distributed import ProcessGroups, together
@@ -39,20 +40,24 @@ from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.pruner import Pruner
 
 
-def save(trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
+def save(config: Config, trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
     """Write a checkpoint of this step; collective over all ranks.
 
     Returns: its folder. Older ones that nobody asked to keep are removed afterwards.
     Raises: CheckpointError on every rank when it cannot be written; earlier ones stand untouched.
     """
-    return Saving(trainable, pruner, state).finish()
+    return Saving(config, trainable, pruner, state).finish()
 
 
 class Saving:
     """A checkpoint on its way to the disk. What it holds is a copy: training may go on."""
 
-    def __init__(self, trainable: Trainable, pruner: Pruner, state: TrainState) -> None:
+    def __init__(
+        self, config: Config, trainable: Trainable, pruner: Pruner, state: TrainState
+    ) -> None:
         """Copy everything and begin to write; collective over all ranks.
+
+        ``config`` is what the checkpoint's ``config.yaml`` will say.
 
         Raises: CheckpointError on every rank when it cannot be written.
         """
@@ -62,7 +67,7 @@ class Saving:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
         of_pruner = pruner.state(trainable)
-        self.config, self.groups = trainable.config, groups
+        self.config, self.groups = config, groups
         self.state = dataclasses.replace(
             state,
             shape=trainable.shape,

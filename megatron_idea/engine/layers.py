@@ -6,7 +6,6 @@ and the attention core are its own; the prunable MLP is ours in both cases.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 class PrunableMLP(MLP):
-    """SwiGLU MLP that leaves removed neurons out, and whose width is its own, not the config's.
+    """SwiGLU MLP of ``config.ffn_hidden_size`` neurons that leaves removed ones out.
 
     A neuron is one intermediate index: a gate row and an up row of ``linear_fc1`` and a column of
     ``linear_fc2``. On a TP rank with ``f`` neurons, neuron ``c`` is rows ``c`` and ``f + c`` and
@@ -104,15 +103,15 @@ class PrunableMLP(MLP):
         self,
         config: TransformerConfig,
         submodules: MLPSubmodules,
-        ffn_hidden_size: int,
         tp_group: torch.distributed.ProcessGroup,
         kernel_implementation: str = "auto",
     ) -> None:
-        # fc2 takes its input width from the config, fc1 from the argument: give both the same.
-        config = copy.copy(config)
-        config.ffn_hidden_size = ffn_hidden_size
-        super().__init__(config, submodules, ffn_hidden_size=ffn_hidden_size, tp_group=tp_group)
-        width = ffn_hidden_size // tp_group.size()
+        assert config.ffn_hidden_size is not None
+        # fc2 takes its width from the config, fc1 from the argument.
+        super().__init__(
+            config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group
+        )
+        width = config.ffn_hidden_size // tp_group.size()
         expected = (2 * width, width)
         actual = (self.linear_fc1.weight.shape[0], self.linear_fc2.weight.shape[1])
         assert actual == expected, f"fc1 rows, fc2 columns are {actual}, wanted {expected}"

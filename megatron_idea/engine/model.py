@@ -1,15 +1,17 @@
-"""(config, FFN widths) -> GPT chunks of this rank, and the weights they start from.
+"""(config, shape) -> GPT chunks of this rank, and the weights they start from.
 
-A model is always built from its config and a list of widths, one per decoder layer: the enlarged
-model, a half-pruned one and the shipped one come from the same call.
+The configuration describes the enlarged model; the shape says how many units of each kind are
+stored. The enlarged model, a half-pruned one and the shipped one come from the same call.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,14 +35,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
-    get_transformer_layer_offset,
 )
 from torch import Tensor
 
-from megatron_idea.config import Config, ConfigError
+from megatron_idea.config import ConfigError, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.layers import PrunableMLP, RMSNorm, ScaledDotProductAttention
 from megatron_idea.kernels.dispatch import uses_triton
+from megatron_idea.shape import Shape
 
 # Transformer Engine has these norms inside of the linear layers that follow them.
 FUSED_NORMS = {
@@ -59,16 +61,45 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron-core's view of ``config``."""
-    model, parallel = config.model, config.parallel
+@dataclass
+class ShapedTransformerConfig(TransformerConfig):
+    """Megatron-core's configuration of a model whose layers may differ in size.
+
+    megatron-core builds each layer from what ``get_config_for_layer`` returns, because of
+    ``heterogeneous_block_specs``; it does so for Nemotron-NAS models. Nothing else follows from
+    that switch but checkpoint keys per layer. FFN and attention sizes of this configuration itself
+    are the enlarged model's.
+    """
+
+    shape: Shape = field(kw_only=True)
+
+    def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+        """Return the configuration of one layer; layers count from 1, over all pipeline stages.
+
+        It is a copy: what is set on this configuration afterwards, such as the functions that
+        reduce gradients, is read by megatron-core's schedules and never by a layer.
+        """
+        layer = self.shape.layers[layer_number - 1]
+        config = copy.copy(self)
+        config.ffn_hidden_size = layer.ffn_hidden_size
+        config.num_query_groups = layer.num_query_groups
+        config.num_attention_heads = layer.num_query_groups * layer.heads_per_group
+        return config
+
+
+def transformer_config(
+    model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig, shape: Shape
+) -> ShapedTransformerConfig:
+    """Return megatron-core's view of a model of this shape."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     fused = uses_transformer_engine()
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
+    return ShapedTransformerConfig(
+        shape=shape,
+        heterogeneous_block_specs=True,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
@@ -108,18 +139,14 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         apply_rope_fusion=fused,
         persist_layer_norm=False,
-        # Checkpoint keys per layer: layers may have different widths.
-        hetereogenous_dist_checkpoint=True,
     )
 
 
-def _mlp_of_width(
-    width: int, groups: ProcessGroups, kernel_implementation: str
-) -> type[PrunableMLP]:
-    """A PrunableMLP class that needs a config only.
+def _mlp_class(groups: ProcessGroups, kernel_implementation: str) -> type[PrunableMLP]:
+    """Return a PrunableMLP class that needs a layer's configuration only.
 
-    megatron-core 0.16 builds a layer's MLP from a ModuleSpec or a class, 0.19 calls whatever stands
-    there and ignores a spec's parameters: a class is what both take.
+    megatron-core 0.16 and 0.17 build an MLP of ours from a class or a ModuleSpec and tell it no
+    process group; since 0.18 they call whatever stands there. A class is what all of them take.
     """
     if uses_transformer_engine():
         from megatron.core.extensions.transformer_engine import (
@@ -133,25 +160,24 @@ def _mlp_of_width(
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
-    class SizedMLP(PrunableMLP):
+    class LayerMLP(PrunableMLP):
         def __init__(self, config: TransformerConfig, **_: Any) -> None:
-            super().__init__(config, linears, width, groups.tp, kernel_implementation)
+            super().__init__(config, linears, groups.tp, kernel_implementation)
 
-    return SizedMLP
+    return LayerMLP
 
 
-def _layer_spec(config: Config, width: int, groups: ProcessGroups) -> ModuleSpec:
-    """One decoder layer with an FFN of ``width`` neurons over the TP group."""
-    mlp = _mlp_of_width(width, groups, config.training.kernel_implementation)
+def _layer_spec(qk_layernorm: bool, mlp: type[PrunableMLP]) -> ModuleSpec:
+    """Describe a decoder layer; its sizes come from the configuration that it is built with."""
     if uses_transformer_engine():
         from megatron.core.models.gpt.gpt_layer_specs import (
             get_gpt_layer_with_transformer_engine_spec,
         )
 
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.model.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         spec.submodules.mlp = mlp
         return spec
-    qk_norm = RMSNorm if config.model.qk_layernorm else IdentityOp
+    qk_norm = RMSNorm if qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -186,51 +212,52 @@ def _final_norm() -> type:
 
 
 def build_model(
-    config: Config,
-    core: TransformerConfig,
-    widths: Sequence[int],
+    model: ModelConfig,
+    training: TrainingConfig,
+    core: ShapedTransformerConfig,
     groups: ProcessGroups,
 ) -> list[torch.nn.Module]:
-    """Build this rank's model chunks (one, or virtual-PP many) with ``widths[layer]`` neurons.
+    """Build this rank's model chunks: one, or as many as virtual pipeline stages.
 
     Weights are unset until ``initialize_weights`` or a checkpoint sets them; no random number is
-    drawn. Raises: ConfigError when the kernels asked for cannot run here; AssertionError if a layer
-    comes out with another width.
+    drawn.
+
+    Args:
+        core: what ``transformer_config`` made of the same sections; it has the shape.
+    Raises: ConfigError when the kernels asked for cannot run here; AssertionError if a layer comes
+        out at another size.
     """
-    assert len(widths) == config.model.num_layers
     try:
-        uses_triton("masked_swiglu", config.training.kernel_implementation, groups.device)
+        uses_triton("masked_swiglu", training.kernel_implementation, groups.device)
     except ValueError as error:
         raise ConfigError(f"training.kernel_implementation: {error}") from error
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
-    vpp = config.parallel.virtual_pipeline_model_parallel_size
+    vpp = core.virtual_pipeline_model_parallel_size or 1
+    layer = _layer_spec(model.qk_layernorm, _mlp_class(groups, training.kernel_implementation))
     chunks: list[torch.nn.Module] = []
     for chunk in range(vpp):
         vp_stage = chunk if vpp > 1 else None
-        offset = get_transformer_layer_offset(core, vp_stage=vp_stage, pp_rank=pp_rank)
         count = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
-        block = TransformerBlockSubmodules(
-            layer_specs=[_layer_spec(config, w, groups) for w in widths[offset : offset + count]],
-            layer_norm=_final_norm(),
-        )
-        model = GPTModel(
+        block = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm())
+        gpt = GPTModel(
             config=core,
             transformer_layer_spec=block,
-            vocab_size=config.model.vocab_size,
-            max_sequence_length=config.training.seq_length,
+            vocab_size=model.vocab_size,
+            max_sequence_length=training.seq_length,
             pre_process=pp_rank == 0 and chunk == 0,
             post_process=pp_rank == pp_size - 1 and chunk == vpp - 1,
-            share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             position_embedding_type="rope",
-            rotary_base=config.model.rotary_base,
+            rotary_base=model.rotary_base,
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         ).to(groups.device)
-        for parameter in model.parameters():
+        for parameter in gpt.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        chunks.append(Float16Module(core, model) if core.bf16 else model)
-    for layer, mlp in prunable_mlps(chunks):
-        assert mlp.width * groups.tp.size() == widths[layer], (layer, mlp.width, widths[layer])
+        chunks.append(Float16Module(core, gpt) if core.bf16 else gpt)
+    for number, mlp in prunable_mlps(chunks):
+        stored = core.shape.layers[number].ffn_hidden_size
+        assert mlp.width * groups.tp.size() == stored, (number, mlp.width, stored)
     return chunks
 
 
@@ -273,31 +300,34 @@ def named_parameters(
             yield name, parameter
 
 
-def initialize_weights(config: Config, chunks: Sequence[torch.nn.Module], tp_rank: int) -> None:
+def initialize_weights(
+    model: ModelConfig, seed: int, chunks: Sequence[torch.nn.Module], groups: ProcessGroups
+) -> None:
     """Set every weight as a function of the seed and the parameter's name alone.
 
     Matrices are normal with ``init_method_std``, those that write to the residual stream with that
     divided by sqrt(2 num_layers), norms are one (GPT-2 and Megatron). Each TP rank draws the whole
     tensor and keeps its part, so the starting point does not depend on TP, PP or DP.
     """
-    std = config.model.init_method_std
+    std = model.init_method_std
+    parts = groups.tp.size()
     for name, parameter in named_parameters(chunks):
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
             continue
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        scale = std / math.sqrt(2.0 * config.model.num_layers) if residual else std
+        scale = std / math.sqrt(2.0 * model.num_layers) if residual else std
         shape = list(parameter.shape)
-        parts = config.parallel.tensor_model_parallel_size
         axis = parameter.partition_dim if parameter.tensor_model_parallel else None  # type: ignore[attr-defined]
         if axis is not None:
             shape[axis] *= parts
-        seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator(parameter.device)
-        generator.manual_seed(int.from_bytes(seed[:7], "little"))
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
         whole = torch.empty(shape, device=parameter.device).normal_(0.0, scale, generator=generator)
         if axis is not None:
             # fc1 is [gate; up], each split over TP.
             halves = whole.chunk(2 if name.endswith("linear_fc1.weight") else 1, dim=axis)
-            whole = torch.cat([h.chunk(parts, dim=axis)[tp_rank] for h in halves], dim=axis)
+            rank = groups.tp.rank()
+            whole = torch.cat([h.chunk(parts, dim=axis)[rank] for h in halves], dim=axis)
         parameter.data.copy_(whole)

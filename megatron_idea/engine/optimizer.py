@@ -18,39 +18,45 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import Tensor
 
-from megatron_idea.config import Config
+from megatron_idea.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from megatron_idea.engine.distributed import ProcessGroups, device
 from megatron_idea.engine.shards import slot
 
 
 def build_optimizer(
-    config: Config, chunks: Sequence[DistributedDataParallel], groups: ProcessGroups
+    model: ModelConfig,
+    settings: OptimizerConfig,
+    schedule: ScheduleConfig,
+    chunks: Sequence[DistributedDataParallel],
+    groups: ProcessGroups,
 ) -> MegatronOptimizer:
-    """AdamW over ``chunks``: Transformer Engine's or apex's fused one when installed, else torch's.
+    """Build AdamW over ``chunks``: Transformer Engine's or apex's fused one if there, else torch's.
 
     Norm weights are not decayed. With ``lr_scaling=mup_simple`` matrices of attention and FFN step
     with lr * min(768 / hidden_size, 1) while their decay per step stays that of the plain rate.
     """
-    settings, peak = config.optimizer, config.schedule.lr
+    core, ddp = chunks[0].config, chunks[0].ddp_config
     core_config = CoreOptimizerConfig(
         optimizer="adam",
-        lr=peak,
-        min_lr=config.schedule.min_lr,
+        lr=schedule.lr,
+        min_lr=schedule.min_lr,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
-        bf16=config.training.precision == "bf16",
-        params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        bf16=core.bf16,
+        params_dtype=core.params_dtype,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_param_gather=ddp.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(core_config)
-    scale = min(768 / config.model.hidden_size, 1.0)
+    # By the enlarged model's hidden size, whatever is stored: removing channels must not bend the
+    # learning rate.
+    scale = min(768 / model.hidden_size, 1.0)
     if settings.lr_scaling == "mup_simple" and scale < 1:
         matrices = ParamKey(name="*decoder.layers.*.linear_*.weight")
-        overrides[matrices] = {"max_lr": peak * scale, "wd_mult": 1.0 / scale}
+        overrides[matrices] = {"max_lr": schedule.lr * scale, "wd_mult": 1.0 / scale}
     (optimizer,) = get_megatron_optimizer(
         core_config,
         list(chunks),
@@ -82,7 +88,7 @@ def squared_grad_norm(optimizer: MegatronOptimizer) -> Tensor:
     return squared
 
 
-def update(optimizer: MegatronOptimizer, config: Config, lr: float) -> float:
+def update(optimizer: MegatronOptimizer, lr: float) -> float:
     """Clip gradients and take one step with learning rate ``lr``.
 
     Returns: the global gradient norm before clipping. When it is not finite no weight, moment or
@@ -90,20 +96,19 @@ def update(optimizer: MegatronOptimizer, config: Config, lr: float) -> float:
     """
     grad_norm = squared_grad_norm(optimizer).item() ** 0.5
     if math.isfinite(grad_norm):
-        clip_and_step(optimizer, config, lr, grad_norm)
+        clip_and_step(optimizer, lr, grad_norm)
     return grad_norm
 
 
-def clip_and_step(
-    optimizer: MegatronOptimizer, config: Config, lr: float, grad_norm: float
-) -> None:
+def clip_and_step(optimizer: MegatronOptimizer, lr: float, grad_norm: float) -> None:
     """Scale gradients of norm ``grad_norm`` down to ``clip_grad`` and take one step at ``lr``."""
+    settings = optimizer.config
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["max_lr"] / config.schedule.lr
-        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
-    if config.optimizer.clip_grad > 0:
+        group["lr"] = lr * group["max_lr"] / settings.lr
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    if settings.clip_grad > 0:
         clip_grads.clip_grad_by_total_norm_fp32(
-            optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm
+            optimizer.get_parameters(), settings.clip_grad, grad_norm
         )
     optimizer.step_with_ready_grads()
 

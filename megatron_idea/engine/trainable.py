@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
-from megatron_idea.config import Config
+from megatron_idea.config import ModelConfig, ParallelConfig, Sections, TrainingConfig
 from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.layers import PrunableMLP
 from megatron_idea.engine.model import (
@@ -31,7 +31,7 @@ from megatron_idea.shape import Shape
 
 
 def wrap_data_parallel(
-    config: Config,
+    parallel: ParallelConfig,
     core: TransformerConfig,
     chunks: Sequence[torch.nn.Module],
     groups: ProcessGroups,
@@ -40,7 +40,7 @@ def wrap_data_parallel(
 
     Gradients are accumulated and reduced in fp32, and averaged over data-parallel ranks.
     """
-    parallel = config.parallel.resolved(cuda=groups.device.type == "cuda")
+    parallel = parallel.resolved(cuda=groups.device.type == "cuda")
     wrapped = [
         DistributedDataParallel(
             config=core,
@@ -76,23 +76,32 @@ def forget_data_parallel(core: TransformerConfig) -> None:
 class Trainable:
     """A model and its optimizer on this rank: what compaction replaces as one."""
 
-    config: Config
+    sections: Sections
+    """What it was built from, and will be again."""
     groups: ProcessGroups
+    shape: Shape
+    """Stored units of every axis, of the whole model."""
     core: TransformerConfig
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    widths: tuple[int, ...]
-    """Physical FFN neurons of every layer of the whole model."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The enlarged model; ``shape`` says what is left of it."""
+        return self.sections.model
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.sections.training
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.sections.parallel
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """All parameters of this rank, in the model's order."""
         return [p for chunk in self.chunks for p in chunk.parameters()]
-
-    @property
-    def shape(self) -> Shape:
-        """Stored units of every axis, of the whole model."""
-        return Shape.full(self.config.model).with_counts("ffn_hidden_size", self.widths)
 
     def exchange(self, owners: Sequence[int] | None = None) -> ShardExchange:
         """Return a way to bring each parameter's whole state together on one rank, and back."""
@@ -114,35 +123,36 @@ class _ZerosUntouched(TorchFunctionMode):
 
 
 def assemble(
-    config: Config,
+    sections: Sections,
     groups: ProcessGroups,
-    widths: Sequence[int],
+    shape: Shape,
     initialize: bool,
     gradients: bool = True,
 ) -> Trainable:
-    """Build model, gradient buffers and optimizer at ``widths``.
+    """Build model, gradient buffers and optimizer of this shape.
 
     ``initialize`` sets the weights from the seed; without it a checkpoint or a compaction must.
     Without ``gradients`` their buffers have no memory until ``restore_grad_buffers``.
     """
-    core = transformer_config(config)
-    chunks = build_model(config, core, widths, groups)
+    model, training, parallel = sections.model, sections.training, sections.parallel
+    core = transformer_config(model, training, parallel, shape)
+    chunks = build_model(model, training, core, groups)
     if initialize:
-        initialize_weights(config, chunks, groups.tp.rank())
-    elif config.parallel.use_distributed_optimizer:
+        initialize_weights(model, training.seed, chunks, groups)
+    elif parallel.use_distributed_optimizer:
         # Their memory will be the parameter buffer, which copies what stands here: one number each.
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
     if gradients:
-        wrapped = wrap_data_parallel(config, core, chunks, groups)
+        wrapped = wrap_data_parallel(parallel, core, chunks, groups)
     else:
         with _ZerosUntouched():
-            wrapped = wrap_data_parallel(config, core, chunks, groups)
+            wrapped = wrap_data_parallel(parallel, core, chunks, groups)
         for buffer in (b for chunk in wrapped for b in chunk.buffers):
             if buffer.param_data is not None:
                 buffer.param_data.zero_()
         for chunk in wrapped:
             chunk.offload_grad_buffers()
-    optimizer = build_optimizer(config, wrapped, groups)
-    return Trainable(config, groups, core, wrapped, optimizer, tuple(widths))
+    optimizer = build_optimizer(model, sections.optimizer, sections.schedule, wrapped, groups)
+    return Trainable(sections, groups, shape, core, wrapped, optimizer)

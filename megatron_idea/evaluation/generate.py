@@ -214,8 +214,8 @@ def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configu
     validate(config, world_size=1)
     state = checkpoint.read_state(found, config)
     with joined(config.parallel, config.training.seed) as groups:
-        widths = state.shape.counts("ffn_hidden_size")
-        (model,) = build_model(config, transformer_config(config), widths, groups)
+        core = transformer_config(config.model, config.training, config.parallel, state.shape)
+        (model,) = build_model(config.model, config.training, core, groups)
         checkpoint.load_weights([model], found, groups)
         model.eval()
 

@@ -163,8 +163,9 @@ def evaluate_model(
         words = load_tokenizer(config.data.tokenizer)
         identity = _identity(found, data, config, words, options.limit)
         ledger = Ledger(options.resume, identity, groups.world.rank() == 0)
-        widths = state.shape.counts("ffn_hidden_size")
-        chunks = build_model(config, transformer_config(config), widths, groups)
+        model, training = config.model, config.training
+        core = transformer_config(model, training, config.parallel, state.shape)
+        chunks = build_model(model, training, core, groups)
         checkpoint.load_weights(chunks, found, groups)
         sizes = _token_sizes(words, groups.device)
         step = functools.partial(_megatron_step, chunks, groups, sizes)

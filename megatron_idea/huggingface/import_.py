@@ -30,7 +30,7 @@ from megatron_idea.engine.trainable import assemble
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.records.lock import RunLock
-from megatron_idea.shape import round_up
+from megatron_idea.shape import Shape, round_up
 
 LONGEST_DEFAULT_SEQUENCE = 2048
 
@@ -107,14 +107,15 @@ def _write(config: Config, ours: _Ours, widths: list[int]) -> Path:
     """Build the model in this process, fill it, save it."""
     alone = configuration.load(None, checkpoint.ONE_PROCESS, dataclasses.asdict(config))
     groups = start_distributed(alone.parallel, config.training.seed)
+    shape = Shape.full(config.model).with_counts("ffn_hidden_size", widths)
     try:
-        trainable = assemble(alone, groups, widths, initialize=False, gradients=False)
+        trainable = assemble(alone.sections, groups, shape, initialize=False, gradients=False)
         with torch.no_grad():
             for name, parameter in named_parameters(trainable.chunks):
                 parameter.copy_(ours.read(name, tuple(parameter.shape)))
-        pruner = Pruner(config, trainable)
-        trainable.config = config  # of the layout that the run will have
-        return checkpoint.save(trainable, pruner, TrainState(0, 0, trainable.shape))
+        return checkpoint.save(
+            config, trainable, Pruner(config, trainable), TrainState(0, 0, shape)
+        )
     finally:
         stop_distributed()
 

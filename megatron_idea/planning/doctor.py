@@ -230,15 +230,15 @@ def _train_save_resume(folder: str) -> None:
     with joined(tiny.parallel, tiny.training.seed) as groups:
         state = checkpoint.TrainState.fresh(tiny)
         axis = "ffn_hidden_size"
-        trainable = assemble(tiny, groups, state.shape.counts(axis), initialize=True)
-        update(trainable.optimizer, tiny, lr=0.0)  # on gradients that are zero
+        trainable = assemble(tiny.sections, groups, state.shape, initialize=True)
+        update(trainable.optimizer, lr=0.0)  # on gradients that are zero
         pruner = Pruner(tiny, trainable)
         alive = {name: units.clone() for name, units in pruner.alive.items()}
         alive[axis][:, 32:] = False
         plan = Plan.of(alive, trainable.shape.with_counts(axis, 32), pruner.memory)
         pruner.silence(trainable, plan)
         pruner.compact(trainable, plan)
-        checkpoint.load(trainable, pruner, checkpoint.save(trainable, pruner, state))
+        checkpoint.load(trainable, pruner, checkpoint.save(tiny, trainable, pruner, state))
 
 
 def _compaction() -> Row:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea import config as configuration
-from megatron_idea.config import Config
+from megatron_idea.config import Config, ParallelConfig, TrainingConfig
 from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.optimizer import set_state
 from megatron_idea.engine.passes import forward_backward
@@ -28,12 +28,14 @@ from megatron_idea.planning.dry_run import LiveBytes, Paper
 from megatron_idea.prune import compact as compaction
 from megatron_idea.prune.compact import Relocations
 from megatron_idea.prune.relocate import relocate
+from megatron_idea.shape import Shape
 
 
 def build(config: Config, paper: Paper, widths: Sequence[int]) -> Trainable:
     """Assemble this rank's model and optimizer as a run does, its moments as after a step."""
     config = configuration.replace(config, training={"kernel_implementation": "reference"})
-    trainable = assemble(config, paper.groups, widths, initialize=False)
+    shape = Shape.full(config.model).with_counts("ffn_hidden_size", widths)
+    trainable = assemble(config.sections, paper.groups, shape, initialize=False)
     for parameter in trainable.parameters:
         part = slot(trainable.optimizer, parameter)
         if part is not None:
@@ -103,7 +105,7 @@ def fullest_shard(trainable: Trainable) -> int:
     holds is checked on the shard that was built, which is the first one.
     """
     parameters, dp = trainable.parameters, trainable.groups.shards
-    if not trainable.config.parallel.use_distributed_optimizer:
+    if not trainable.parallel.use_distributed_optimizer:
         return sum(p.numel() for p in parameters)
     buffers = [buffer for chunk in trainable.chunks for buffer in chunk.buffers]
     ranges = owned_ranges(buffers, parameters, dp.size())
@@ -122,10 +124,12 @@ class Step:
     """Bytes sent in one optimizer step over ``tp``, ``pp``, ``dp`` and the tied ``embedding``."""
 
 
-def _microbatches_to_run(config: Config, pipeline_rank: int, num_microbatches: int) -> int:
+def _microbatches_to_run(
+    parallel: ParallelConfig, pipeline_rank: int, num_microbatches: int
+) -> int:
     """Enough for a rank to hold as many micro-batches at once as it ever does."""
-    pp = config.parallel.pipeline_model_parallel_size
-    vpp = config.parallel.virtual_pipeline_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
     if vpp == 1:
         return min(num_microbatches, pp - pipeline_rank)
     return min(num_microbatches, 2 * pp)
@@ -134,10 +138,10 @@ def _microbatches_to_run(config: Config, pipeline_rank: int, num_microbatches: i
 class _Batches:
     """Stands for ``Batches``: ``count`` micro-batches without contents."""
 
-    def __init__(self, config: Config, count: int) -> None:
+    def __init__(self, training: TrainingConfig, count: int) -> None:
         self.num_microbatches = count
-        self.micro_batch_size = config.training.micro_batch_size
-        self.seq_length = config.training.seq_length
+        self.micro_batch_size = training.micro_batch_size
+        self.seq_length = training.seq_length
 
     def step(self, _consumed_samples: int) -> Iterator[dict[str, Tensor]]:
         shape = (self.micro_batch_size, self.seq_length)
@@ -154,12 +158,10 @@ def step(paper: Paper, trainable: Trainable) -> Step:
 
     Only as many as are in flight at once; what each sends is scaled to the number in a step.
     """
-    config, groups, core, operations = (
-        trainable.config, paper.groups, trainable.core, paper.operations,
-    )  # fmt: skip
-    training = config.training
+    groups, core, operations = paper.groups, trainable.core, paper.operations
+    training = trainable.training
     in_step = training.global_batch_size // (training.micro_batch_size * groups.dp.size())
-    count = _microbatches_to_run(config, groups.pp.rank(), in_step)
+    count = _microbatches_to_run(trainable.parallel, groups.pp.rank(), in_step)
     finish: Any = core.finalize_model_grads_func
 
     def finish_and_say_so(*args: Any, **kwargs: Any) -> None:
@@ -171,7 +173,7 @@ def step(paper: Paper, trainable: Trainable) -> Step:
     core.finalize_model_grads_func = finish_and_say_so
     with LiveBytes(_all_kept(trainable)) as live:
         before = live.live
-        forward_backward(trainable, _Batches(config, count), 0)
+        forward_backward(trainable, _Batches(training, count), 0)
     core.finalize_model_grads_func = finish
     for chunk in trainable.chunks:  # the optimizer does that; with overlap the forward does
         ddp = chunk.ddp_config
@@ -228,7 +230,7 @@ def compact(
 
     Returns: the model at the new width, and what it took.
     """
-    operations, config = paper.operations, trainable.config
+    operations = paper.operations
     operations.sent.clear()
     with (
         mock.patch.object(ShardExchange, "_all_ranges", _all_ranges),
@@ -238,8 +240,8 @@ def compact(
         live.peak = live.live
         staged, owners = compaction.stage(trainable, relocations)
         compaction.release(trainable)
-        widths = [width] * config.model.num_layers
-        fresh = assemble(config, paper.groups, widths, initialize=False, gradients=False)
+        shape = trainable.shape.with_counts("ffn_hidden_size", width)
+        fresh = assemble(trainable.sections, paper.groups, shape, initialize=False, gradients=False)
         compaction.restore(fresh, staged, owners, 1)
         for chunk in fresh.chunks:
             chunk.restore_grad_buffers()

@@ -173,13 +173,7 @@ def compact(
     staged, owners = stage(trainable, relocations)
     release(trainable)
 
-    fresh = assemble(
-        trainable.config,
-        groups,
-        plan.shape.counts("ffn_hidden_size"),
-        initialize=False,
-        gradients=False,
-    )
+    fresh = assemble(trainable.sections, groups, plan.shape, initialize=False, gradients=False)
     for name, parameter in named_parameters(fresh.chunks):
         assert _attributes(parameter) == attributes[name], (
             f"{name} lost an attribute in the rebuild"
@@ -188,7 +182,7 @@ def compact(
     for chunk in fresh.chunks:
         chunk.restore_grad_buffers()
     trainable.core, trainable.chunks = fresh.core, fresh.chunks
-    trainable.optimizer, trainable.widths = fresh.optimizer, fresh.widths
+    trainable.optimizer, trainable.shape = fresh.optimizer, fresh.shape
     peak_bytes = peak.bytes
     loss_change = check(before, fingerprint(trainable, after), trainable)
     shrunk = shrinking(old, plan.shape)

@@ -41,7 +41,7 @@ def unit_sums(trainable: Trainable, axes: Sequence[str], measure: Measure) -> Su
         measure.element,
         measure.reduction,
         device=trainable.groups.device,
-        implementation=trainable.config.training.kernel_implementation,
+        implementation=trainable.training.kernel_implementation,
     )
     rows: dict[tuple[str, int], dict[str, Tensor]] = {}
     for total, (_, share) in zip(totals, owned, strict=True):
@@ -64,7 +64,7 @@ def _shard(
     rows, columns = parameter.shape
     whole = MatrixShard((rows, columns), "row" if share.dim == 0 else "column")
     # Without shards every rank holds the whole: one of them counts.
-    is_sharded = trainable.config.parallel.use_distributed_optimizer
+    is_sharded = trainable.parallel.use_distributed_optimizer
     if not is_sharded and trainable.groups.shards.rank() > 0:
         return whole
     held = slot(trainable.optimizer, parameter)

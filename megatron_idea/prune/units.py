@@ -20,7 +20,7 @@ def named_shares(
     trainable: Trainable,
 ) -> Iterator[tuple[str, torch.nn.Parameter, tuple[Share, ...]]]:
     """Iterate over this rank's parameters with their names and who owns what of them."""
-    model, shape, tp = trainable.config.model, trainable.shape, trainable.groups.tp.size()
+    model, shape, tp = trainable.model, trainable.shape, trainable.groups.tp.size()
     known = _known_shares(model, shape, tp)
     for name, parameter in named_parameters(trainable.chunks):
         if name not in known:

@@ -66,7 +66,7 @@ def fingerprint(trainable: Trainable, stored: StoredUnits, last_bit: bool = Fals
 
 
 def _last_bit(trainable: Trainable, losses: Tensor) -> float:
-    if trainable.config.training.precision == "bf16":
+    if trainable.training.precision == "bf16":
         bit = torch.finfo(torch.bfloat16).eps
     elif torch.backends.cuda.matmul.allow_tf32:
         bit = 2.0**-10
@@ -90,7 +90,7 @@ def check(before: Fingerprint, after: Fingerprint, trainable: Trainable) -> floa
     Raises: CompactionError on every rank, naming a neuron or the change.
     """
     change = float((after.losses - before.losses).abs().mean())
-    limit = max(TOLERANCE[trainable.config.training.precision], LAST_BITS * before.last_bit)
+    limit = max(TOLERANCE[trainable.training.precision], LAST_BITS * before.last_bit)
 
     def compare() -> None:
         for (axis, layer), sums in after.checksums.items():
@@ -144,7 +144,7 @@ def _layer_checksums(
                 bits = state.detach().view(-1).view(torch.int32)
                 _add_checksums(sums, bits, part.start, share, number * per_state + first)
         first += share.unit_numel
-    if trainable.config.parallel.use_distributed_optimizer and groups.shards.size() > 1:
+    if trainable.parallel.use_distributed_optimizer and groups.shards.size() > 1:
         dist.all_reduce(sums, group=groups.shards)
     return sums
 
@@ -192,12 +192,12 @@ def _blocks(start: int, end: int, length: int) -> Iterator[tuple[int, int, int, 
 @torch.no_grad()
 def _losses(trainable: Trainable) -> Tensor:
     """Loss of each token of a fixed random text, computed as in training but without dropout."""
-    config, groups = trainable.config, trainable.groups
+    groups = trainable.groups
     # Enough to see every layer at work; a multiple of TP, for sequence parallelism.
-    length = min(config.training.seq_length, 64 * groups.tp.size())
+    length = min(trainable.training.seq_length, 64 * groups.tp.size())
     chunks = trainable.chunks
     generator = torch.Generator().manual_seed(0)
-    text = torch.randint(config.model.vocab_size, (1, length + 1), generator=generator)
+    text = torch.randint(trainable.model.vocab_size, (1, length + 1), generator=generator)
     text = text.to(groups.device)
     positions = torch.arange(length, device=groups.device)[None]
     collected: list[Tensor] = []
