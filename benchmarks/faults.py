@@ -33,10 +33,10 @@ from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea import train as training
 from megatron_idea.checkpoint import storage
-from megatron_idea.cli import quiet
 from megatron_idea.config import Config
 from megatron_idea.data.indexed import tokenize
 from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.engine.core_versions import quiet
 from megatron_idea.prune import compact
 from megatron_idea.records.read import read_metrics
 
@@ -87,7 +87,7 @@ def small_config(folder: Path, run: str) -> Config:
                 "total_tokens": 24 * 128, "lr": 3e-3, "min_lr": 3e-5, "enlarged_fraction": 0.25,
                 "prune_fraction": 5 / 12, "recover_fraction": 1 / 3, "prune_warmup_fraction": 0.2,
             },
-            "prune": {"target_ffn_hidden_size": 24, "alignment": 4, "compaction_block": 8},
+            "prune": {"target": {"ffn_hidden_size": 24}, "alignment": 4, "compaction_block": 8},
             "checkpoint": {"every_tokens": 3 * 128, "keep_last": 3, "on_damage": "previous"},
             "logging": {"tensorboard": False, "progress": False},
         }

@@ -26,7 +26,7 @@ import torch
 import torch._functorch.config
 
 from megatron_idea import config as configuration
-from megatron_idea.cli import quiet
+from megatron_idea.engine.core_versions import quiet
 from megatron_idea.engine.distributed import joined
 from megatron_idea.engine.trainable import assemble
 from megatron_idea.kernels.dispatch import can_launch, jit, launch, tl
@@ -250,14 +250,14 @@ STEP = {
     "training": {"seq_length": 4096, "micro_batch_size": 4, "global_batch_size": 4,
                  "precision": "bf16"},
     "schedule": {"total_tokens": 10**9},
-    "prune": {"target_ffn_hidden_size": 3456, "compact": False},
+    "prune": {"target": {"ffn_hidden_size": 3456}, "compact": False},
 }  # fmt: skip
 TINY_STEP = {
     "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4,
               "num_query_groups": 2, "kv_channels": 8, "vocab_size": 264},
     "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 2},
     "schedule": {"total_tokens": 10**6},
-    "prune": {"target_ffn_hidden_size": 32, "compact": False},
+    "prune": {"target": {"ffn_hidden_size": 32}, "compact": False},
 }  # fmt: skip
 
 

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_idea import config as configuration
-from megatron_idea.cli import quiet
 from megatron_idea.config import Config
 from megatron_idea.course import flops_between, num_steps
 from megatron_idea.data.corpus import build_corpus
 from megatron_idea.data.indexed import check_dataset, tokenize
 from megatron_idea.data.of_run import open_batches
 from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.engine.core_versions import quiet
 from megatron_idea.engine.distributed import joined
 from megatron_idea.evaluation.held_out import evaluate_checkpoint
 from megatron_idea.report.cost import cost
@@ -169,7 +169,7 @@ def arm_config(name: str, seed: int, steps: int, data: str, out: Path) -> Config
                 **arm.schedule,
             },
             "prune": {
-                "strategy": "idea" if arm.prunes else "none", "target_ffn_hidden_size": TARGET,
+                "strategy": "idea" if arm.prunes else "none", "target": {"ffn_hidden_size": TARGET},
                 "mask_interval_steps": every if arm.averaged else 1,
             },
             "checkpoint": {"before_compaction": False, "keep_last": 1},

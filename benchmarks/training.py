@@ -19,9 +19,9 @@ import torch
 
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint.state import TrainState
-from megatron_idea.cli import quiet
 from megatron_idea.config import Config
 from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.engine.core_versions import quiet
 from megatron_idea.engine.distributed import ProcessGroups, joined
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.prune.pruner import Pruner

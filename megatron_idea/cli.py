@@ -9,45 +9,37 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import logging
-import math
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import RenderableType
-from rich.measure import Measurement
-from rich.text import Text
 
-from megatron_idea.records.terminal import Console
+from megatron_idea.engine.core_versions import quiet
+from megatron_idea.errors import UserError
+from megatron_idea.records.readable import megabytes
+from megatron_idea.records.terminal import Console, say, say_error, show
 
 if TYPE_CHECKING:
     from megatron_idea.config import Config
-    from megatron_idea.planning.budget import Budget
 
 USER_ERROR = 2
 LET_RANK_0_SPEAK_S = 3.0
-UNBROKEN = 100_000
-"""Columns of a line that nobody breaks."""
 
 
 class _Commands(typer.core.TyperGroup):
-    """Turns the user's mistakes into one line."""
+    """Turns what the user can mend into one line."""
 
     def invoke(self, ctx: Any) -> Any:
         quiet()
         try:
             return super().invoke(ctx)
-        except ValueError as error:
-            if not _is_users(error):
-                raise
+        except UserError as error:
             if _rank() == 0:  # the same on every rank: said once
                 line = " ".join(str(error).split())  # YAML's own messages have several
-                _say_error(line)
+                say_error(line)
             else:
                 # A launcher ends all workers when the first has failed: rank 0 must have spoken.
                 time.sleep(LET_RANK_0_SPEAK_S)
@@ -56,23 +48,12 @@ class _Commands(typer.core.TyperGroup):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = f" for {error.filename}" if error.filename else ""
-            _say_error(f"{error.strerror}{where}")
+            say_error(f"{error.strerror}{where}")
             ctx.exit(USER_ERROR)
-
-
-def _is_users(error: ValueError) -> bool:
-    """Whether our own code raised it: we raise ValueError for what the user gave, only."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-    # Kernels check what our own code hands them: there a ValueError is a bug and wants its trace.
-    return module.startswith("megatron_idea.") and not module.startswith("megatron_idea.kernels")
 
 
 app = typer.Typer(
     name="megatron-idea",
-    help="Train an enlarged GPT on megatron-core, prune it while it trains, ship the small one.",
     cls=_Commands,
     no_args_is_help=True,
     # Plain tracebacks: in the log of a cluster job boxes and local variables only hide the line.
@@ -103,10 +84,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="For example schedule.total_tokens=4e6."),
 ]
-Processes = Annotated[
-    int | None,
-    typer.Option("--nproc", min=1, help="Processes; default: TP x PP of the configuration."),
+CheckpointOrRun = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A run takes its latest checkpoint.")
 ]
+OtherTokenizer = Annotated[
+    str, typer.Option(metavar="PATH|byte", help="In place of the model's own.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -117,7 +101,7 @@ def corpus(
     from megatron_idea.data.corpus import build_corpus
 
     summary = build_corpus(out)
-    _say(f"{summary.documents:,} documents, {_megabytes(summary.bytes)}: {summary.path}")
+    say(f"{summary.documents:,} documents, {megabytes(summary.bytes)}: {summary.path}")
 
 
 @app.command()
@@ -162,16 +146,9 @@ def tokenize(
             held_out=held_out,
             text_key=text_key,
             skip_bad_documents=skip_bad_documents,
-            progress=lambda done: status.update(f"tokenizing: {_megabytes(done)}"),
+            progress=lambda done: status.update(f"tokenizing: {megabytes(done)}"),
         )
-    _say(
-        f"{summary.documents:,} documents: {summary.train_tokens:,} tokens to train on, "
-        f"{summary.held_out_tokens:,} held out"
-    )
-    if summary.skipped_documents:
-        _say(f"{summary.skipped_documents:,} documents left out: empty or unreadable")
-    if summary.passed_over:
-        _say(f"passed over in folders: {_some(summary.passed_over)}")
+    say(summary.as_text())
 
 
 def _train_tokenizer(inputs: list[Path], vocab_size: int, path: str, text_key: str) -> None:
@@ -184,10 +161,10 @@ def _train_tokenizer(inputs: list[Path], vocab_size: int, path: str, text_key: s
             "give a path such as --tokenizer data/tokenizer.json"
         )
     if Path(path).exists():
-        _say(f"using {path}, which exists; delete it to train another")
+        say(f"using {path}, which exists; delete it to train another")
         return
     trained = train_tokenizer(inputs, vocab_size, Path(path), text_key=text_key)
-    _say(f"tokenizer of {trained.vocab_size:,} entries: {path}")
+    say(f"tokenizer of {trained.vocab_size:,} entries: {path}")
 
 
 @app.command()
@@ -219,17 +196,17 @@ def train(
 
     loaded = load(config, overrides or [])
     if not _is_worker():
-        nproc = nproc or max(1, _model_parallel_size(loaded) // nnodes)
+        nproc = nproc or max(1, loaded.parallel.model_parallel_size // nnodes)
         validate(loaded, nnodes * nproc)
         if dry_run:
             typer.echo(to_yaml(loaded), nl=False)
             return
-        _check_nodes(nnodes, node_rank, master)
+        job = Job(nproc, nnodes, node_rank, master)
+        job.check()
         if nnodes * nproc > 1:
-            job = Job(nproc, nnodes, node_rank, master)
             ended = launch(job, ["train", str(config), *(overrides or [])])
             if ended.reason:
-                _say_error(ended.reason)
+                say_error(ended.reason)
             raise typer.Exit(ended.status)
     elif nproc is not None or nnodes > 1:
         raise typer.BadParameter(
@@ -247,32 +224,13 @@ def train(
         _report(Path(loaded.run_dir))
 
 
-def _check_nodes(nnodes: int, node_rank: int, master: str) -> None:
-    from megatron_idea.config import ConfigError
-
-    if node_rank >= nnodes:
-        raise ConfigError(f"--node-rank is {node_rank}; with --nnodes {nnodes} it is below that")
-    host, _, port = master.rpartition(":")
-    if nnodes == 1 and not master:
-        return
-    if not (host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(
-            f"--master is {master!r}; several nodes need HOST:PORT of node 0, the same everywhere"
-        )
-    try:
-        socket.getaddrinfo(host.strip("[]"), port)
-    except OSError as error:
-        raise ConfigError(
-            f"--master names host {host!r}, which has no address here ({error.strerror}); give its "
-            "address, or add the name to /etc/hosts"
-        ) from error
-
-
 @app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    nproc: Processes = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes; default: TP x PP.")
+    ] = None,
     gpus: Annotated[
         int | None,
         typer.Option("--gpus", min=1, help="What the run takes of so many GPUs: memory, hours."),
@@ -293,7 +251,7 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw memory and cost over tokens; needs --gpus."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a run will do and cost: sizes, phases, curves, widths, FLOPs.
 
@@ -311,35 +269,28 @@ def plan(
     if gpus is not None and suggest:
         _suggest(loaded, gpus, gpu, mfu, as_json)
         return
-    made = make_plan(loaded, gpus or nproc or _model_parallel_size(loaded))
-    budget = _budget(loaded, gpus, gpu, mfu) if gpus else None
-    if as_json:
-        both = dataclasses.asdict(made)
-        if budget is not None:
-            both["budget"] = dataclasses.asdict(budget)
-        typer.echo(json.dumps(both, indent=2))
-    else:
-        _show(render_plan(made))
-    if budget is None:
+    made = make_plan(loaded, gpus or nproc or loaded.parallel.model_parallel_size)
+    if gpus is None:
+        if as_json:
+            _print_json(made)
+        else:
+            show(render_plan(made))
         return
+    from megatron_idea.engine.gpus import gpu_named
+    from megatron_idea.planning.budget import Assumptions, make_budget
     from megatron_idea.planning.view import draw_budget, render_budget
 
-    if not as_json:
-        _show(render_budget(budget))
+    with Console(stderr=True).status("building the model on paper"):
+        budget = make_budget(loaded, gpus, gpu_named(gpu), Assumptions(mfu=mfu))
+    if as_json:
+        _print_json(dataclasses.asdict(made) | {"budget": budget})
+    else:
+        show(render_plan(made))
+        show(render_budget(budget))
     if picture:
         draw_budget(budget, picture)
     if budget.refusal:
         raise ConfigError(f"{budget.refusal}; --suggest shows layouts that fit")
-
-
-def _budget(config: Config, gpus: int, gpu: str, mfu: float) -> Budget:
-    from megatron_idea.config import validate
-    from megatron_idea.engine.gpus import gpu_named
-    from megatron_idea.planning.budget import Assumptions, make_budget
-
-    validate(config, gpus)
-    with Console(stderr=True).status("building the model on paper"):
-        return make_budget(config, gpus, gpu_named(gpu), Assumptions(mfu=mfu))
 
 
 def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> None:
@@ -352,11 +303,9 @@ def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> 
     with Console(stderr=True).status("building the model on paper in many layouts"):
         fitting, refused = suggest(config, gpus, kind, Assumptions(mfu=mfu))
     if as_json:
-        both = {"fitting": fitting, "refused": refused}
-        rows = {name: [dataclasses.asdict(x) for x in layouts] for name, layouts in both.items()}
-        typer.echo(json.dumps(rows, indent=2))
+        _print_json({"fitting": fitting, "refused": refused})
     else:
-        _show(render_layouts(fitting, refused, kind))
+        show(render_layouts(fitting, refused, kind))
     if not fitting:
         raise ConfigError(f"no layout of {gpus} GPUs of this kind holds the run")
 
@@ -389,56 +338,42 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Sequences or documents of each; 0: all.")] = 0,
     seq_length: Annotated[int, typer.Option(help="Tokens in a row; 0: as in training.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows at once; 0: as in training, or 8.")] = 0,
-    tokenizer: Annotated[
-        str, typer.Option(metavar="PATH|byte", help="In place of the model's own.")
-    ] = "",
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Keeps what is done; go on from it if it is there."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    tokenizer: OtherTokenizer = "",
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model: held-out loss, perplexity, bits per byte, and tasks of the harness."""
     from megatron_idea.config import ConfigError
     from megatron_idea.evaluation.held_out import Options, evaluate_model
-    from megatron_idea.evaluation.tasks import evaluate_tasks, tasks_of
+    from megatron_idea.evaluation.tasks import as_text, evaluate_tasks, tasks_of
 
     names, num_fewshot = tasks_of(suite, tasks, num_fewshot, data or [])
     if not names and (task_path or num_fewshot is not None):
         raise ConfigError("--task-path and --num-fewshot are for tasks: give --tasks NAME,...")
-    if resume and names and not data:
-        raise ConfigError("--resume keeps held-out loss, not tasks: give --data, or leave it out")
-    options = Options(seq_length, batch_size, limit, tokenizer, resume)
-    scores = {}
+    options = Options(seq_length, batch_size, limit, tokenizer)
+    scores, measured = {}, []
     if names:
         scores = evaluate_tasks(
             path, names, data or [], overrides or [], options, num_fewshot, task_path or []
         )
-    measured = []
     if data or not names:
         measured = evaluate_model(path, data or [], overrides or [], options)
     if _rank() != 0:
         return
     if as_json:
         rows = [{"data": one.data} | one.as_dict() for one in measured]
-        typer.echo(json.dumps({"model": str(path), "held_out": rows, "tasks": scores}, indent=2))
+        _print_json({"model": str(path), "held_out": rows, "tasks": scores})
         return
     for one in measured:
         if data:
-            _say(one.data)
-        for name, value in one.as_dict().items():
-            _say(f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value:.4f}")
-    # A tag stands for several tasks and has no figure of its own.
-    for name in names if set(names) <= set(scores) else scores:
-        for metric, value in scores[name].items():
-            _say(f"{name:<14}{metric:<18}{value:.4f}")
+            say(one.data)
+        say(one.as_text())
+    if scores:
+        say(as_text(scores, names))
 
 
 @app.command()
 def compact(
-    path: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A run takes its latest checkpoint.")
-    ],
+    path: CheckpointOrRun,
     out: Annotated[
         Path, typer.Option(metavar="RUN", help="New run folder, for the compacted checkpoint.")
     ],
@@ -450,14 +385,9 @@ def compact(
     ] = "",
 ) -> None:
     """Remove masked or unimportant neurons from a checkpoint on disk, optimizer state included."""
-    from megatron_idea.checkpoint.compact import compact_checkpoint
-    from megatron_idea.config import ConfigError
+    from megatron_idea.checkpoint.compact import compact_checkpoint, read_widths
 
-    try:
-        widths = [int(width) for width in to.split(",")] if to else []
-    except ValueError as error:
-        raise ConfigError(f"--to is {to!r}; give whole numbers, as in 384 or 384,256") from error
-    _say(str(compact_checkpoint(path, out, widths)))
+    say(str(compact_checkpoint(path, out, read_widths(to))))
 
 
 @app.command()
@@ -471,14 +401,17 @@ def report(
     ] = None,
 ) -> None:
     """Draw runs, finished or not, as one HTML page and pictures; print the closing table."""
+    from megatron_idea import report as reports
     from megatron_idea.config import ConfigError
 
     if len(runs) == 1:
         if out is not None:
             raise ConfigError("--out is for several runs; one is drawn into its own folder")
         _report(runs[0])
-    else:
-        _compare(runs, out)
+        return
+    paths = reports.compare(runs, out)
+    show(reports.comparison_table(runs))
+    say(f"\npicture: {paths.picture}\npage:    {paths.page}")
 
 
 @app.command()
@@ -501,16 +434,14 @@ def doctor() -> None:
     from megatron_idea.planning.doctor import collect, render
 
     rows = collect()
-    _show(render(rows))
+    show(render(rows))
     if any(row.is_fatal for row in rows):
         raise typer.Exit(1)
 
 
 @app.command()
 def export(
-    path: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A run takes its latest checkpoint.")
-    ],
+    path: CheckpointOrRun,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     layout: Annotated[
         str,
@@ -519,30 +450,21 @@ def export(
     dtype: Annotated[
         str, typer.Option(metavar="bf16|fp32", help="Default: the run's own precision.")
     ] = "",
-    tokenizer: Annotated[
-        str, typer.Option(metavar="PATH|byte", help="In place of the run's, if it has moved.")
-    ] = "",
+    tokenizer: OtherTokenizer = "",
     max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights.")] = 5.0,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: LlamaForCausalLM or Qwen3ForCausalLM."""
-    from megatron_idea.config import ConfigError
     from megatron_idea.huggingface.export import export_checkpoint
 
-    if not math.isfinite(max_shard_gb):
-        raise ConfigError(f"--max-shard-gb is {max_shard_gb}; it must be a finite number")
     done = export_checkpoint(
         path,
         out,
         layout=layout,
         dtype=dtype,
         tokenizer=tokenizer,
-        max_shard_bytes=round(max_shard_gb * 1e9),
+        max_shard_bytes=max_shard_gb * 1e9,
     )
-    (kind,) = json.loads((done.path / "config.json").read_text())["architectures"]
-    _say(
-        f"{kind} of {done.parameters:,} parameters, {_megabytes(done.bytes)}: {done.path}\n"
-        f"FFN widths {_widths(done.widths)}, of which live {_widths(done.live)}"
-    )
+    say(done.as_text())
 
 
 @app.command("import")
@@ -565,11 +487,7 @@ def import_(
     from megatron_idea.huggingface.import_ import import_checkpoint
 
     done = import_checkpoint(folder, run, config, overrides or [], enlarge_ffn=enlarge_ffn)
-    before = _widths(done.widths_before)
-    _say(f"FFN widths {_widths(done.widths)} ({before} in {folder}): {done.path}")
-    _say(f"megatron-idea train {done.config_path}")
-    for note in done.notes:
-        _say(f"note: {note}")
+    say(done.as_text())
 
 
 @app.command()
@@ -585,9 +503,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many likeliest; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    tokenizer: Annotated[
-        str, typer.Option(metavar="PATH|byte", help="In place of the model's own.")
-    ] = "",
+    tokenizer: OtherTokenizer = "",
 ) -> None:
     """Let a model go on from a prompt, in one process; a run's report shows what it wrote."""
     from megatron_idea.checkpoint.folder import complete
@@ -603,7 +519,7 @@ def generate(
         tokenizer=tokenizer,
     )
     for one in samples:
-        _say(one.prompt + one.text)
+        say(one.prompt + one.text)
     if complete(path):
         remember(path, samples)
 
@@ -612,21 +528,8 @@ def _report(run_dir: Path) -> None:
     from megatron_idea import report as reports
 
     paths = reports.report(run_dir)
-    _show(reports.closing_table(run_dir))
-    _say(f"\nrun folder: {run_dir}\npicture:    {paths.picture}\npage:       {paths.page}")
-
-
-def _compare(run_dirs: list[Path], out: Path | None) -> None:
-    from megatron_idea import report as reports
-
-    paths = reports.compare(run_dirs, out)
-    _show(reports.comparison_table(run_dirs))
-    _say(f"\npicture: {paths.picture}\npage:    {paths.page}")
-
-
-def _model_parallel_size(config: Config) -> int:
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    show(reports.closing_table(run_dir))
+    say(f"\nrun folder: {run_dir}\npicture:    {paths.picture}\npage:       {paths.page}")
 
 
 def _is_worker() -> bool:
@@ -638,65 +541,8 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _say_error(text: str) -> None:
-    line = Text.assemble(("error: ", "bold"), text, style="red")
-    Console(stderr=True).print(line, soft_wrap=True)
-
-
-def quiet() -> None:
-    """Keep megatron-core's and torch's notes to developers out of a run's log."""
-    import warnings
-
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
-    for module in _TELLS_DEVELOPERS:
-        logging.getLogger(f"megatron.core.{module}").addFilter(_is_for_users)
-
-
-# Since 0.18 these log at each rebuild or save what callers of megatron-core should do otherwise.
-_TELLS_DEVELOPERS = (
-    "models.gpt.gpt_model",
-    "distributed.distributed_data_parallel",
-    "dist_checkpointing.strategies.common",
-    "dist_checkpointing.strategies.torch",
-)
-
-
-def _is_for_users(record: logging.LogRecord) -> bool:
-    text = record.getMessage().lower()
-    return "deprecated" not in text and "full_param_layout" not in text
-
-
-def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _show(rendered: RenderableType) -> None:
-    """Print tables and sentences. In a terminal tables fit its width as far as no word is cut.
-
-    Sentences are left to the terminal to wrap. What is not a terminal gets unbroken lines.
-    """
-    console = Console()
-    roomy = console.options.update(width=UNBROKEN)
-    # rich measures a table without its edges' padding, and then takes that off once more.
-    needed = Measurement.get(console, roomy, rendered).minimum + 2
-    console.width = max(console.width, needed) if console.is_terminal else UNBROKEN
-    console.print(rendered, soft_wrap=True)
-
-
-def _some(paths: list[Path], most: int = 5) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(paths) - most:,} more" if len(paths) > most else ""
-    return ", ".join(map(str, paths[:most])) + more
-
-
-def _widths(widths: list[int]) -> str:
-    """One number when all layers are equal."""
-    return ", ".join(map(str, widths if len(set(widths)) > 1 else widths[:1]))
-
-
-def _megabytes(number: int) -> str:
-    return f"{number / 1e6:.1f} MB"
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=dataclasses.asdict))
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from megatron_idea.errors import UserError
 from megatron_idea.files import UnsafeFileError, check_yaml
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be run; the message says what is legal."""
 
 
@@ -177,6 +178,11 @@ class ParallelConfig:
             "parallel.distributed_timeout_minutes must be positive",
         )
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model: TP x PP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
     def resolved(self, cuda: bool) -> ParallelConfig:
         """The same with every null decided, for a machine with or without CUDA."""
         reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
@@ -263,13 +269,20 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class PruneTarget:
+    """The model that is shipped, in the words of the ``model`` section."""
+
+    ffn_hidden_size: int = 384
+    """FFN width (mean over layers when ``prune.scope`` is global)."""
+
+
+@dataclass(frozen=True)
 class PruneConfig:
     """Which neurons go. Defaults are our reading of IDEA Prune; docs/method.md argues each."""
 
     strategy: str = "idea"
-    """``idea``, or ``none`` for plain training at the full width."""
-    target_ffn_hidden_size: int = 384
-    """FFN width of the model that is shipped (mean over layers when ``scope`` is global)."""
+    """``idea``; ``random`` or ``magnitude``, to compare with; ``none``: train at full width."""
+    target: PruneTarget = field(default_factory=PruneTarget)
     element: str = "abs"
     """Importance of one weight: ``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g."""
     row_reduce: str = "mean"
@@ -442,7 +455,7 @@ class Config:
         """FFN width at the end of the run (mean over layers when ``prune.scope`` is global)."""
         if self.prune.strategy == "none":
             return self.model.ffn_hidden_size
-        return self.prune.target_ffn_hidden_size
+        return self.prune.target.ffn_hidden_size
 
     @property
     def final_keep_ratio(self) -> float:
@@ -505,20 +518,22 @@ def to_yaml(config: Config) -> str:
 
 def replace(config: Config, **sections: Any) -> Config:
     """A copy with sections or fields replaced: ``replace(config, prune={"ema": 0.3})``."""
-    changes = {
-        name: dataclasses.replace(getattr(config, name), **value)
-        if isinstance(value, dict)
-        else value
-        for name, value in sections.items()
+    return _replaced(config, sections)
+
+
+def _replaced(section: Any, changes: dict[str, Any]) -> Any:
+    values = {
+        name: _replaced(getattr(section, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
     }
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(section, **values)
 
 
 def _reject_unknown(given: dict[str, Any], section: type, prefix: str) -> None:
     known = get_type_hints(section)
     for key, value in given.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(str(key), _keys(section), n=1, cutoff=0.0)[0]
             raise ConfigError(
                 f"unknown key {prefix + str(key)!r}; did you mean {prefix + near!r}? "
                 f"known here: {', '.join(known)}"
@@ -529,6 +544,17 @@ def _reject_unknown(given: dict[str, Any], section: type, prefix: str) -> None:
                 f"{prefix}{key} is a section, not the value {_brief(value)}",
             )
             _reject_unknown(value, known[key], prefix=f"{prefix}{key}.")
+
+
+def _keys(section: type) -> list[str]:
+    """The keys of a section, and below a section in it those of it: ``target.ffn_hidden_size``."""
+    found = []
+    for key, kind in get_type_hints(section).items():
+        found.append(key)
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            found += [f"{key}.{inner}" for inner in _keys(kind)]
+    return found
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -671,10 +697,16 @@ def _brief(value: Any) -> str:
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Check sections against each other and against the number of processes.
+    """Check that a run is possible: its layout, and what it prunes when.
 
     Raises: ConfigError, saying what was given, what is legal and how to mend it.
     """
+    validate_layout(config, world_size)
+    _validate_widths(config)
+
+
+def validate_layout(config: Config, world_size: int) -> None:
+    """Check that model and batch can be split over so many processes. Raises: ConfigError."""
     model, training, parallel = config.model, config.training, config.parallel
     tp = parallel.tensor_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
@@ -711,7 +743,6 @@ def validate(config: Config, world_size: int) -> None:
         f"interleaved pipelining needs a multiple of PP ({pp}) micro-batches per step; "
         f"this run has {num_microbatches}",
     )
-    _validate_widths(config)
 
 
 def require_multiple(name: str, width: int, multiple: int, what: str) -> None:
@@ -734,14 +765,14 @@ def _validate_widths(config: Config) -> None:
     final = config.final_ffn_multiple
     servers = " and of prune.serve_tensor_model_parallel_size x 128, together"
     require_multiple(
-        "prune.target_ffn_hidden_size",
+        "prune.target.ffn_hidden_size",
         target,
         final,
         what if final == multiple else f"{what}{servers} {final}",
     )
     _require(
         target < full,
-        f"prune.target_ffn_hidden_size ({target}) must be below model.ffn_hidden_size ({full}); "
+        f"prune.target.ffn_hidden_size ({target}) must be below model.ffn_hidden_size ({full}); "
         "to train without pruning set prune.strategy=none",
     )
     schedule = config.schedule

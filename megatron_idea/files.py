@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from megatron_idea.errors import UserError
+
 MOST_TEXT_BYTES = 1 << 26
 """Of a file that is read whole: 64 MiB. A manifest of 100,000 files takes 8."""
 
@@ -18,7 +20,7 @@ MOST_YAML_VALUES = 20_000
 """Of a configuration, aliases spelled out; ours have about a hundred."""
 
 
-class UnsafeFileError(ValueError):
+class UnsafeFileError(UserError):
     """A file that is not read; the message says why, beginning with its name."""
 
 

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_idea.config import GuardConfig
+from megatron_idea.errors import UserError
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """The run cannot go on by itself; the message says what was seen and what to change."""
 
 

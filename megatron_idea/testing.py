@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_idea.cli import quiet
+from megatron_idea.engine.core_versions import quiet
 
 # Largest accepted |a - b| / max(1, |b|). fp32 results of the same mathematics in another order of
 # summation differ by a few units in the last place, 1.2e-7 each; bf16 keeps 8 bits.

@@ -63,7 +63,7 @@ def tiny(dataset: Path, tmp_path: Path) -> Config:
                 "enlarged_fraction": 0.25, "prune_fraction": 5 / 12, "recover_fraction": 1 / 3,
                 "prune_warmup_fraction": 0.2,
             },
-            "prune": {"target_ffn_hidden_size": 24, "alignment": 4, "compaction_block": 8},
+            "prune": {"target": {"ffn_hidden_size": 24}, "alignment": 4, "compaction_block": 8},
             "checkpoint": {"before_compaction": False},
             "evaluation": {"num_samples": 4, "around_compaction": False},
             "logging": {"tensorboard": False, "progress": False},

@@ -69,7 +69,7 @@ def trained(
 ) -> tuple[Config, list[int]]:
     # Weights large enough that attention, and with it RoPE and QK norm, moves the logits.
     model = {"vocab_size": 264, "init_method_std": 0.3} | sections.pop("model", {})
-    prune = {"target_ffn_hidden_size": 12, "compact": False} | sections.pop("prune", {})
+    prune = {"target": {"ffn_hidden_size": 12}, "compact": False} | sections.pop("prune", {})
     config = small(run_dir=str(run_dir), model=model, prune=prune, schedule=SOON, **sections)
     live = workers.run(save_job, world_size, config, steps)[0]
     return config, live

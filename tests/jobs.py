@@ -27,7 +27,7 @@ def small(**sections: Any) -> Config:
                 "vocab_size": 32, "qk_layernorm": True,
             },
             "training": {"seq_length": 8, "micro_batch_size": 2, "global_batch_size": 12},
-            "prune": {"target_ffn_hidden_size": 12, "alignment": 2, "compaction_block": 4},
+            "prune": {"target": {"ffn_hidden_size": 12}, "alignment": 2, "compaction_block": 4},
             "checkpoint": {"before_compaction": False},
         }
     )  # fmt: skip

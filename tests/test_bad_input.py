@@ -79,9 +79,9 @@ def data(prefix: Path) -> str:
 
 def test_a_configuration_that_fits_nothing_names_what_fits(train: Any) -> None:
     refused(train("model.ffn_hiden_size=128"), "did you mean 'model.ffn_hidden_size'?")
-    refused(train("prune.target_ffn_hidden_size=22"), "TP x prune.alignment = 4", "20, 24")
+    refused(train("prune.target.ffn_hidden_size=22"), "TP x prune.alignment = 4", "20, 24")
     refused(
-        train("prune.target_ffn_hidden_size=64"),
+        train("prune.target.ffn_hidden_size=64"),
         "(64) must be below model.ffn_hidden_size (64)",
         "prune.strategy=none",
     )

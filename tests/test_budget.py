@@ -53,7 +53,7 @@ def small(**sections: Any) -> Config:
                 "precision": "bf16",
             },
             "schedule": {"total_tokens": 256 * 1024},
-            "prune": {"target_ffn_hidden_size": 512, "compaction_block": 256},
+            "prune": {"target": {"ffn_hidden_size": 512}, "compaction_block": 256},
         }
     )  # fmt: skip
     return configs.replace(config, **sections)

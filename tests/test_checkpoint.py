@@ -690,7 +690,7 @@ def test_another_model_schedule_or_data_is_refused_with_both_values(
         ({"training": {"global_batch_size": 8}}, "training.global_batch_size"),
         ({"training": {"seed": 1}}, "training.seed"),
         ({"training": {"precision": "bf16"}}, "training.precision"),
-        ({"prune": {"target_ffn_hidden_size": 32}}, "prune.target_ffn_hidden_size"),
+        ({"prune": {"target": {"ffn_hidden_size": 32}}}, "prune.target.ffn_hidden_size"),
     ):
         assert key in changes(config, path, **sections)
 

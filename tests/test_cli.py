@@ -20,7 +20,9 @@ from megatron_idea import (
     cli,
     config,
 )
-from megatron_idea.config import Config, ConfigError
+from megatron_idea.config import Config
+from megatron_idea.errors import UserError
+from megatron_idea.records import terminal
 from megatron_idea.records.log import RunLog
 
 runner = CliRunner()
@@ -28,7 +30,7 @@ CONFIG = """
 run_dir: {run_dir}
 model: {{ffn_hidden_size: 1024}}
 parallel: {{tensor_model_parallel_size: 2}}
-prune: {{target_ffn_hidden_size: 384}}
+prune: {{target: {{ffn_hidden_size: 384}}}}
 """
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE")
 
@@ -88,6 +90,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+def terminal_console() -> Console:
+    return Console(force_terminal=True, color_system=None)
+
+
 def run(*arguments: Any) -> Any:
     return runner.invoke(cli.app, [str(argument) for argument in arguments])
 
@@ -129,7 +135,9 @@ def test_no_fact_of_a_plan_is_broken(
     monkeypatch.setenv("COLUMNS", columns)
     run_dir = "runs/" + "a-long-name" * 20 + " with words in it"
     plans = [run("plan", config_path, f"run_dir={run_dir}").stdout]
-    monkeypatch.setattr(cli, "Console", lambda: Console(force_terminal=True, color_system=None))
+    monkeypatch.setattr(
+        terminal, "Console", lambda: Console(force_terminal=True, color_system=None)
+    )
     plans.append(run("plan", config_path, f"run_dir={run_dir}").stdout)
     for plan in plans:
         lines = [line.rstrip() for line in plan.splitlines()]
@@ -146,10 +154,12 @@ def test_a_table_of_sentences_fits_a_terminal_and_is_unbroken_elsewhere(
 
     monkeypatch.setenv("COLUMNS", "60")
     table = render([Row("a name", "ok", "words " * 20, "path/" * 20)])
-    cli._show(table)
+    terminal.show(table)
     assert len(capsys.readouterr().out.splitlines()) == 2
-    monkeypatch.setattr(cli, "Console", lambda: Console(force_terminal=True, color_system=None))
-    cli._show(table)
+    monkeypatch.setattr(
+        terminal, "Console", lambda: Console(force_terminal=True, color_system=None)
+    )
+    terminal.show(table)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and "path/" * 20 in "".join(lines)
     assert any("path/" * 20 in line for line in lines)
@@ -191,7 +201,7 @@ def test_plan_wants_to_know_how_many_gpus(config_path: Path) -> None:
     ("arguments", "parts"),
     [
         (["model.hiden_size=1"], ["did you mean 'model.hidden_size'?"]),
-        (["prune.target_ffn_hidden_size=390"], ["nearest legal widths: 384, 400"]),
+        (["prune.target.ffn_hidden_size=390"], ["nearest legal widths: 384, 400"]),
         (["schedule.prune_fraction=0.3"], ["must be 1; they are"]),
         (["--nproc", "3"], ["3 processes cannot be split", "a multiple of 2"]),
     ],
@@ -278,29 +288,44 @@ def test_a_worker_refuses_to_start_processes_of_its_own(
     assert "launcher" in result.stderr
 
 
-@pytest.mark.parametrize("error", [ValueError("of torch"), RuntimeError("of ours"), KeyError("x")])
-def test_what_the_user_did_not_cause_keeps_its_traceback(
+def raises(error: Exception) -> types.ModuleType:
+    """``megatron_idea.train``, which raises in a frame of its own."""
+    made = types.ModuleType("megatron_idea.train")
+    made.error = error  # type: ignore[attr-defined]
+    exec("def train(config): raise error", made.__dict__)
+    return made
+
+
+@pytest.mark.parametrize("error", [ValueError("too many values"), RuntimeError("x"), KeyError("x")])
+def test_a_bug_of_our_own_keeps_its_traceback(
     config_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def train(given: Config) -> None:
-        raise error
-
-    module = types.ModuleType("megatron_idea.train")
-    module.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "megatron_idea.train", module)
+    monkeypatch.setitem(sys.modules, "megatron_idea.train", raises(error))
     result = run("train", config_path, "parallel.tensor_model_parallel_size=1")
     assert result.exit_code == 1
     assert result.exception is error
 
 
-def test_a_value_error_of_our_own_code_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    scope: dict[str, Any] = {"__name__": "megatron_idea.data.documents"}
-    exec("def fail(): raise ValueError('line 3 of x.jsonl has no text')", scope)
-    for module, expected in (("megatron_idea.data.documents", True), ("torch.nn", False)):
-        scope["__name__"] = module
-        with pytest.raises(ValueError) as caught:
-            scope["fail"]()
-        assert cli._is_users(caught.value) == expected
+def kinds_of(kind: type[UserError]) -> list[type[UserError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in kinds_of(child))]
+
+
+def test_every_error_of_the_user_is_one_line_and_can_be_carried_to_other_ranks(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import megatron_idea.checkpoint
+    import megatron_idea.records.lock  # noqa: F401  with these all are there
+
+    kinds = [kind for kind in kinds_of(UserError) if kind.__module__.startswith("megatron_idea.")]
+    assert {
+        "ConfigError", "DataError", "BadDocumentError", "CheckpointError", "DamagedError",
+        "ForeignError", "DivergedError", "UnsafeFileError", "RunFolderError", "RecordError",
+    } <= {kind.__name__ for kind in kinds}  # fmt: skip
+    for kind in kinds:
+        error = kind("rank 1: what to do")  # as agree_or_raise makes it
+        monkeypatch.setitem(sys.modules, "megatron_idea.train", raises(error))
+        result = run("train", config_path, "parallel.tensor_model_parallel_size=1")
+        assert_user_error(result, "error: rank 1: what to do")
 
 
 def test_report_refuses_another_folder(tmp_path: Path) -> None:
@@ -367,10 +392,6 @@ def test_the_byte_tokenizer_cannot_be_trained(tmp_path: Path) -> None:
         "tokenize", text, "--out", tmp_path / "t", "--tokenizer", "byte", "--train-tokenizer", 300
     )
     assert_user_error(result, "--tokenizer data/tokenizer.json")
-
-
-def test_config_errors_are_value_errors() -> None:
-    assert issubclass(ConfigError, ValueError)
 
 
 def test_a_full_disk_is_one_line_in_any_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,9 @@ def test_replace_checks_the_new_values() -> None:
     [
         ("model.hiden_size=1", "model.hidden_size"),
         ("shedule.lr=1", "schedule"),
-        ("prune.target_ffn_size=1", "prune.target_ffn_hidden_size"),
+        ("prune.target_ffn_size=1", "prune.target.ffn_hidden_size'"),
+        ("prune.target_ffn_hidden_size=1", "prune.target.ffn_hidden_size'"),
+        ("lr=1", "schedule.lr'"),
         ("schedule.learning_rate=1", "schedule."),
     ],
 )
@@ -124,7 +126,7 @@ def test_a_wrong_type_is_refused_by_its_key(override: str, message: str) -> None
         ("schedule.min_lr=1.0", "must be between 0 and"),
         ("schedule.prune_warmup_fraction=1.0", "must be below 1"),
         ("schedule.prune_fraction=1.5", r"must be in \[0, 1\]"),
-        ("prune.strategy=magnitude", "legal values: idea, none"),
+        ("prune.strategy=taylor", "legal values: idea, random, magnitude, none"),
         ("prune.element=cubed", "legal values: abs, squared, signed"),
         ("prune.row_reduce=min", "legal values: mean, sum, l2, max"),
         ("prune.matrix_reduce=min", "legal values: max, mean, sum"),
@@ -191,10 +193,10 @@ def test_processes_must_be_a_multiple_of_the_model_parallel_size(world_size: int
         ({"model": {"vocab_size": 4097}}, "vocab_size .4097. must be a multiple of the TP"),
         ({"model": {"num_layers": 3}}, "num_layers .3. must be a multiple of PP"),
         ({"model": {"ffn_hidden_size": 1000}}, "nearest legal widths: 992, 1008"),
-        ({"prune": {"target_ffn_hidden_size": 390}}, "nearest legal widths: 384, 400"),
-        ({"prune": {"target_ffn_hidden_size": 7}}, "nearest legal widths: 16$"),
-        ({"prune": {"target_ffn_hidden_size": 1024}}, "set prune.strategy=none"),
-        ({"prune": {"target_ffn_hidden_size": 2048}}, "must be below model.ffn_hidden_size"),
+        ({"prune": {"target": {"ffn_hidden_size": 390}}}, "nearest legal widths: 384, 400"),
+        ({"prune": {"target": {"ffn_hidden_size": 7}}}, "nearest legal widths: 16$"),
+        ({"prune": {"target": {"ffn_hidden_size": 1024}}}, "set prune.strategy=none"),
+        ({"prune": {"target": {"ffn_hidden_size": 2048}}}, "must be below model.ffn_hidden_size"),
         ({"prune": {"compaction_block": 24}}, "compaction_block .24. must be a multiple"),
     ],
 )
@@ -232,7 +234,7 @@ def test_interleaving_needs_whole_rounds_of_micro_batches() -> None:
 
 
 def test_plain_training_ignores_the_target_width() -> None:
-    config = replace(Config(), prune={"strategy": "none", "target_ffn_hidden_size": 7})
+    config = replace(Config(), prune={"strategy": "none", "target": {"ffn_hidden_size": 7}})
     validate(config, 1)
     assert config.final_keep_ratio == 1.0
     assert config.target_ffn_hidden_size == config.model.ffn_hidden_size

@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from megatron_idea.cli import quiet
 from megatron_idea.engine import core_versions
-from megatron_idea.engine.core_versions import async_save, import_without_triton
+from megatron_idea.engine.core_versions import async_save, import_without_triton, quiet
 
 TRITON_ONLY = "megatron.core.transformer.moe.paged_stash"
 

@@ -42,7 +42,7 @@ def small(**sections: dict) -> Config:
             "model": {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 64, "vocab_size": 32},
             "training": {"seq_length": 8, "global_batch_size": 2, "micro_batch_size": 2},
             "schedule": {"total_tokens": 1024, "prune_warmup_fraction": 0.0},
-            "prune": {"target_ffn_hidden_size": 16, "compaction_block": 8},
+            "prune": {"target": {"ffn_hidden_size": 16}, "compaction_block": 8},
         }
     )
     return configs.replace(base, **sections)
@@ -127,7 +127,7 @@ def test_planned_widths_are_those_of_the_pruner_step_by_step(
         model={"ffn_hidden_size": full * alignment},
         schedule={"total_tokens": steps * 16, "removal": removal},
         prune={
-            "target_ffn_hidden_size": min(target, full - 1) * alignment,
+            "target": {"ffn_hidden_size": min(target, full - 1) * alignment},
             "alignment": alignment,
             "compaction_block": block * alignment,
             "mask_interval_steps": interval,

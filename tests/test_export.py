@@ -342,7 +342,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     refused(plain, "--layout is 'dense'; legal values: padded, compact", layout="dense")
     refused(plain, "--dtype is 'fp16'; legal values: fp32, bf16", dtype="fp16")
     refused(plain, "exists already", out=plain)
-    refused(plain, "must be positive", max_shard_bytes=0)
+    refused(plain, "must be a finite number above 0", max_shard_bytes=0)
     refused(plain, "no tokenizer at", DataError, tokenizer=str(tmp_path / "none.json"))
     damaged = tmp_path / "damaged"
     shutil.copytree(plain, damaged)

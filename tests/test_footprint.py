@@ -61,7 +61,7 @@ def model(precision: str = "bf16", **parallel: Any) -> Config:
                 "seq_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 8,
                 "precision": precision,
             },
-            "prune": {"target_ffn_hidden_size": NARROW},
+            "prune": {"target": {"ffn_hidden_size": NARROW}},
             "parallel": parallel,
         }
     )  # fmt: skip

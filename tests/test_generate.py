@@ -112,7 +112,7 @@ def test_a_model_in_training_writes_what_its_checkpoint_does(
     config = small(
         run_dir=str(tmp_path / "run"),
         model={"num_layers": 4, "vocab_size": 264, "init_method_std": 0.3},
-        prune={"target_ffn_hidden_size": 12},
+        prune={"target": {"ffn_hidden_size": 12}},
         schedule=SOON,
         parallel=parallel,
         evaluation={"sample_prompts": prompts, "sample_tokens": 12},

@@ -287,7 +287,7 @@ def test_9_keeping_every_neuron_is_plain_training_bit_for_bit(
         ]
         return [(r["loss"], r["grad_norm"], r["lr"]) for r in records], tensors
 
-    curve, tensors = trained(strategy="idea", target_ffn_hidden_size=24)
+    curve, tensors = trained(strategy="idea", target={"ffn_hidden_size": 24})
     plain_curve, plain_tensors = trained(strategy="none")
     assert curve == plain_curve
     for ours, plain in zip(tensors, plain_tensors, strict=True):

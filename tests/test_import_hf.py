@@ -134,7 +134,7 @@ def test_widened_ffns_compute_the_same(name: str, workers: Workers, tmp_path: Pa
     )
     assert imported.widths == [64, 64] and imported.widths_before == [24, 24]
     config = configuration.load(imported.config_path)
-    assert (config.model.ffn_hidden_size, config.prune.target_ffn_hidden_size) == (64, 24)
+    assert (config.model.ffn_hidden_size, config.prune.target.ffn_hidden_size) == (64, 24)
     assert_close(ours(workers, tmp_path / "run"), theirs(source)[0], "logits", 1e-5)
     # Stock transformers says so, too.
     export_checkpoint(tmp_path / "run", tmp_path / "wide")
@@ -193,7 +193,7 @@ def test_a_widened_model_trains_on_and_is_pruned_back(
     source = hf_model(tmp_path / "hf", "qwen3_tied")
     given = yaml.safe_load(to_yaml(tiny))
     del given["model"], given["run_dir"]
-    given["prune"]["target_ffn_hidden_size"] = 24
+    given["prune"]["target"] = {"ffn_hidden_size": 24}
     given["parallel"]["tensor_model_parallel_size"] = 2
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
 

@@ -15,8 +15,8 @@ PACKAGE = "megatron_idea"
 
 # A part may import parts of its own rank or below. A folder has one rank, but for single files.
 LAYERS = (
-    {"config", "schedule", "shape", "course", "guard", "files", "kernels", "_C", "__init__",
-     "engine.core_versions", "huggingface.names"},
+    {"config", "errors", "schedule", "shape", "course", "guard", "files", "kernels", "_C",
+     "__init__", "engine.core_versions", "huggingface.names"},
     {"engine"},
     {"data", "records", "prune"},
     {"checkpoint", "report"},

@@ -317,7 +317,7 @@ def config_of(tiny: Config, layout: str, **sections: dict[str, Any]) -> Config:
         model={"init_method_std": 0.1, "ffn_hidden_size": FFN, "num_layers": at.num_layers},
         training={"micro_batch_size": at.micro_batch_size},
         parallel=at.parallel,
-        prune={"target_ffn_hidden_size": TARGET, "alignment": MULTIPLE // tp},
+        prune={"target": {"ffn_hidden_size": TARGET}, "alignment": MULTIPLE // tp},
         schedule={
             "total_tokens": STEPS * 128,
             "enlarged_fraction": 2 / 26,
@@ -475,7 +475,7 @@ def test_dropout_does_not_notice_a_compaction(layout: str, pair: Runs) -> None:
 def test_keep_ratio_of_one_is_plain_training(tiny: Config, workers: Workers) -> None:
     plain = config_of(tiny, "one", prune={"strategy": "none"})
     # validate asks for a target below the full width: there is nothing to prune otherwise.
-    pruned = replace(plain, prune={"strategy": "idea", "target_ffn_hidden_size": FFN})
+    pruned = replace(plain, prune={"strategy": "idea", "target": {"ffn_hidden_size": FFN}})
     a, b = train(workers, "one", [plain, pruned])
     assert b.ema[10].max() > 0, "the pruned run did not even observe"
     assert b.alive.all()

@@ -52,7 +52,7 @@ def synthetic_config(run_dir: Path, **sections: dict) -> Config:
             "run_dir": str(run_dir),
             "model": {"ffn_hidden_size": 1024, "vocab_size": 2048},
             "schedule": {"total_tokens": 400 * BATCH},
-            "prune": {"target_ffn_hidden_size": 384},
+            "prune": {"target": {"ffn_hidden_size": 384}},
         }
     )
     return configs.replace(base, **sections)
@@ -379,7 +379,7 @@ def test_samples_and_configuration_are_shown(run_dir: Path) -> None:
     write_lines(run_dir / "samples.jsonl", [sample(9, "def f", "(x):\n\treturn")])
     text = Tags(page([read_run(run_dir)])).text
     assert "def f" in text and "(x):\n\treturn" in text and "18.4K tokens, enlarged" in text
-    assert "target_ffn_hidden_size: 384" in text
+    assert "ffn_hidden_size: 384" in text
 
 
 def sample(step: int, prompt: str, text: str) -> dict[str, Any]:

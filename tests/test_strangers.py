@@ -669,10 +669,10 @@ def test_a_record_of_the_wrong_type_is_left_out(name: str, run_dir: Path) -> Non
 def test_a_generated_text_does_not_command_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from megatron_idea import cli
+    from megatron_idea.records.terminal import say, say_error
 
-    cli._say(HOSTILE)
-    cli._say_error(HOSTILE)
+    say(HOSTILE)
+    say_error(HOSTILE)
     said = capsys.readouterr()
     assert "[bold red]" in said.out and "\x1b]0" not in said.out + said.err
     assert "\x9b" not in said.out + said.err

@@ -87,6 +87,17 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         return checkpoint.save(new_run, fresh, pruner, state)
 
 
+def read_widths(text: str) -> list[int]:
+    """Read the numbers of ``--to``: 384, or 384,256 for two layers; none when it is empty.
+
+    Raises: ConfigError for anything but whole numbers.
+    """
+    try:
+        return [int(width) for width in text.split(",")] if text else []
+    except ValueError as error:
+        raise ConfigError(f"--to is {text!r}; give whole numbers, as in 384 or 384,256") from error
+
+
 def _legal(widths: Sequence[int], present: Sequence[int], config: Config) -> tuple[int, ...]:
     """One width for each layer, all legal for the run's own layout; empty when none are given."""
     if not widths:

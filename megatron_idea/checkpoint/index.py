@@ -20,6 +20,7 @@ from typing import IO, Any, ClassVar
 import torch
 
 from megatron_idea import files
+from megatron_idea.errors import UserError
 
 INDEX = ".metadata"
 COMMON = "common.pt"
@@ -32,7 +33,7 @@ DTYPES = {
 }
 
 
-class ForeignError(ValueError):
+class ForeignError(UserError):
     """An index or a tensor that is none of ours; the message says what it holds."""
 
 

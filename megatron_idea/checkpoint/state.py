@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from megatron_idea import files
 from megatron_idea.checkpoint.index import ForeignError, read_index
 from megatron_idea.config import Config
+from megatron_idea.errors import UserError
 from megatron_idea.guard import Watch
 from megatron_idea.huggingface.names import checkpoint_name
 from megatron_idea.prune.axis import whole_shapes
@@ -22,7 +23,7 @@ FORMAT = 3  # 1 had no manifest, 2 kept masks in the model and widths of FFNs al
 NOTHING_DUE = "{} is damaged: state.json says that a compaction is due, and none is"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or used; the message says why and what stands."""
 
 
@@ -69,7 +70,7 @@ def read_state(path: Path, config: Config | None = None) -> TrainState:
         if form == FORMAT:
             content.pop("megatron_core", None)
             state = _typed(TrainState, content)
-    except ValueError as error:
+    except files.UnsafeFileError as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
     if form != FORMAT:
         raise CheckpointError(
@@ -131,19 +132,19 @@ def _typed(kind: type[Record], content: Any) -> Record:
     """A dataclass from a JSON object, every field of its type and in its range.
 
     Counts are not negative, widths positive, other numbers finite.
-    Raises: ValueError that names what is wrong.
+    Raises: UnsafeFileError that names what is wrong.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{kind.__name__} is no JSON object")
+        raise files.UnsafeFileError(f"{kind.__name__} is no JSON object")
     known = {one.name: str(one.type) for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     strange = sorted(content.keys() - known.keys())
     if strange:
-        raise ValueError(f"it has {strange[0]!r:.100}, which this version does not know")
+        raise files.UnsafeFileError(f"it has {strange[0]!r:.100}, which this version does not know")
     values = {name: _value(name, known[name], value) for name, value in content.items()}
     try:
         return kind(**values)
     except TypeError as error:
-        raise ValueError(f"a value is missing: {error}") from error
+        raise files.UnsafeFileError(f"a value is missing: {error}") from error
 
 
 def _value(name: str, kind: str, value: Any) -> Any:
@@ -164,4 +165,4 @@ def _value(name: str, kind: str, value: Any) -> Any:
         or (kind == "dict[str, int]" and isinstance(value, dict))
     ):
         return value
-    raise ValueError(f"{name} is {value!r:.100}, which is no legal {kind}")
+    raise files.UnsafeFileError(f"{name} is {value!r:.100}, which is no legal {kind}")

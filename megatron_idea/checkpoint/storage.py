@@ -26,12 +26,13 @@ from megatron_idea.checkpoint.index import (
     read_index,
 )
 from megatron_idea.engine.distributed import ProcessGroups, together
+from megatron_idea.errors import UserError
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """Files of a checkpoint are not what was written; the message names one."""
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+from megatron_idea.errors import UserError
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 FORMATS = (".jsonl", ".parquet", *TEXT_SUFFIXES)
 COMPRESSIONS = (".gz", ".zst")
@@ -23,7 +25,7 @@ _ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 _LEGAL = f"legal: {', '.join(FORMATS)}; all but .parquet also with {' or '.join(COMPRESSIONS)}"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used; the message names the file, what is legal and how to mend it."""
 
 

@@ -46,6 +46,19 @@ class TokenizeSummary:
     passed_over: list[Path]
     """Left aside in folders: hidden names, other formats, targets of links that were read."""
 
+    def as_text(self) -> str:
+        lines = [
+            f"{self.documents:,} documents: {self.train_tokens:,} tokens to train on, "
+            f"{self.held_out_tokens:,} held out"
+        ]
+        if self.skipped_documents:
+            lines.append(f"{self.skipped_documents:,} documents left out: empty or unreadable")
+        if self.passed_over:
+            first = ", ".join(map(str, self.passed_over[:5]))
+            more = f" and {len(self.passed_over) - 5:,} more" if len(self.passed_over) > 5 else ""
+            lines.append(f"passed over in folders: {first}{more}")
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True)
 class DatasetInfo:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -39,3 +41,25 @@ def async_save(strategy: Any, *arguments: Any) -> Any:
     has_choice = "async_strategy" in inspect.signature(strategy.async_save).parameters
     own = {"async_strategy": "mcore"} if has_choice else {}
     return strategy.async_save(*arguments, **own)
+
+
+def quiet() -> None:
+    """Keep megatron-core's and torch's notes to developers out of a run's log."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed", category=FutureWarning)
+    for module in _TELLS_DEVELOPERS:
+        logging.getLogger(f"megatron.core.{module}").addFilter(_is_for_users)
+
+
+# Since 0.18 these log at each rebuild or save what callers of megatron-core should do otherwise.
+_TELLS_DEVELOPERS = (
+    "models.gpt.gpt_model",
+    "distributed.distributed_data_parallel",
+    "dist_checkpointing.strategies.common",
+    "dist_checkpointing.strategies.torch",
+)
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    text = record.getMessage().lower()
+    return "deprecated" not in text and "full_param_layout" not in text

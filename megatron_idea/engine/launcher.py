@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from megatron_idea.config import ConfigError
+
 STOPPED = 75
 """Exit status of a run that a signal stopped before its last token: EX_TEMPFAIL of sysexits.h, not
 an error, try again later."""
@@ -35,6 +37,29 @@ class Job:
     nnodes: int = 1
     node_rank: int = 0
     master: str = ""
+    """HOST:PORT of node 0; empty when there is no other."""
+
+    def check(self) -> None:
+        """Raises: ConfigError for a place that does not exist or a node 0 without an address."""
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(
+                f"--node-rank is {self.node_rank}; with --nnodes {self.nnodes} it is below that"
+            )
+        host, _, port = self.master.rpartition(":")
+        if self.nnodes == 1 and not self.master:
+            return
+        if not (host and port.isdecimal() and 0 < int(port) < 65536):
+            raise ConfigError(
+                f"--master is {self.master!r}; several nodes need HOST:PORT of node 0, the same "
+                "everywhere"
+            )
+        try:
+            socket.getaddrinfo(host.strip("[]"), port)
+        except OSError as error:
+            raise ConfigError(
+                f"--master names host {host!r}, which has no address here ({error.strerror}); give "
+                "its address, or add the name to /etc/hosts"
+            ) from error
 
 
 class PassOn:

@@ -10,18 +10,19 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.progress import Progress
 from torch import Tensor
 
 from megatron_idea import checkpoint, files
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
-from megatron_idea.config import BlendEntry, Config, ConfigError, validate
+from megatron_idea.config import BlendEntry, Config, ConfigError, validate_layout
 from megatron_idea.data.batches import Batches, Rows
 from megatron_idea.data.documents import DataError, input_files
 from megatron_idea.data.indexed import check_dataset
@@ -31,7 +32,14 @@ from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.engine.distributed import ProcessGroups, joined, world_size_from_environment
 from megatron_idea.engine.model import build_model, transformer_config
 from megatron_idea.engine.passes import at_least, through
-from megatron_idea.evaluation.sums import Ledger, Measured, Step, add_up, micro_batches, sums_of
+from megatron_idea.evaluation.sums import (
+    Measured,
+    Step,
+    add_up,
+    micro_batches,
+    progress_bar,
+    sums_of,
+)
 from megatron_idea.guard import DivergedError
 from megatron_idea.huggingface import names as huggingface
 
@@ -54,8 +62,6 @@ class Options:
     """Sequences of a dataset, documents of a text; 0: all."""
     tokenizer: str = ""
     """In place of the model's own."""
-    resume: Path | None = None
-    """File that holds what is done; an interrupted call goes on from it."""
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "batch_size", "limit"):
@@ -144,10 +150,11 @@ def evaluate_model(
     Args:
         data: prefixes of indexed datasets, and text, JSONL or Parquet files or folders of them;
             none: a run's own held-out samples.
-    Raises: ConfigError for a path that is neither, without held-out data, and for a file to resume
-        from that is of another measurement; DataError for data that cannot be read.
+    Raises: ConfigError for a path that is neither, and without held-out data; DataError for data
+        that cannot be read.
     """
     options = options or Options()
+    _check_names(data)
     if is_hugging_face(path):
         return _evaluate_folder(path, data, overrides, options)
     found = checkpoint.resolve(path)
@@ -161,17 +168,15 @@ def evaluate_model(
     with joined(config.parallel, config.training.seed) as groups:
         storage.verify(found, groups)
         words = load_tokenizer(config.data.tokenizer)
-        identity = _identity(found, data, config, words, options.limit)
-        ledger = Ledger(options.resume, identity, groups.world.rank() == 0)
         model, training = config.model, config.training
         core = transformer_config(model, training, config.parallel, state.shape)
         chunks = build_model(model, training, core, groups)
         checkpoint.load_weights(chunks, found, groups)
         sizes = _token_sizes(words, groups.device)
         step = functools.partial(_megatron_step, chunks, groups, sizes)
-        with evaluating(chunks), ledger:
+        with evaluating(chunks), progress_bar(groups.world.rank() == 0) as bar:
             return [
-                _measure(step, name, _rows(name, config, words, groups, options.limit), ledger)
+                _measure(step, name, _rows(name, config, words, groups, options.limit), bar)
                 for name in (data or [OWN_DATA])
             ]
 
@@ -190,9 +195,7 @@ def _config_of(found: Path, overrides: Sequence[str], options: Options, world_si
         count = max(1, world_size // config.parallel.tensor_model_parallel_size)
         sizes = {"micro_batch_size": micro, "global_batch_size": micro * count}
         config = configuration.replace(config, training=sizes)
-    # Steps of measuring are none of the schedule's: another length would seem too long for it.
-    config = configuration.replace(config, prune={"strategy": "none"})
-    validate(config, world_size)
+    validate_layout(config, world_size)  # steps of measuring are none of the schedule's
     return config
 
 
@@ -230,12 +233,24 @@ def _rows(
     return RollingBatches([name], words, limit=limit, multiple=multiple, **common)
 
 
+def _check_names(data: Sequence[str]) -> None:
+    """Look for all data before the first of it is measured. Raises: DataError."""
+    for name in data:
+        if _is_dataset(name):
+            continue
+        if not Path(name).exists():
+            raise DataError(
+                f"--data {name}: there is neither a dataset {name}.idx nor a file or folder {name}"
+            )
+        input_files([name])
+
+
 def _is_dataset(name: str) -> bool:
     return Path(f"{name}.idx").is_file()
 
 
-def _measure(step: Step, name: str, rows: Rows, ledger: Ledger) -> Measured:
-    nats, tokens, text_bytes = add_up(step, rows, ledger, name)
+def _measure(step: Step, name: str, rows: Rows, bar: Progress | None) -> Measured:
+    nats, tokens, text_bytes = add_up(step, rows, bar, name)
     loss = nats / tokens
     if not loss < _LARGEST_LOSS:
         raise DivergedError(
@@ -281,10 +296,9 @@ def _evaluate_folder(
             },
         )  # fmt: skip
         step = functools.partial(_folder_step, model, _token_sizes(words, model.device))
-        identity = _identity(path, data, config, words, options.limit)
-        with Ledger(options.resume, identity, speaks=True) as ledger:
+        with progress_bar(True) as bar:
             return [
-                _measure(step, name, _rows(name, config, words, None, options.limit), ledger)
+                _measure(step, name, _rows(name, config, words, None, options.limit), bar)
                 for name in data
             ]
 
@@ -354,44 +368,3 @@ def _folder_step(model: Any, token_bytes: Tensor | None, rows: Rows, begin: int)
         ).view_as(batch["labels"])
         total += sums_of(losses, batch)
     return total
-
-
-def _identity(
-    model: Path, data: Sequence[str], config: Config, words: Tokenizer, limit: int
-) -> dict[str, Any]:
-    """What a partial result belongs to: another model, data or reading of them is another one.
-
-    Raises: DataError for data that is not there, before the first of it is measured.
-    """
-    texts = [_stamp(file) for name in data for file in _files(name)]
-    own = [[entry.weight, *map(_stamp, _pair(entry.prefix))] for entry in config.data.validation]
-    weights = [file for kind in ("*.safetensors", "*.bin", "*.json") for file in model.glob(kind)]
-    return {
-        "model": [_stamp(file) for file in sorted(weights)],
-        "shape": asdict(config.model),
-        "precision": config.training.precision,
-        "data": texts if data else own,
-        "tokenizer": words.digest,
-        "seq_length": config.training.seq_length,
-        "num_samples": limit if data else config.evaluation.num_samples,
-    }
-
-
-def _pair(prefix: str) -> list[Path]:
-    files = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]
-    return [file for file in files if file.is_file()]  # else check_dataset says what is missing
-
-
-def _files(name: str) -> list[Path]:
-    if _is_dataset(name):
-        return _pair(name)
-    if not Path(name).exists():
-        raise DataError(
-            f"--data {name}: there is neither a dataset {name}.idx nor a file or folder {name}"
-        )
-    return input_files([name])
-
-
-def _stamp(path: Path) -> list[Any]:
-    found = path.stat()
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns]

@@ -1,27 +1,20 @@
-"""Add up nats, tokens and bytes over rows of text, with a bar, and from where it was left.
+"""Add up nats, tokens and bytes over rows of text, with a bar.
 
 What scores a step of rows is a function: our own model over all ranks, or one of transformers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import math
-import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from megatron_idea.config import ConfigError
 from megatron_idea.data.batches import Rows
 
 Step = Callable[[Rows, int], Tensor]
@@ -58,6 +51,12 @@ class Measured:
             values |= {"bytes": self.bytes, "bits_per_byte": self.bits_per_byte}
         return values
 
+    def as_text(self) -> str:
+        return "\n".join(
+            f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value:.4f}"
+            for name, value in self.as_dict().items()
+        )
+
 
 def sums_of(losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """(nats, tokens, bytes), fp64, of losses [b, s]."""
@@ -82,84 +81,26 @@ def micro_batches(
 
 
 @torch.no_grad()
-def add_up(step: Step, rows: Rows, ledger: Ledger | None = None, name: str = "") -> list[float]:
-    """Nats, tokens and bytes of all rows; from where the ledger says that it was left."""
-    begin, sums = ledger.begin(name, rows.num_samples) if ledger else (0, [0.0, 0.0, 0.0])
-    total = torch.tensor(sums, dtype=torch.float64, device=rows.device)
-    for first in range(begin, rows.num_samples, rows.global_batch_size):
+def add_up(step: Step, rows: Rows, bar: Progress | None = None, name: str = "") -> list[float]:
+    """Add up nats, tokens and bytes of all rows; the bar shows how far it is, and the loss."""
+    total = torch.zeros(3, dtype=torch.float64, device=rows.device)
+    if bar:
+        bar.add_task(name, total=rows.num_samples)
+    for first in range(0, rows.num_samples, rows.global_batch_size):
         total += step(rows, first)
-        if ledger:
-            ledger.note(name, min(first + rows.global_batch_size, rows.num_samples), total.tolist())
+        if bar:
+            nats, tokens, _ = total.tolist()
+            text = f"{name}  loss {nats / max(tokens, 1):.4f}"
+            bar.update(bar.task_ids[-1], advance=rows.global_batch_size, description=text)
     return total.tolist()
 
 
-class Ledger:
-    """How far an evaluation has come: in a file to go on from, and as a bar on a terminal.
-
-    Rank 0 keeps the file; the others learn from it where to begin.
-    """
-
-    WRITE_EVERY_S = 5.0
-
-    def __init__(self, path: Path | None, identity: dict[str, Any], speaks: bool) -> None:
-        """Raises: ConfigError, on every rank, for a file of another measurement."""
-        self._path = path
-        self._speaks = speaks
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        self._state: dict[str, Any] = {"identity": digest, "done": {}}
-        self._written_at = time.monotonic()
-        self._bar: Progress | None = None
-        if path is None:
-            return
-        found = [path.read_text() if speaks and path.is_file() else ""]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        if found[0]:
-            try:
-                state = json.loads(found[0])
-                same = state["identity"] == digest
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path} is no partial result of an evaluation") from error
-            if not same:
-                raise ConfigError(
-                    f"{path} is of another model, of other data or settings; name another file, or "
-                    "delete it to begin anew"
-                )
-            self._state = state
-
-    def __enter__(self) -> Ledger:
-        console = Console(stderr=True)
-        if self._speaks and console.is_terminal:
-            self._bar = Progress(console=console, transient=True)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._write()
-        if self._bar is not None:
-            self._bar.stop()
-
-    def begin(self, name: str, num_rows: int) -> tuple[int, list[float]]:
-        """Rows that are done, and their sums."""
-        done = self._state["done"].get(name, {"rows": 0, "sums": [0.0, 0.0, 0.0]})
-        if self._bar is not None:
-            self._bar.add_task(name, total=num_rows, completed=done["rows"])
-        return done["rows"], done["sums"]
-
-    def note(self, name: str, rows: int, sums: list[float]) -> None:
-        self._state["done"][name] = {"rows": rows, "sums": sums}
-        if self._bar is not None:
-            task = self._bar.tasks[-1]
-            text = f"{name}  loss {sums[0] / sums[1]:.4f}"
-            self._bar.update(task.id, completed=rows, description=text)
-        if time.monotonic() - self._written_at >= self.WRITE_EVERY_S:
-            self._write()
-
-    def _write(self) -> None:
-        self._written_at = time.monotonic()
-        if self._path is None or not self._speaks:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(self._state))
-        part.replace(self._path)
+@contextlib.contextmanager
+def progress_bar(speaks: bool) -> Iterator[Progress | None]:
+    """Show a bar on standard error if that is a terminal and this rank is the one that speaks."""
+    console = Console(stderr=True)
+    if not (speaks and console.is_terminal):
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        yield bar

@@ -133,6 +133,17 @@ def evaluate_tasks(
     return {name: dict(_metrics(values)) for name, values in found["results"].items()}
 
 
+def as_text(scores: Results, asked: Sequence[str]) -> str:
+    """Write a line for each metric of the tasks that were asked for."""
+    # A tag stands for several tasks and has no figure of its own.
+    names = asked if set(asked) <= set(scores) else scores
+    return "\n".join(
+        f"{name:<14}{metric:<18}{value:.4f}"
+        for name in names
+        for metric, value in scores[name].items()
+    )
+
+
 def _harness() -> Any:
     try:
         import lm_eval.evaluator

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from megatron_idea.data.tokenizer import (
     load_tokenizer,
 )
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.records.readable import human_widths, megabytes
 from megatron_idea.schedule import phase
 from megatron_idea.shape import Shape, round_up
 
@@ -50,6 +52,13 @@ class Exported:
     """FFN neurons of every layer in the folder; what is above ``live`` is zeros."""
     parameters: int
     bytes: int
+
+    def as_text(self) -> str:
+        (kind,) = json.loads((self.path / "config.json").read_text())["architectures"]
+        return (
+            f"{kind} of {self.parameters:,} parameters, {megabytes(self.bytes)}: {self.path}\n"
+            f"FFN widths {human_widths(self.widths)}, of which live {human_widths(self.live)}"
+        )
 
 
 class _Weights:
@@ -100,7 +109,7 @@ def export_checkpoint(
     layout: str = "padded",
     dtype: str = "",
     tokenizer: str = "",
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: float = 5e9,
 ) -> Exported:
     """Write the checkpoint ``path`` (or a run's latest) as a Hugging Face model folder ``out``.
 
@@ -122,8 +131,10 @@ def export_checkpoint(
     for what, value, legal in (("--layout", layout, LAYOUTS), ("--dtype", dtype, tuple(DTYPES))):
         if value not in legal:
             raise ConfigError(f"{what} is {value!r}; legal values: {', '.join(legal)}")
-    if max_shard_bytes <= 0:
-        raise ConfigError(f"--max-shard-gb is {max_shard_bytes / 1e9:g}; it must be positive")
+    if not 0 < max_shard_bytes < math.inf:
+        raise ConfigError(
+            f"--max-shard-gb is {max_shard_bytes / 1e9:g}; it must be a finite number above 0"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; name a folder that does not, or is empty")
     _make_way(out)
@@ -210,7 +221,7 @@ def _all_tensors(
 class _Shards:
     """Writes tensors into safetensors files of about equal size, and their index."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: float) -> None:
         self._folder, self._max_bytes = folder, max_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0

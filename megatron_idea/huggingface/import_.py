@@ -30,6 +30,7 @@ from megatron_idea.engine.trainable import assemble
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.records.lock import RunLock
+from megatron_idea.records.readable import human_widths
 from megatron_idea.shape import Shape, round_up
 
 LONGEST_DEFAULT_SEQUENCE = 2048
@@ -39,6 +40,8 @@ LONGEST_DEFAULT_SEQUENCE = 2048
 class Imported:
     """What an import wrote."""
 
+    folder: Path
+    """Where the model came from."""
     path: Path
     """The checkpoint of step 0."""
     config_path: Path
@@ -47,6 +50,15 @@ class Imported:
     widths: list[int]
     notes: list[str]
     """What the user should know before training."""
+
+    def as_text(self) -> str:
+        before = f"{human_widths(self.widths_before)} in {self.folder}"
+        lines = [
+            f"FFN widths {human_widths(self.widths)} ({before}): {self.path}",
+            f"megatron-idea train {self.config_path}",
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
 
 def import_checkpoint(
@@ -83,7 +95,7 @@ def import_checkpoint(
 
     base: dict[str, Any] = {"model": model, "training": _training(hf), "prune": {}}
     if enlarge_ffn > 1:
-        base["prune"]["target_ffn_hidden_size"] = max(old)
+        base["prune"]["target"] = {"ffn_hidden_size": max(old)}
     elif config_path is None and not any(o.startswith("prune.") for o in overrides):
         base["prune"]["strategy"] = "none"
     its_tokenizer = str(run_dir / checkpoint.TOKENIZER)
@@ -100,7 +112,7 @@ def import_checkpoint(
             copy_tokenizer(folder, run_dir / checkpoint.TOKENIZER)
         path = _write(config, _Ours(tensors, config, old), widths)
         (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-    return Imported(path, run_dir / "config.yaml", old, widths, _notes(config, hf))
+    return Imported(folder, path, run_dir / "config.yaml", old, widths, _notes(config, hf))
 
 
 def _write(config: Config, ours: _Ours, widths: list[int]) -> Path:

@@ -202,7 +202,7 @@ _TRIAL = {
     "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_query_groups": 1,
               "kv_channels": 32, "ffn_hidden_size": 64, "vocab_size": 64, "qk_layernorm": True},
     "training": {"seq_length": 32},
-    "prune": {"target_ffn_hidden_size": 32, "alignment": 32},
+    "prune": {"target": {"ffn_hidden_size": 32}, "alignment": 32},
 }  # fmt: skip
 
 

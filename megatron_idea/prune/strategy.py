@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from megatron_idea.config import PruneConfig
 from megatron_idea.engine.distributed import on_device
+from megatron_idea.guard import DivergedError
 from megatron_idea.prune.plan import Units, live_counts
 
 Counts = Mapping[str, list[int]]
@@ -179,13 +180,13 @@ def select(importance: Tensor, alive: Tensor, counts: list[int]) -> Tensor:
         importance: fp32 [layers, units] or [units]; alive: bool, likewise, on the CPU; counts: one
             a row.
     Returns: bool on the CPU, a subset of ``alive``.
-    Raises: RuntimeError when importance is not finite: a broken gradient must not pick units.
+    Raises: DivergedError when importance is not finite: a broken gradient must not pick units.
     """
     here = on_device(alive, importance.device)
     finite = (torch.isfinite(importance) | ~here).all()
     order = torch.where(finite, ranked(importance, here), -1).reshape(len(counts), -1).cpu()
     if int(order[0, 0]) < 0:
-        raise RuntimeError("importance of a live unit is not finite")
+        raise DivergedError("importance of a live unit is not finite")
     keep = torch.zeros(order.shape, dtype=torch.bool)
     for row, count in enumerate(counts):
         keep[row, order[row, :count]] = True

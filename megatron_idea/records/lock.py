@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from megatron_idea.errors import UserError
 from megatron_idea.records.readable import human_duration
 
 NAME = "lock.json"
@@ -42,7 +43,7 @@ SETTLE_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """A run folder that another process writes to, or that cannot be written to at all."""
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 from megatron_idea.config import Config
 from megatron_idea.course import flops_per_token
+from megatron_idea.errors import UserError
 from megatron_idea.records.read import EVENTS, METRICS, SAMPLES, SCORES, _lines, read_events
 from megatron_idea.records.trackers import Tracker, open_trackers, require_trackers, still_works
 
 VERSIONS_OF = ("megatron-idea", "torch", "megatron-core", "transformer-engine", "triton", "numpy")
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record that cannot be written; the message names the folder and what was saved last."""
 
     @staticmethod

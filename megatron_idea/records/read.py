@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idea import files
+from megatron_idea.errors import UserError
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -16,7 +17,7 @@ SAMPLES = "samples.jsonl"
 
 
 # Of these readers: ``broken`` takes the names of lines that are no record, for those who look at a
-# run; without it such a line raises ValueError. A last line that a kill cut short is left out.
+# run; without it such a line raises UserError. A last line that a kill cut short is left out.
 
 
 def read_scores(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
@@ -159,11 +160,11 @@ def _lines(path: Path, broken: list[str] | None = None) -> Iterator[tuple[dict[s
             except (ValueError, RecursionError) as error:
                 if broken is None:
                     message = f"{path}, line {number} is not JSON; remove that line"
-                    raise ValueError(message) from error
+                    raise UserError(message) from error
                 record = None
             if is_record(path.name, record):
                 yield record, end
             elif broken is None:
-                raise ValueError(f"{path}, line {number} is not a record; remove that line")
+                raise UserError(f"{path}, line {number} is not a record; remove that line")
             else:
                 broken.append(f"{path.name}, line {number}")

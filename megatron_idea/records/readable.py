@@ -26,3 +26,13 @@ def human_duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{large}{whole % size // small_size:02d}{small}"
     return f"{whole}s"
+
+
+def megabytes(number: int) -> str:
+    """Write a number of bytes in megabytes: 12.3 MB."""
+    return f"{number / 1e6:.1f} MB"
+
+
+def human_widths(widths: Sequence[int]) -> str:
+    """Write the widths of all layers: 384 when they are equal, else 384, 256, 384."""
+    return ", ".join(map(str, widths if len(set(widths)) > 1 else widths[:1]))

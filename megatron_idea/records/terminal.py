@@ -1,4 +1,4 @@
-"""Text that somebody else wrote, shown where characters can be commands.
+"""Print to the terminal, also what somebody else wrote, whose characters can be commands.
 
 A model's text, a run's name or a line of its records may hold escape sequences: a terminal would
 obey them, clear what stands above, or write into the clipboard.
@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import rich.console
+from rich.console import RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.text import Text
 
 # C0 and C1 but tab and line feed; what turns the direction of the text around it; and halves of
 # surrogate pairs, which JSON can spell and names of files have, and no output can encode.
@@ -29,3 +32,31 @@ class Console(rich.console.Console):
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
         for text, style, control in super().render(*arguments, **options):
             yield Segment(text if control else text.translate(CONTROL), style, control)
+
+
+UNBROKEN = 100_000
+"""Columns of a line that nobody breaks."""
+
+
+def say(text: str) -> None:
+    """Print text as it is: no markup, no colours, lines of any length."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_error(text: str) -> None:
+    """Print a red line on standard error."""
+    line = Text.assemble(("error: ", "bold"), text, style="red")
+    Console(stderr=True).print(line, soft_wrap=True)
+
+
+def show(rendered: RenderableType) -> None:
+    """Print tables and sentences. In a terminal tables fit its width as far as no word is cut.
+
+    Sentences are left to the terminal to wrap. What is not a terminal gets unbroken lines.
+    """
+    console = Console()
+    roomy = console.options.update(width=UNBROKEN)
+    # rich measures a table without its edges' padding, and then takes that off once more.
+    needed = Measurement.get(console, roomy, rendered).minimum + 2
+    console.width = max(console.width, needed) if console.is_terminal else UNBROKEN
+    console.print(rendered, soft_wrap=True)

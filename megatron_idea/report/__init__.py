@@ -29,7 +29,7 @@ class ReportPaths:
 def report(run_dir: Path) -> ReportPaths:
     """Draw a run, finished or not, into ``<run_dir>/report``.
 
-    Raises: ValueError when it is no run folder, or when no step has been recorded yet.
+    Raises: UserError when it is no run folder, or when no step has been recorded yet.
     """
     run = read_run(Path(run_dir))
     folder = run.run_dir / "report"
@@ -45,7 +45,7 @@ def report(run_dir: Path) -> ReportPaths:
 def compare(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
     """Draw several runs in the same charts, into ``out``; by default the first one's ``report``.
 
-    Raises: ValueError as ``report`` does.
+    Raises: UserError as ``report`` does.
     """
     runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
     folder = out or runs[0].run_dir / "report"
@@ -59,12 +59,12 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
 
 
 def closing_table(run_dir: Path) -> Group:
-    """A run's closing table for a terminal; raises ValueError as ``report`` does."""
+    """A run's closing table for a terminal; raises UserError as ``report`` does."""
     return tables.in_terminal(tables.closing(read_run(Path(run_dir))))
 
 
 def comparison_table(run_dirs: Sequence[Path]) -> Group:
-    """One row a run for a terminal; raises ValueError as ``report`` does."""
+    """One row a run for a terminal; raises UserError as ``report`` does."""
     return tables.in_terminal(tables.compared([read_run(Path(run)) for run in run_dirs]))
 
 

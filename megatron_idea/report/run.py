@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_idea.config import Config, load
 from megatron_idea.course import parameter_count
+from megatron_idea.errors import UserError
 from megatron_idea.records.read import (
     EVENTS,
     METRICS,
@@ -80,10 +81,10 @@ class Run:
 def read_run(run_dir: Path) -> Run:
     """Read a run folder; again only when a file of it has changed.
 
-    Raises: ValueError when it is none, or when no step has been recorded yet.
+    Raises: UserError when it is none, or when no step has been recorded yet.
     """
     if not (run_dir / "config.yaml").is_file():
-        raise ValueError(
+        raise UserError(
             f"{run_dir} is not a run folder: it has no config.yaml; give the run_dir of a run"
         )
     paths = [run_dir / name for name in ("config.yaml", METRICS, EVENTS, SCORES, SAMPLES)]
@@ -99,7 +100,7 @@ def _read_run(run_dir: Path, _stamp: tuple[tuple[int, int], ...]) -> Run:
     config = load(run_dir / "config.yaml")
     records = _in_order(read_metrics(run_dir, broken), config, broken)
     if not records:
-        raise ValueError(f"{run_dir / METRICS} has no records: the run has not finished a step")
+        raise UserError(f"{run_dir / METRICS} has no records: the run has not finished a step")
     return Run(
         run_dir,
         config,
