@@ -32,7 +32,8 @@ from megatron_idea.config import Config
 from megatron_idea.engine.core_versions import quiet
 from megatron_idea.engine.distributed import PeakMemory, ProcessGroups, joined, memory_bytes
 from megatron_idea.engine.trainable import Trainable, assemble
-from megatron_idea.prune.pruner import Pruner, make_plan
+from megatron_idea.prune.plan import Plan
+from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.relocate import extension
 from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
@@ -63,12 +64,16 @@ def trained(config: Config, groups: ProcessGroups) -> tuple[Trainable, Pruner, A
 
 def shrink(trainable: Trainable, pruner: Pruner, width: int) -> Any:
     """Compact every layer to ``width`` neurons, chosen at random as training would scatter them."""
-    alive = torch.zeros_like(pruner.alive)
+    axis = "ffn_hidden_size"
+    alive = torch.zeros_like(pruner.alive[axis])
     generator = torch.Generator().manual_seed(width)
-    for layer, present in enumerate(pruner.alive.cpu()):
+    for layer, present in enumerate(pruner.alive[axis]):
         ids = present.nonzero().view(-1)
         alive[layer, ids[torch.randperm(len(ids), generator=generator)[:width]]] = True
-    return pruner.apply(trainable, make_plan(alive, (width,) * len(alive)))
+    shape = trainable.shape.with_counts(axis, width)
+    plan = Plan.of({**pruner.alive, axis: alive}, shape, pruner.memory)
+    pruner.silence(trainable, plan)
+    return pruner.compact(trainable, plan)
 
 
 def widths_of(config: Config) -> list[int]:
@@ -122,7 +127,8 @@ def against_disk(config: Config, groups: ProcessGroups, rounds: int) -> dict[str
             state = TrainState.fresh(here)
             state.step = 3
             # Scores: without any it is not known which neurons matter.
-            pruner.scores.ema = [e + torch.rand_like(e) for e in pruner.scores.ema]
+            for averages in pruner.scores.average.values():
+                averages["ffn_hidden_size"].uniform_()
             begin = synchronized()
             saved = checkpoint.save(here, trainable, pruner, state)
             save_s = synchronized() - begin
@@ -137,7 +143,7 @@ def against_disk(config: Config, groups: ProcessGroups, rounds: int) -> dict[str
             )
             begin = synchronized()
             small = checkpoint.resolve(out)
-            shape = checkpoint.read_state(small).shape(here.model)
+            shape = checkpoint.read_state(small).shape
             again = assemble(here.sections, groups, shape, initialize=False)
             checkpoint.load(again, Pruner(here, again), small)
             load_s = synchronized() - begin
@@ -207,7 +213,7 @@ def growth_job(rendezvous: str, config: Config, width: int) -> dict[str, Any]:
         trainable, pruner, _ = trained(config, groups)
         report = shrink(trainable, pruner, width)
         parameters = sum(p.numel() for p in trainable.parameters)
-        return {"parameters": parameters, "seconds": report.seconds, "moved": report.moved_neurons}
+        return {"parameters": parameters, "seconds": report.seconds, "moved": report.moved_units}
 
 
 def growth(config: Config, folder: Path) -> list[dict[str, Any]]:

@@ -32,12 +32,12 @@ from typing import Any
 from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea import train as training
-from megatron_idea.checkpoint import storage
+from megatron_idea.checkpoint import saving, storage
 from megatron_idea.config import Config
 from megatron_idea.data.indexed import tokenize
 from megatron_idea.data.tokenizer import load_tokenizer
 from megatron_idea.engine.core_versions import quiet
-from megatron_idea.prune import compact
+from megatron_idea.prune import compact, pruner
 from megatron_idea.records.read import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
@@ -161,7 +161,7 @@ def ending(config: Config) -> dict[str, Any]:
     state = checkpoint.read_state(last)
     return {
         "tensors": {name: entry for name, entry in files.items() if name.endswith(".distcp")},
-        "state": (state.step, state.consumed_tokens, state.widths, state.adam_step),
+        "state": (state.step, state.consumed_tokens, state.shape, state.adam_step),
         "losses": [record["loss"] for record in read_metrics(Path(config.run_dir))],
     }
 
@@ -206,11 +206,11 @@ def full_disk(bytes_left: int, step: int) -> Fault:
 
 
 SAVING = [
-    (storage.Writing, "_write_buckets"), (checkpoint, "_finish_tensors"), (checkpoint, "_write"),
-    (checkpoint, "_sync_folder"), (storage, "remove"),
+    (storage.Writing, "_write_buckets"), (saving, "_finish_tensors"), (saving, "_write"),
+    (saving, "_sync_folder"), (storage, "remove"),
 ]  # fmt: skip
 COMPACTING = [
-    (compact, "fingerprint"), (compact, "free_gradients"), (compact, "stage"),
+    (pruner, "silence"), (compact, "fingerprint"), (compact, "free_gradients"), (compact, "stage"),
     (compact, "release"), (compact, "assemble"), (compact, "restore"), (compact, "check"),
 ]  # fmt: skip
 

@@ -61,7 +61,7 @@ class FixedBatch:
 class Silent:
     """Stands for the run's log, its progress line and its signals."""
 
-    received = None
+    received = failure = None
 
     def event(self, kind: str, **fields: object) -> None:
         pass
@@ -129,8 +129,8 @@ def measure(config: Config, groups: ProcessGroups, rounds: int) -> dict[str, dic
     seconds = alternate(calls, rounds)
     results["engine_to_plain"] = ratio(seconds["engine"], seconds["plain"])
 
-    # Masks only, in the middle of a prune phase of very many steps: every step observes, folds,
-    # plans and masks, and the widths stay what they are.
+    # Zeros only, in the middle of a prune phase of very many steps: every step observes, folds,
+    # plans and zeroes, and the widths stay what they are.
     masked = configuration.replace(config, prune={"compact": False})
     pruning = assemble(config.sections, groups, full, initialize=True)
     middle = (ends["enlarged"] + ends["prune"]) // 2

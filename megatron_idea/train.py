@@ -308,13 +308,13 @@ def apply(run: Run, state: TrainState, plan: Plan) -> None:
         state.plan_due = True
         save(run, state, wait=True)  # the compaction needs it complete, and its memory
     run.pruner.silence(run.trainable, plan)
+    state.plan_due = False
     if not compacts:
         return
     measured = run.config.evaluation.around_compaction
     if measured:
         measure(run, state, "compaction_before")
     report = run.pruner.compact(run.trainable, plan)
-    state.plan_due = False
     state.shape = run.trainable.shape
     run.log.event("compacted", step=state.step, tokens=state.consumed_tokens, **vars(report))
     if measured:

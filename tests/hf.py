@@ -32,7 +32,7 @@ def save_job(rendezvous: str, config: Config, steps: int) -> list[int]:
         for _ in range(steps):
             step(run, state)
         checkpoint.save(config, run.trainable, run.pruner, state)
-        return run.pruner.live
+        return run.pruner.live["ffn_hidden_size"]
     finally:
         stop_distributed()
 

@@ -144,7 +144,7 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
     from megatron_idea.prune.pruner import Pruner
 
     state = TrainState.fresh(config)
-    trainable = assemble(config.sections, groups, state.shape(config.model), initialize=True)
+    trainable = assemble(config.sections, groups, state.shape, initialize=True)
     run = SimpleNamespace(
         config=config,
         groups=groups,
@@ -163,6 +163,34 @@ def live_run(groups: Any, config: Config) -> tuple[Any, Any]:
         saving=None,
     )
     return run, state
+
+
+def neuron_plan(trainable: Any, pruner: Any, alive: torch.Tensor, widths: Sequence[int]) -> Any:
+    """A plan that keeps the neurons ``alive`` [L, F] alone, in FFNs of ``widths``."""
+    from megatron_idea.prune.plan import Plan
+
+    shape = trainable.shape.with_counts("ffn_hidden_size", widths)
+    return Plan.of({**pruner.alive, "ffn_hidden_size": alive}, shape, pruner.memory)
+
+
+def cut_neurons(trainable: Any, pruner: Any, alive: torch.Tensor, widths: Sequence[int]) -> Any:
+    """Carry such a plan out; returns the compaction's report."""
+    plan = neuron_plan(trainable, pruner, alive, widths)
+    pruner.silence(trainable, plan)
+    return pruner.compact(trainable, plan)
+
+
+def neuron_ids(trainable: Any, pruner: Any) -> dict[int, torch.Tensor]:
+    """The numbers of the neurons on this rank, in their order, for its layers."""
+    from megatron_idea.prune.plan import local_part
+
+    stored = pruner.stored["ffn_hidden_size"]
+    return {layer: local_part(stored[layer], trainable.groups.tp) for layer, _ in trainable.mlps}
+
+
+def mask_of(mlp: Any) -> torch.Tensor:
+    """Which neurons of this rank an FFN lets through, bool."""
+    return torch.ones(mlp.width, dtype=torch.bool) if mlp._mask is None else mlp._mask.bool().cpu()
 
 
 def whole(trainable: Any, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:

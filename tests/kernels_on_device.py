@@ -273,8 +273,8 @@ def test_a_model_trains_and_scores_as_with_the_reference(
 ) -> None:
     from megatron_idea.engine.optimizer import update
     from megatron_idea.engine.trainable import assemble
-    from megatron_idea.prune.pruner import build_strategy
-    from megatron_idea.prune.score import ScoreTracker
+    from megatron_idea.prune.measures import unit_sums
+    from megatron_idea.prune.strategy import Measure
 
     curves: dict[str, list[float]] = {}
     scores: dict[str, list[Tensor]] = {}
@@ -282,12 +282,12 @@ def test_a_model_trains_and_scores_as_with_the_reference(
         chosen = replace(config, training={"kernel_implementation": implementation})
         trainable = assemble(chosen.sections, groups, ffn_shape(chosen, [24, 16]), initialize=True)
         for _, mlp in trainable.mlps:
-            mlp.set_mask(torch.arange(mlp.width, device=groups.device) % 3 > 0)
-        tracker = ScoreTracker(trainable.mlps, build_strategy(chosen), 0.9)
+            mlp.set_alive(torch.arange(mlp.width) % 3 > 0)
         curve = curves[implementation] = []
         for step in range(6):
             backward(trainable, seed=step)
-            scores[implementation] = tracker.observe(trainable)
+            sums = unit_sums(trainable, ["ffn_hidden_size"], Measure("abs", "sum"))
+            scores[implementation] = list(sums.values())
             curve.append(update(trainable.optimizer, 1e-2))
     assert len(set(curves["triton"])) == 6
     assert_close(curves["triton"], curves["reference"], "gradient norms", tolerance=1e-5)

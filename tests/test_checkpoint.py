@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idea.checkpoint.state import read_state
 from megatron_idea.config import BlendEntry, Config, replace, to_yaml
 from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.records.read import read_metrics
@@ -49,7 +50,7 @@ LAYOUTS = {
     "tp1": Layout(),
     "tp2": Layout(2, TP2),
     "pp2": Layout(2, PP2),
-    # Masks every third step: a checkpoint falls into a window of gathered scores.
+    # Plans every third step: a checkpoint falls between two of them.
     "dp2": Layout(2, {}, {"prune": {"mask_interval_steps": 3}}),
     "dp2_replicated": Layout(2, {"use_distributed_optimizer": False}),
     # Dropout: the random-number streams must go on, too.
@@ -97,7 +98,7 @@ def drive(
         held, alive = {}, {}
         while state.consumed_tokens < config.schedule.total_tokens:
             step(run, state)
-            alive[state.step] = run.pruner.alive.numpy()
+            alive[state.step] = run.pruner.alive["ffn_hidden_size"].numpy()
             if state.step in save_after:
                 save(run, state, wait=True)
                 held[state.step] = parts_of(run.trainable)
@@ -131,7 +132,7 @@ def go_on(rendezvous: str, config: Config, steps: int) -> tuple[Any, list[float]
         losses, alive = [], []
         for _ in range(steps):
             losses.append(step(run, state)[0]["loss"])
-            alive.append(run.pruner.alive.numpy())
+            alive.append(run.pruner.alive["ffn_hidden_size"].numpy())
         run.log.close()
         return held, losses, alive
     finally:
@@ -271,10 +272,10 @@ def test_the_places_to_stop_at_are_what_they_are_called(source: Callable[[str], 
     between = at["between_compactions"]
     assert 2 * 24 < sum(between["ffn_live"]) < sum(between["ffn_width"]) < 2 * 64
     assert at["recovery"]["phase"] == "recover"
-    state = json.loads(
-        (checkpoint_at(source("dp2").config.run_dir, STEPS) / "state.json").read_text()
-    )
-    assert state["adam_step"] == STEPS
+    gathering = checkpoint_at(source("dp2").config.run_dir, STOPS["between_compactions"])
+    assert read_state(gathering).pending_steps == 1
+    assert tensors(gathering)["pruner.scores.pending.0.ffn_hidden_size"].any()
+    assert read_state(checkpoint_at(source("dp2").config.run_dir, STEPS)).adam_step == STEPS
 
 
 def test_saving_and_measuring_change_nothing(
@@ -453,7 +454,7 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
 
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from megatron_idea import checkpoint
+    from megatron_idea.checkpoint import checkpoints_of, saving
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
@@ -461,10 +462,10 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     owner, name = {
-        "common": (checkpoint, "_save_common"),
+        "common": (saving, "_save_common"),
         "metadata": (FileSystemWriterAsync, "finish"),
-        "settings": (checkpoint, "save_config"),
-        "state": (checkpoint, "_write"),
+        "settings": (saving, "save_config"),
+        "state": (saving, "_write"),
         "tensors": (None, ""),
     }[where]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -472,7 +473,7 @@ def fail_to_save(rendezvous: str, config: Config, rank: int, where: str) -> list
     results: list[Any] = []
     try:
         run, state = build(config, groups)
-        folder = checkpoint.checkpoints_of(config.run_dir)
+        folder = checkpoints_of(config.run_dir)
         for failing in (False, True, False):
             step(run, state)
             patch = pytest.MonkeyPatch()
@@ -572,7 +573,7 @@ def another_format(checkpoint: Path) -> None:
 
 def incomplete_state(checkpoint: Path) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
-    del state["widths"]
+    del state["shape"]
     (checkpoint / "state.json").write_text(json.dumps(state))
 
 
@@ -756,8 +757,8 @@ def test_widths_that_more_ranks_cannot_round_up_stay_until_they_shrink(
 ) -> None:
     config = replace(small_run, prune={"compaction_block": 0})  # a sixteenth: 4, 8 on two ranks
     workers.run(drive, 1, config, (9,))
-    state = json.loads((checkpoint_at(config.run_dir, 9) / "state.json").read_text())
-    assert state["widths"] == [28, 28]  # 25 live neurons at the next step: 32 on two ranks
+    widths = read_state(checkpoint_at(config.run_dir, 9)).shape.counts("ffn_hidden_size")
+    assert widths == (28, 28)  # 25 live neurons at the next step: 32 on two ranks
     config = replace(config, parallel=TP2, checkpoint={"keep_last": 0})
     before = curves(config.run_dir, 0)
     workers.run(train_on, 2, config)
@@ -825,16 +826,17 @@ def refresh_manifest(path: Path) -> None:
 
 
 def streams_asked_for(rendezvous: str, config: Config) -> list[str]:
+    from megatron_idea.checkpoint import tensors as module
 
-    read, asked = tensors._load_tensors, []
+    read, asked = module._load_tensors, []
 
     def noted(wanted: dict[str, Any], path: Path, groups: Any) -> dict[str, Any]:
         asked.extend(wanted.get("rng", {}))
         return read(wanted, path, groups)
 
-    tensors._load_tensors = noted
+    module._load_tensors = noted
     try:
         build_or_say(rendezvous, config)
     finally:
-        tensors._load_tensors = read
+        module._load_tensors = read
     return asked

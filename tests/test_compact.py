@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from jobs import neuron_rows, on_ranks
+from jobs import cut_neurons, live_run, mask_of, neuron_ids, neuron_plan, neuron_rows, on_ranks
 
 from megatron_idea.config import Config, replace, validate
 from megatron_idea.shape import Shape
@@ -127,8 +127,9 @@ def snapshot(run: Run) -> dict[str, Any]:
     trainable, groups = run.trainable, run.trainable.groups
     shards = trainable.exchange()
     rest: dict[str, Any] = {}
+    ids = neuron_ids(trainable, run.pruner)
     ffn: dict[int, Any] = {
-        layer: {"ids": mlp.neuron_ids.tolist(), "mask": mlp.mask.tolist()}
+        layer: {"ids": ids[layer].tolist(), "mask": mask_of(mlp).tolist()}
         for layer, mlp in trainable.mlps
     }
     for chunk in trainable.chunks:  # overlapped gathering waits for the next forward
@@ -144,7 +145,6 @@ def snapshot(run: Run) -> dict[str, Any]:
             state = neuron_rows(tensor, state.view(3, *parameter.shape))
         ffn[layer][tensor] = (neuron_rows(tensor, weight).numpy(), _numpy(state))
     steps = [s["step"] for s in trainable.optimizer.optimizer.state.values()]
-    scores = run.pruner.state(trainable)
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     return {
         "place": (groups.pp.rank(), groups.tp.rank(), groups.dp.rank()),
@@ -154,8 +154,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         "step_objects": len({step.data_ptr() for step in steps}),
         "rng": {name: s.numpy().copy() for name, s in tracker.items()}
         | {"default": torch.get_rng_state().numpy().copy()},
-        "scores": (scores.ema.numpy(), scores.window.numpy(), scores.window_steps),
-        "alive": run.pruner.alive.numpy().copy(),
+        "pruner": {k: v.numpy().copy() for k, v in run.pruner.state(trainable).items()},
         # What ``update`` does not set in every step.
         "groups": [
             {k: v for k, v in group.items() if k not in ("params", "lr", "weight_decay")}
@@ -171,7 +170,6 @@ def _numpy(x: torch.Tensor | None) -> np.ndarray | None:
 def live_job(rendezvous: str, config: Config, survivors: str) -> list[dict[str, Any]]:
     """Train, compact, train, compact, train; what there was around each compaction."""
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
-    from megatron_idea.prune.pruner import make_plan
     from megatron_idea.train import build, step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -182,33 +180,23 @@ def live_job(rendezvous: str, config: Config, survivors: str) -> list[dict[str, 
         out = []
         first = ((45, 34), (48, 40)) if survivors == "spread" else ((30, 20), (32, 24))
         for live, widths in (first, ((24, 13), (24, 16))):
-            plan = make_plan(shrink(run.pruner.alive, live, survivors), widths)
-            _invent_scores(run)
+            alive = shrink(run.pruner.alive["ffn_hidden_size"], live, survivors)
+            for averages in run.pruner.scores.average.values():
+                averages["ffn_hidden_size"] += torch.arange(1, 65) / 7
             before = snapshot(run)
-            report = run.pruner.apply(run.trainable, plan)
+            report = cut_neurons(run.trainable, run.pruner, alive, widths)
             after = snapshot(run)
             record, _ = step(run, state)
             out.append(
                 {
                     "before": before, "after": after, "report": vars(report), "widths": widths,
-                    "loss": record["loss"], "alive": plan.alive.numpy().copy(),
+                    "loss": record["loss"], "alive": alive.numpy(),
                 }
             )  # fmt: skip
         run.log.close()
         return out
     finally:
         stop_distributed()
-
-
-def _invent_scores(run: Run) -> None:
-    """Averages that are equal over DP, and windows that are not."""
-    scores = run.pruner.scores
-    for (layer, mlp), ema, window in zip(
-        run.trainable.mlps, scores.ema, scores.window, strict=True
-    ):
-        ema.copy_(torch.stack([mlp.neuron_ids + 100 * (layer + 1), *2 * [mlp.neuron_ids]]) / 7)
-        window.copy_(ema * (run.groups.dp.rank() + 1))
-    scores.window_steps = 3
 
 
 Key = tuple[int, int, str]
@@ -292,10 +280,10 @@ def test_a_live_compaction_carries_every_survivor_and_nothing_else_changes(
             check_rank(rank["before"], rank["after"], rank["alive"])
             assert rank["loss"] == ranks[0]["loss"] and np.isfinite(rank["loss"])
             report = rank["report"]
-            assert report["widths_after"] == list(rank["widths"])
+            assert report["after"] == {"ffn_hidden_size": list(rank["widths"])}
             # Gate, up and down rows of 32 in three states of fp32.
-            assert report["moved_bytes"] == report["moved_neurons"] * 3 * 3 * 32 * 4
-            assert (report["moved_neurons"] > 0) == ("tensor_model_parallel_size" in case.parallel)
+            assert report["moved_bytes"] == report["moved_units"] * 3 * 3 * 32 * 4
+            assert (report["moved_units"] > 0) == ("tensor_model_parallel_size" in case.parallel)
 
 
 def check_neurons(case: Case, record: dict[str, Any], before: Whole, after: Whole) -> None:
@@ -305,21 +293,24 @@ def check_neurons(case: Case, record: dict[str, Any], before: Whole, after: Whol
     assert len(after.neurons) == 2 * len(after.alive)
     for layer, width in enumerate(record["widths"]):
         assert len(after.order[layer]) == width
-        # Room beyond the live ones is filled with masked neurons, lowest ids first.
+        # Room beyond the live ones is filled with removed neurons, lowest ids first.
         spare = sorted({i for i in before.order[layer] if (layer, i) not in alive})
         stored = sorted(i for i in after.order[layer] if (layer, i) not in alive)
         assert stored == spare[: len(stored)]
         if case.placement == "ordered":
             assert after.order[layer] == sorted(after.order[layer])
     for key in after.neurons:
-        assert_bits(before.neurons[key], after.neurons[key], f"state of neuron {key}")
-        assert_bits(before.weights[key], after.weights[key], f"weights of neuron {key}")
-        assert after.alive[key[:2]] == (key[:2] in alive)
+        lives = key[:2] in alive
+        for was, now in ((before.neurons, after.neurons), (before.weights, after.weights)):
+            expected = was[key] if lives else np.zeros_like(was[key])
+            assert_bits(expected, now[key], f"neuron {key}")
+        assert after.alive[key[:2]] == lives
         # The model computes with the main weight, rounded.
         main = torch.tensor(after.neurons[key][0])
         rounded = main.bfloat16().float() if case.precision == "bf16" else main
         assert_bits(rounded.numpy(), after.weights[key], f"model weight of neuron {key}")
-    moments = np.concatenate([state[1:].ravel() for state in after.neurons.values()])
+    living = [state for key, state in after.neurons.items() if key[:2] in alive]
+    moments = np.concatenate([state[1:].ravel() for state in living])
     assert (moments != 0).mean() > 0.9, "there was little to carry"
 
 
@@ -331,13 +322,12 @@ def check_rank(before: dict[str, Any], after: dict[str, Any], alive: np.ndarray)
     assert before["rng"].keys() == after["rng"].keys() and len(after["rng"]) > 1
     for name, was in before["rng"].items():
         np.testing.assert_array_equal(was, after["rng"][name], err_msg=name)
-    for was, now in zip(before["scores"][:2], after["scores"][:2], strict=True):
-        for layer in after["ffn"]:
-            assert (was[layer] > 0).any(), "there were no scores to carry"
-            ids = after["ffn"][layer]["ids"]
-            assert_bits(was[layer][:, ids], now[layer][:, ids], "scores")
-    assert before["scores"][2] == after["scores"][2] == 3
-    np.testing.assert_array_equal(after["alive"], alive)
+    scores = {name for name in after["pruner"] if name.startswith("scores.average.")}
+    assert scores, "there were no scores to carry"
+    for name in scores:
+        assert (after["pruner"][name] > 0).any()
+        assert_bits(before["pruner"][name], after["pruner"][name], name)
+    np.testing.assert_array_equal(after["pruner"]["alive.ffn_hidden_size"], alive)
 
 
 # ----------------------------------------------------------------------------------- memory
@@ -349,7 +339,6 @@ def leak_job(rendezvous: str, config: Config) -> list[tuple[int, int, int]]:
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
-    from megatron_idea.prune.pruner import make_plan
     from megatron_idea.train import build, step
 
     def alive_now() -> tuple[int, int]:
@@ -370,8 +359,8 @@ def leak_job(rendezvous: str, config: Config) -> list[tuple[int, int, int]]:
         out = []
         for width in range(64, 3, -3):
             if width < 64:
-                alive = shrink(run.pruner.alive, (width, width), "spread")
-                run.pruner.apply(run.trainable, make_plan(alive, (width, width)))
+                alive = shrink(run.pruner.alive["ffn_hidden_size"], (width, width), "spread")
+                cut_neurons(run.trainable, run.pruner, alive, (width, width))
             step(run, state)
             out.append((width, *alive_now()))
         run.log.close()
@@ -436,20 +425,17 @@ def refused_job(rendezvous: str, config: Config) -> dict[str, Any]:
 
 
 def _attempts(run: Run) -> tuple[list[str], list[str]]:
-    """Error messages of four plans, and what they changed."""
-    from megatron_idea.prune.compact import compact
-    from megatron_idea.prune.pruner import make_plan
-
-    full = run.pruner.alive
+    """Error messages of three plans, and what they changed."""
+    trainable, pruner = run.trainable, run.pruner
+    full = pruner.alive["ffn_hidden_size"]
     low, spread = (shrink(full, (24, 24), survivors) for survivors in ("low", "spread"))
     mine = low if run.groups.world.rank() == 0 else spread
     before = snapshot(run)
     messages, changed = [], []
     for action in (
-        lambda: compact(run.trainable, make_plan(mine, (24, 24)), "min"),
-        lambda: run.pruner.apply(run.trainable, make_plan(mine, (24, 24))),
-        lambda: run.pruner.apply(run.trainable, make_plan(mine, (64, 64))),  # masks alone
-        lambda: compact(run.trainable, make_plan(low, (16, 16)), "min"),
+        lambda: pruner.silence(trainable, neuron_plan(trainable, pruner, mine, (24, 24))),
+        lambda: pruner.silence(trainable, neuron_plan(trainable, pruner, mine, (64, 64))),
+        lambda: pruner.compact(trainable, neuron_plan(trainable, pruner, low, (16, 16))),
     ):
         try:
             action()
@@ -484,10 +470,10 @@ def test_a_plan_that_differs_between_ranks_is_refused_before_anything_changes(
 ) -> None:
     for rank in workers.run(refused_job, 2, replace(tiny, parallel=parallel)):
         assert rank["changed"] == []
-        assert len(rank["messages"]) == 4
-        for message in rank["messages"][:3]:
+        assert len(rank["messages"]) == 3
+        for message in rank["messages"][:2]:
             assert message.startswith("RuntimeError: the pruning plan differs between ranks")
-        assert "16 neurons cannot hold 24 live ones" in rank["messages"][3]
+        assert "16 units cannot hold 24 live ones" in rank["messages"][2]
         without, with_refusals = rank["records"]
         assert without == with_refusals
 
@@ -514,13 +500,31 @@ def test_releasing_a_model_empties_transformer_engines_stand_ins_for_gradients(
 
 
 @on_ranks(1)
+def test_a_due_plan_that_needs_no_compaction_any_more_is_not_due_twice(
+    groups: ProcessGroups, config: Config
+) -> None:
+    """More tensor-parallel ranks than the job that saved it had may round widths up."""
+    from megatron_idea.train import apply, step
+
+    run, state = live_run(groups, config)
+    step(run, state)
+    state.plan_due = True
+    alive = run.pruner.alive["ffn_hidden_size"].clone()
+    alive[:, 20:] = False
+    apply(run, state, neuron_plan(run.trainable, run.pruner, alive, (24, 24)))
+    assert not state.plan_due
+    assert run.pruner.live["ffn_hidden_size"] == [20, 20]
+    assert run.trainable.shape.counts("ffn_hidden_size") == (24, 24)
+
+
+@on_ranks(1)
 def test_a_compaction_compares_what_megatron_core_writes_on_parameters_and_nothing_else(
     groups: ProcessGroups, config: Config
 ) -> None:
     from megatron_idea.engine.optimizer import update
     from megatron_idea.engine.trainable import assemble
-    from megatron_idea.prune.compact import PARAMETER_ATTRIBUTES, compact
-    from megatron_idea.prune.pruner import make_plan
+    from megatron_idea.prune.compact import PARAMETER_ATTRIBUTES
+    from megatron_idea.prune.pruner import Pruner
 
     state_of_a_step = {"grad_added_to_main_grad", "zero_out_wgrad", "main_param_sharded"}
     trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
@@ -529,13 +533,14 @@ def test_a_compaction_compares_what_megatron_core_writes_on_parameters_and_nothi
         written = {k for k, v in vars(parameter).items() if isinstance(v, (bool, int, str))}
         assert written - state_of_a_step <= set(PARAMETER_ATTRIBUTES)
         parameter._do_not_clear = True  # type: ignore[attr-defined]  # Transformer Engine's
+    pruner = Pruner(config, trainable)
     alive = torch.ones(2, 24, dtype=torch.bool)
     alive[:, 16:] = False
-    compact(trainable, make_plan(alive, (16, 16)), "min")
+    cut_neurons(trainable, pruner, alive, (16, 16))
     assert trainable.shape.counts("ffn_hidden_size") == (16, 16)
 
     norm = trainable.chunks[0].module.decoder.final_layernorm.weight
     norm.sequence_parallel = not norm.sequence_parallel
     alive[:, 8:] = False
     with pytest.raises(AssertionError, match=r"final_layernorm\.weight lost an attribute"):
-        compact(trainable, make_plan(alive, (8, 8)), "min")
+        cut_neurons(trainable, pruner, alive, (8, 8))

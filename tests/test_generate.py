@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hf import SOON, trained
-from jobs import live_run, run_job, small
+from jobs import live_run, mask_of, run_job, small
 from typer.testing import CliRunner
 
 from megatron_idea import checkpoint
@@ -22,6 +22,7 @@ from megatron_idea.evaluation.generate import (
     Sample,
     Writer,
     _continue,
+    _live_logits,
     draw,
     sample,
     sample_live,
@@ -125,6 +126,57 @@ def test_a_model_in_training_writes_what_its_checkpoint_does(
     settings = {"max_new_tokens": 12, "temperature": LIVE_TEMPERATURE}
     (written,) = workers.run(sample_job, 1, str(tmp_path / "run"), prompts, settings)
     assert told[0][1] == written
+
+
+def masked_and_plain_job(groups: Any, config: Config, steps: int) -> dict[str, Any]:
+    """Train, save, and read the weights alone into a model that knows of no masks."""
+    from megatron_idea.engine.trainable import assemble
+    from megatron_idea.train import step
+
+    run, state = live_run(groups, config)
+    for _ in range(steps):
+        step(run, state)
+    path = checkpoint.save(run.trainable, run.pruner, state)
+    widths = state.shape.counts("ffn_hidden_size")
+    fresh = assemble(config, groups, widths, initialize=False)
+    checkpoint.load_weights(fresh.chunks, path, groups)
+    with torch.no_grad():
+        logits = [
+            _live_logits(of.chunks, config, groups)(list(range(8))).numpy()
+            for of in (run.trainable, fresh)
+        ]
+    return {
+        "live": run.pruner.live["ffn_hidden_size"],
+        "widths": list(widths),
+        "masks": [
+            sum(int((~mask_of(mlp)).sum()) for _, mlp in of.mlps) for of in (run.trainable, fresh)
+        ],
+        "logits": logits,
+    }
+
+
+def test_between_two_compactions_zeros_are_enough(workers: Workers, tmp_path: Path) -> None:
+    """Whoever reads a checkpoint's weights alone has the model that the run trains under masks."""
+    config = small(
+        run_dir=str(tmp_path / "run"),
+        model={"vocab_size": 264, "init_method_std": 0.3},
+        schedule=SOON,
+        parallel={"tensor_model_parallel_size": 2},
+    )
+    found = run_job(workers, masked_and_plain_job, 2, config, 6)
+    for rank in found:
+        assert all(12 < n < w < 24 for n, w in zip(rank["live"], rank["widths"], strict=True))
+        masked, plain = rank["logits"]
+        assert masked.tobytes() == plain.tobytes()
+        assert rank["masks"][1] == 0
+    assert sum(rank["masks"][0] for rank in found) == sum(found[0]["widths"]) - sum(
+        found[0]["live"]
+    )
+    export_checkpoint(tmp_path / "run", tmp_path / "export")
+    prompts, settings = ["def", ""], {"max_new_tokens": 8, "temperature": 0}
+    (ours,) = workers.run(sample_job, 1, str(tmp_path / "run"), prompts, settings)
+    theirs = sample(tmp_path / "export", prompts, **settings)
+    assert [one.ids for one in ours] == [one.ids for one in theirs]
 
 
 def test_draws_follow_the_settings() -> None:

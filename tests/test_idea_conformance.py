@@ -51,6 +51,14 @@ def logits(trainable: Any, seed: int = 100) -> Tensor:
         return chunk(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
 
 
+NEURONS = "ffn_hidden_size"
+
+
+def alive_of(run: Any, layer: int) -> Tensor:
+    """bool [stored neurons of this rank's layer]."""
+    return run.pruner.alive[NEURONS][layer][run.pruner.stored[NEURONS][layer]]
+
+
 def parts_of(mlp: Any, neurons: Tensor) -> list[tuple[Tensor, Any]]:
     """(matrix, index of the marked neurons in it) for gate, up and down."""
     none = torch.zeros_like(neurons)
@@ -88,83 +96,86 @@ def test_2_live_neurons_follow_the_schedule_in_every_layer_and_never_return(
     groups: ProcessGroups, config: Config, compact: bool
 ) -> None:
     run, state = live_run(groups, pruning(config, compact=compact))
-    before = run.pruner.alive.clone()
+    before = run.pruner.alive[NEURONS]
     counts = []
     for _ in range(STEPS):
         (record,) = run_steps(run, state, 1)
         ratio = keep_ratio(run.config.schedule, state.consumed_tokens, 0.5)
         assert record["ffn_live"] == [keep_count(ratio, 24)] * 2
-        assert not (run.pruner.alive & ~before).any(), "a removed neuron came back"
-        before = run.pruner.alive.clone()
+        alive = run.pruner.alive[NEURONS]
+        assert not (alive & ~before).any(), "a removed neuron came back"
+        before = alive
         counts.append(record["ffn_live"][0])
-        for ema, (_, mlp) in zip(run.pruner.scores.ema, run.trainable.mlps, strict=True):
-            ema[:, ~mlp.mask] = 1e9  # whatever a removed neuron's score says
+        (average,) = run.pruner.scores.average.values()
+        # Whatever a removed neuron's score says.
+        average[NEURONS].masked_fill_(~alive[:, None], 1e9)
     assert counts[:5] == [24] * 5
     assert counts[11:] == [12] * 5
     assert len(set(counts)) > 4, "gradual"
-    assert state.widths == ((12, 12) if compact else (24, 24))
+    assert state.shape.counts(NEURONS) == ((12, 12) if compact else (24, 24))
 
 
 @on_ranks(1)
-def test_3_one_mask_silences_a_neuron_in_all_three_matrices(
+def test_3_a_removed_neuron_is_gone_from_all_three_matrices(
     groups: ProcessGroups, config: Config
 ) -> None:
     run, state = live_run(groups, pruning(config, compact=False))
     run_steps(run, state, 9)
-    before = logits(run.trainable)
-    for _, mlp in run.trainable.mlps:
-        assert 0 < int(mlp.mask.sum()) < 24
-        for weight, removed in parts_of(mlp, ~mlp.mask):
-            weight.data[removed] += 1.0
-            assert_equal(logits(run.trainable), before, "with removed weights changed")
-    for _, mlp in run.trainable.mlps:
-        for weight, live in parts_of(mlp, mlp.mask):
+    trainable = run.trainable
+    for layer, mlp in trainable.mlps:
+        alive = alive_of(run, layer)
+        assert 0 < int(alive.sum()) < 24
+        for weight, removed in parts_of(mlp, ~alive):
+            for what in ("main", "exp_avg", "exp_avg_sq"):
+                assert not whole(trainable, weight, what).view_as(weight)[removed].any(), what
+            assert not weight.data[removed].any()
+    before = logits(trainable)
+    for layer, mlp in trainable.mlps:
+        for weight, live in parts_of(mlp, alive_of(run, layer)):
             weight.data[live] += 1.0
-            after = logits(run.trainable)
+            after = logits(trainable)
             assert not torch.equal(after, before), "each matrix of a live neuron counts"
             before = after
 
 
 def in_fp64(trainable: Any) -> Any:
-    """A copy of the model in double precision, masks included."""
-    from megatron_idea.engine.model import build_model, named_parameters, prunable_mlps
+    """A copy of the model in double precision, without masks: zeros are enough."""
+    from megatron_idea.engine.model import build_model, named_parameters
 
     chunks = build_model(trainable.model, trainable.training, trainable.core, trainable.groups)
     weights = dict(named_parameters(trainable.chunks))
     for name, parameter in named_parameters(chunks):
         parameter.data.copy_(weights[name])
     (chunk,) = (chunk.double() for chunk in chunks)
-    for (_, mlp), (_, original) in zip(prunable_mlps(chunks), trainable.mlps, strict=True):
-        mlp.set_mask(original.mask)
     return chunk
 
 
 @pytest.mark.parametrize("steps", [9, STEPS])
 @on_ranks(1)
-def test_4_masked_and_compacted_model_are_one_function(
+def test_4_zeroed_and_compacted_model_are_one_function(
     groups: ProcessGroups, config: Config, steps: int
 ) -> None:
-    from megatron_idea.prune.compact import compact
-    from megatron_idea.prune.strategy import Plan
+    from megatron_idea.prune.plan import Plan
 
     run, state = live_run(groups, pruning(config, compact=False))
     run_steps(run, state, steps)
-    trainable, alive = run.trainable, run.pruner.alive
-    masked = in_fp64(trainable)
-    live = int(alive.sum(1).max())
-    compact(trainable, Plan(alive, (live, live), "digest"), "min")
-    assert trainable.shape.counts("ffn_hidden_size") == (live, live) < (24, 24)
+    trainable, pruner = run.trainable, run.pruner
+    zeroed = in_fp64(trainable)
+    live = max(pruner.live[NEURONS])
+    shape = trainable.shape.with_counts(NEURONS, live)
+    pruner.compact(trainable, Plan.of(pruner.alive, shape, pruner.memory))
+    assert trainable.shape.counts(NEURONS) == (live, live) < (24, 24)
     compacted = in_fp64(trainable)
     tokens = random_tokens(config, seed=100)[:, :-1]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    a, b = (model(tokens, positions, None) for model in (masked, compacted))
+    a, b = (model(tokens, positions, None) for model in (zeroed, compacted))
     assert a.dtype == torch.float64
     assert_close(b, a, "logits", TOLERANCE[torch.float64])
     dy = torch.randn(a.shape, generator=torch.Generator().manual_seed(1), dtype=a.dtype)
-    for model, out in ((masked, a), (compacted, b)):
+    for model, out in ((zeroed, a), (compacted, b)):
         out.backward(dy)
         model.seen = model.embedding.word_embeddings.weight.grad
-    assert_close(compacted.seen, masked.seen, "gradients", TOLERANCE[torch.float64])
+    assert_close(compacted.seen, zeroed.seen, "gradients", TOLERANCE[torch.float64])
 
 
 @on_ranks(1)
@@ -174,10 +185,10 @@ def test_5_gradients_of_removed_neurons_are_exactly_zero(
     run, state = live_run(groups, pruning(config, compact=False))
     seen = 0
     for _ in range(STEPS):
-        masks = {layer: mlp.mask.clone() for layer, mlp in run.trainable.mlps}
-        run_steps(run, state, 1)  # its gradients were made under the masks of before
+        before = {layer: alive_of(run, layer) for layer, _ in run.trainable.mlps}
+        run_steps(run, state, 1)  # its gradients were made before it removed more
         for layer, mlp in run.trainable.mlps:
-            removed = ~masks[layer]
+            removed = ~before[layer]
             for weight, index in parts_of(mlp, removed):
                 gradient = whole(run.trainable, weight, "grad").view_as(weight)
                 assert not gradient[index].any()
@@ -191,7 +202,7 @@ def test_6_the_average_of_row_means_is_the_row_mean_of_the_average(
     groups: ProcessGroups, config: Config
 ) -> None:
     run, _ = live_run(groups, pruning(config, ema=0.4))
-    trainable, scores = run.trainable, run.pruner.scores
+    trainable, scores, stored = run.trainable, run.pruner.scores, run.pruner.stored
     (_, mlp), _ = trainable.mlps
     weights = [mlp.linear_fc1.weight, mlp.linear_fc2.weight]
     elementwise = [torch.zeros(weight.shape, dtype=torch.float64) for weight in weights]
@@ -201,12 +212,13 @@ def test_6_the_average_of_row_means_is_the_row_mean_of_the_average(
             grad = whole(trainable, weight, "grad").view_as(weight)
             average.mul_(0.4).add_((weight.detach().double() * grad.double()).abs(), alpha=0.6)
         scores.record(scores.observe(trainable))
-        scores.fold(groups)
+        scores.fold(trainable, stored)
         for weight in weights:  # the weights move while the average runs
             weight.data.mul_(1.1)
     gate, up = elementwise[0].mean(1).chunk(2)
     expected = torch.stack([gate, up, elementwise[1].mean(0)])
-    means = scores.ema[0] / config.model.hidden_size
+    (average,) = scores.average.values()
+    means = average[NEURONS][0] / config.model.hidden_size
     assert_close(means / expected.max(), expected / expected.max(), tolerance=1e-6)
     # The maximum over matrices does not commute: it comes after.
     assert len(set(expected.argmax(0).tolist())) > 1
@@ -219,7 +231,9 @@ def test_7_signed_sums_of_up_and_down_are_the_same_number_and_gates_is_another(
     config = replace(config, model={"init_method_std": 0.3})
     run, _ = live_run(groups, pruning(config, element="signed"))
     backward(run.trainable)
-    for gate, up, down in run.pruner.scores.observe(run.trainable):
+    (sums,) = run.pruner.scores.observe(run.trainable).values()
+    assert len(sums) == 2
+    for gate, up, down in sums.values():
         scale = up.abs().max()
         assert_close(up / scale, down / scale, tolerance=1e-5)
         # silu is not linear: the gate's sum is off by far more than rounding.
@@ -230,46 +244,26 @@ def test_7_signed_sums_of_up_and_down_are_the_same_number_and_gates_is_another(
 def test_8_removed_neurons_stay_removed_through_fifty_steps_of_adam(
     groups: ProcessGroups, config: Config
 ) -> None:
-    """Adam's momentum and weight decay still step the removed rows; the masked ones stay 0.
-
-    So the run is the same bit for bit whatever stands in the removed rows.
-    """
-    from megatron_idea.engine.model import named_parameters
+    """Momentum and weight decay move every live weight; zeros stay zeros."""
     from megatron_idea.engine.optimizer import update
 
-    def fifty_steps(garbage: bool) -> dict[str, Any]:
-        run, state = live_run(groups, pruning(config, compact=False))
-        run_steps(run, state, STEPS)
-        trainable = run.trainable
-        removed = [part for _, mlp in trainable.mlps for part in parts_of(mlp, ~mlp.mask)]
-        generator = torch.Generator().manual_seed(3)
-        for weight, dead in removed:
-            if garbage:
-                noise = 100 * torch.randn(weight.data[dead].shape, generator=generator)
-                weight.data[dead] = noise
-        start = [weight.data[dead].clone() for weight, dead in removed]
-        norms = []
-        for seed in range(50):
-            backward(trainable, 1000 + seed)
-            norms.append(update(trainable.optimizer, 1e-2))
-        moved = [not torch.equal(w.data[d], s) for (w, d), s in zip(removed, start, strict=True)]
-        assert all(moved), "decay and momentum step raw weights"
-        assert run.pruner.live == [12, 12]
-        effective = {n: p.detach().clone() for n, p in named_parameters(trainable.chunks)}
-        for layer, mlp in trainable.mlps:
-            alive = mlp.mask.float()
-            fc1, fc2 = (f"decoder.layers.{layer}.mlp.linear_fc{i}.weight" for i in (1, 2))
-            effective[fc1] *= torch.cat([alive, alive])[:, None]
-            effective[fc2] *= alive
-        out = logits(trainable)
-        for weight, dead in removed:
-            weight.data[dead] = 0.0
-        assert_equal(logits(trainable), out, "with removed rows set to zero")
-        return {"norms": torch.tensor(norms), "logits": out} | effective
-
-    plain, garbage = fifty_steps(False), fifty_steps(True)
-    for name, value in plain.items():
-        assert_equal(garbage[name], value, name)
+    run, state = live_run(groups, pruning(config, compact=False))
+    run_steps(run, state, STEPS)
+    trainable = run.trainable
+    removed = [
+        part for layer, mlp in trainable.mlps for part in parts_of(mlp, ~alive_of(run, layer))
+    ]
+    start = [weight.detach().clone() for weight, _ in removed]
+    for seed in range(50):
+        backward(trainable, 1000 + seed)
+        update(trainable.optimizer, 1e-2)
+    assert run.pruner.live[NEURONS] == [12, 12]
+    for (weight, dead), before in zip(removed, start, strict=True):
+        assert not torch.equal(weight, before)
+        for what in ("main", "exp_avg", "exp_avg_sq"):
+            state_of = whole(trainable, weight, what).view_as(weight)
+            assert not state_of[dead].any() and state_of.any(), what
+        assert not weight[dead].any()
 
 
 @on_ranks(1)
@@ -279,7 +273,7 @@ def test_9_keeping_every_neuron_is_plain_training_bit_for_bit(
     def trained(**prune: Any) -> tuple[list[Any], list[Tensor]]:
         run, state = live_run(groups, pruning(config, **prune))
         records = run_steps(run, state, STEPS)
-        assert state.widths == (24, 24)
+        assert state.shape.counts(NEURONS) == (24, 24)
         tensors = [
             whole(run.trainable, parameter, what)
             for parameter in run.trainable.parameters

@@ -31,7 +31,7 @@ def curve(groups: ProcessGroups, config: Config, whose: str, dead: int = 0) -> t
 
     trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     for _, mlp in trainable.mlps:
-        mlp.set_mask(torch.arange(24, device=groups.device) >= dead)
+        mlp.set_alive(torch.arange(24) >= dead)
         if whose == "megatron":
             mlp.config.bias_activation_fusion = True
             mlp.forward = types.MethodType(MLP.forward, mlp)

@@ -15,6 +15,7 @@ from megatron_idea.testing import assert_close, assert_equal
 if TYPE_CHECKING:
     from megatron_idea.engine.distributed import ProcessGroups
     from megatron_idea.engine.layers import PrunableMLP
+    from megatron_idea.shape import Shape
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -122,11 +123,11 @@ def test_attention_drops_out_in_training_only(groups: ProcessGroups, config: Con
     assert_equal(attention(q, q, q, None), attention(q, q, q, None))
 
 
-def first_mlp(groups: ProcessGroups, config: Config) -> Any:
+def first_mlp(groups: ProcessGroups, config: Config, shape: Shape | None = None) -> Any:
     """The first layer's MLP of a fresh model."""
     from megatron_idea.engine.model import prunable_mlps
 
-    return next(prunable_mlps(built(groups, config)))[1]
+    return next(prunable_mlps(built(groups, config, shape)))[1]
 
 
 def run(mlp: PrunableMLP, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ def rows(mask: Tensor) -> Tensor:
 
 @on_ranks(1)
 def test_the_mlp_is_its_formula(groups: ProcessGroups, config: Config) -> None:
-    mlp, x, dy = built(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
+    mlp, x, dy = first_mlp(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
     mlp.linear_fc1.weight.data.mul_(20)  # far from where silu is linear
     ours = run(mlp, x, dy)
     x64, fc1, fc2 = (
@@ -171,9 +172,9 @@ def test_the_mlp_is_its_formula(groups: ProcessGroups, config: Config) -> None:
 def test_a_masked_neuron_is_silent_and_has_no_gradient(
     groups: ProcessGroups, config: Config
 ) -> None:
-    mlp, x, dy = built(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
+    mlp, x, dy = first_mlp(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
     alive = torch.arange(24) % 3 > 0
-    mlp.set_mask(alive)
+    mlp.set_alive(alive)
     result = run(mlp, x, dy)
     assert not result["activation"][..., ~alive].any()
     assert not result["dfc1"][rows(~alive)].any()
@@ -188,9 +189,9 @@ def test_a_masked_neuron_is_silent_and_has_no_gradient(
 def test_garbage_in_a_masked_neuron_changes_nothing_bit_for_bit(
     groups: ProcessGroups, config: Config
 ) -> None:
-    mlp, x, dy = built(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
+    mlp, x, dy = first_mlp(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
     dead = torch.arange(24) % 3 == 0
-    mlp.set_mask(~dead)
+    mlp.set_alive(~dead)
     before = run(mlp, x, dy)
     mlp.linear_fc1.weight.data[rows(dead)] = 1e4 * draw(16, 16, seed=2)
     mlp.linear_fc2.weight.data[:, dead] = 1e4 * draw(16, 8, seed=3)
@@ -201,12 +202,12 @@ def test_garbage_in_a_masked_neuron_changes_nothing_bit_for_bit(
 
 @on_ranks(1)
 def test_masking_is_computing_without_those_neurons(groups: ProcessGroups, config: Config) -> None:
-    mlp, x, dy = built(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
+    mlp, x, dy = first_mlp(groups, config), draw(5, 2, 16), draw(5, 2, 16, seed=1)
     alive = torch.arange(24) < 14
-    narrow = built(groups, config, (14, 24))
+    narrow = first_mlp(groups, config, ffn_shape(config, (14, 24)))
     narrow.linear_fc1.weight.data.copy_(mlp.linear_fc1.weight.data[rows(alive)])
     narrow.linear_fc2.weight.data.copy_(mlp.linear_fc2.weight.data[:, alive])
-    mlp.set_mask(alive)
+    mlp.set_alive(alive)
     masked, cut = run(mlp, x, dy), run(narrow, x, dy)
     assert_close(masked["y"], cut["y"], "y")
     assert_close(masked["dx"], cut["dx"], "dx")
@@ -215,20 +216,21 @@ def test_masking_is_computing_without_those_neurons(groups: ProcessGroups, confi
 
 
 @on_ranks(1)
-def test_a_loaded_mask_acts_once_it_is_refreshed(groups: ProcessGroups, config: Config) -> None:
-    mlp, x = built(groups, config), draw(5, 2, 16)
+def test_who_is_alive_is_not_the_layers_to_keep(groups: ProcessGroups, config: Config) -> None:
+    mlp, x = first_mlp(groups, config), draw(5, 2, 16)
     whole, _ = mlp(x)
+    stored = set(mlp.state_dict())
     alive = torch.arange(24) > 3
-    mlp.load_state_dict(mlp.state_dict() | {"mask": alive})
-    mlp.refresh_mask()
+    mlp.set_alive(alive)
     masked, _ = mlp(x)
     assert not torch.equal(masked, whole)
-    mlp.set_mask(torch.ones(24, dtype=torch.bool))
-    assert_equal(mlp(x)[0], whole, "after all came back")
-    mlp.set_mask(alive)
-    assert_equal(mlp(x)[0], masked, "set and loaded")
-    mlp.set_mask(torch.zeros(24, dtype=torch.bool))
+    assert set(mlp.state_dict()) == stored and not list(mlp.buffers()), "a checkpoint knows of it"
+    mlp.set_alive(torch.ones(24, dtype=torch.bool))
+    assert_equal(mlp(x)[0], whole, "with all alive")
+    mlp.set_alive(torch.zeros(24, dtype=torch.bool))
     assert not mlp(x)[0].any()
+    with pytest.raises(AssertionError):
+        mlp.set_alive(alive[1:])
 
 
 @on_ranks(1)
@@ -243,21 +245,18 @@ def test_each_layers_width_is_its_own_not_the_configs(
     assert [mlp.width for mlp in mlps] == [10, 18]
     assert [tuple(mlp.linear_fc1.weight.shape) for mlp in mlps] == [(20, 16), (36, 16)]
     assert [tuple(mlp.linear_fc2.weight.shape) for mlp in mlps] == [(16, 10), (16, 18)]
-    assert all(mlp.mask.all() for mlp in mlps)
-    assert [mlp.neuron_ids.tolist() for mlp in mlps] == [list(range(10)), list(range(18))]
 
 
 @on_ranks(2, tensor_model_parallel_size=2)
-def test_tensor_parallel_ranks_hold_consecutive_neurons_and_their_masks(
+def test_each_tensor_parallel_rank_silences_its_own_neurons(
     groups: ProcessGroups, config: Config
 ) -> None:
     mlp = first_mlp(groups, config)
     rank = groups.tp.rank()
-    assert mlp.neuron_ids.tolist() == list(range(12 * rank, 12 * rank + 12))
-    assert mlp.width == len(mlp.mask) == 12
+    assert mlp.width == 12
     x, dy = draw(4, 2, 16, seed=rank), draw(4, 2, 16, seed=2 + rank)  # each has its own tokens
-    dead = mlp.neuron_ids % 5 == 0
-    mlp.set_mask(~dead)
+    dead = torch.arange(12 * rank, 12 * rank + 12) % 5 == 0
+    mlp.set_alive(~dead)
     before = run(mlp, x, dy)
     assert not before["dfc1"][rows(dead)].any()
     assert not before["dfc2"][:, dead].any()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import mask_of
 from typer.testing import CliRunner
 
 from megatron_idea import checkpoint, cli
@@ -29,9 +30,9 @@ def online_job(rendezvous: str, config: Config) -> list[tuple[str, str]]:
         run, state = build(config, groups)
         out = []
         while state.consumed_tokens < config.schedule.total_tokens:
-            widths = state.widths
+            shape = state.shape
             step(run, state)
-            if state.widths == widths:
+            if state.shape == shape:
                 continue
             before = checkpoint.latest(config.run_dir)
             assert before is not None and checkpoint.read_state(before).plan_due
@@ -58,27 +59,26 @@ def content_job(rendezvous: str, config: Config, path: str) -> dict[str, Any]:
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     try:
         state = checkpoint.read_state(Path(path))
-        shape = state.shape(config.model)
-        trainable = assemble(config.sections, groups, shape, initialize=False)
+        trainable = assemble(config.sections, groups, state.shape, initialize=False)
         pruner = Pruner(config, trainable)
         checkpoint.load(trainable, pruner, Path(path))
         shards = trainable.exchange()
-        out: dict[str, Any] = {"widths": state.widths, "step": state.adam_step}
+        out: dict[str, Any] = {"widths": widths, "step": state.adam_step}
         for name, parameter in named_parameters(trainable.chunks):
             whole = shards.gather(parameter)
             assert whole is not None
             out[name] = whole.view(3, *parameter.shape).numpy()
         for layer, mlp in trainable.mlps:
-            out[f"{layer}.ids"] = mlp.neuron_ids.numpy().copy()
-            out[f"{layer}.mask"] = mlp.mask.numpy().copy()
+            ids = pruner.stored["ffn_hidden_size"][layer]
+            out[f"{layer}.ids"] = ids.numpy().copy()
+            out[f"{layer}.mask"] = mask_of(mlp).numpy()
             # Neurons by id: tensor-parallel ranks may have put them in another order.
-            order = torch.argsort(mlp.neuron_ids).numpy()
+            order = torch.argsort(ids).numpy()
             fc1, fc2 = (out[f"decoder.layers.{layer}.mlp.linear_fc{i}.weight"] for i in (1, 2))
             fc1 = fc1.reshape(3, 2, len(order), -1)
             ids, mask = out[f"{layer}.ids"], out[f"{layer}.mask"]
             out[f"{layer}.sorted"] = [fc1[:, :, order], fc2[:, :, order], ids[order], mask[order]]
-        scores = pruner.state(trainable)
-        out["scores"] = scores.ema.numpy()
+        out["scores"] = pruner.state(trainable)["scores.average.0.ffn_hidden_size"].numpy()
         return out
     finally:
         stop_distributed()
@@ -156,17 +156,21 @@ def half_job(rendezvous: str, config: Config) -> None:
         stop_distributed()
 
 
+def widths_of(path: Path) -> tuple[int, ...]:
+    return checkpoint.read_state(checkpoint.resolve(path)).shape.counts("ffn_hidden_size")
+
+
 def compact(*arguments: Any) -> Any:
     return runner.invoke(cli.app, ["compact", *map(str, arguments)])
 
 
 def test_masked_neurons_leave_by_default(trained: Path, tmp_path: Path) -> None:
     state = checkpoint.read_state(checkpoint.resolve(trained))
-    assert state.widths == (64, 64)
+    assert widths_of(trained) == (64, 64)
     result = compact(trained, "--out", tmp_path / "small")
     assert result.exit_code == 0, result.output
     small = checkpoint.read_state(checkpoint.resolve(tmp_path / "small"))
-    assert all(24 <= w < 64 and w % 4 == 0 for w in small.widths)
+    assert all(24 <= w < 64 and w % 4 == 0 for w in widths_of(tmp_path / "small"))
     assert (small.step, small.consumed_tokens) == (state.step, state.consumed_tokens)
     again = compact(tmp_path / "small", "--out", tmp_path / "smaller")
     assert again.exit_code == 2 and "nothing to compact" in " ".join(again.stderr.split())
@@ -178,11 +182,11 @@ def test_the_most_important_neurons_stay_and_the_result_can_be_trained_on(
     result = compact(trained, "--out", tmp_path / "small", "--to", "24,20")
     assert result.exit_code == 0, result.output
     path = checkpoint.resolve(tmp_path / "small")
-    small = checkpoint.read_state(path)
-    assert small.widths == (24, 20)
+    widths = widths_of(path)
+    assert widths == (24, 20)
     (content,) = workers.run(content_job, 1, tiny, str(path))
     (before,) = workers.run(content_job, 1, tiny, str(checkpoint.resolve(trained)))
-    for layer, width in enumerate(small.widths):
+    for layer, width in enumerate(widths):
         scores = before["scores"][layer].max(axis=0) * before[f"{layer}.mask"]
         expected = sorted(np.argsort(-scores, kind="stable")[:width].tolist())
         assert content[f"{layer}.ids"].tolist() == expected

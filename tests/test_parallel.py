@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from jobs import mask_of
 
 from megatron_idea.config import BlendEntry, Config, replace, validate
 from megatron_idea.testing import Workers
@@ -123,10 +124,12 @@ def _record(config: Config, groups: ProcessGroups) -> dict[str, Any]:
         line, _ = step(run, state)
         out["loss"].append(line["loss"])
         out["grad_norm"].append(line["grad_norm"])
-        out["widths"].append(state.widths)
-        out["alive"].append(run.pruner.alive.numpy().copy())
+        out["widths"].append(state.shape.counts("ffn_hidden_size"))
+        out["alive"].append(run.pruner.alive["ffn_hidden_size"].numpy().copy())
         if gathers_scores(config.schedule, state.consumed_tokens):
-            out["ema"].append(run.pruner.state(run.trainable).ema.numpy())
+            scores = run.pruner.state(run.trainable)
+            ema = scores.get("scores.average.0.ffn_hidden_size", torch.zeros(0))
+            out["ema"].append(ema.numpy())
         else:
             out["ema"].append(np.zeros(0))
     for chunk in run.trainable.chunks:  # overlapped gathering would wait for the next forward
@@ -154,7 +157,7 @@ class Silence:
         for _, mlp in self._run.trainable.mlps:
             if not mlp.linear_fc2._forward_pre_hooks:
                 mlp.linear_fc2.register_forward_pre_hook(
-                    lambda _fc2, args, mlp=mlp: self._hear(args[0][..., ~mlp.mask])
+                    lambda _fc2, args, mlp=mlp: self._hear(args[0][..., ~mask_of(mlp)])
                 )
 
     def _hear(self, activations: torch.Tensor) -> None:
@@ -162,7 +165,7 @@ class Silence:
 
     def _look(self, trainable: Any, tokens: int) -> Any:
         for _, mlp in trainable.mlps:
-            dead = ~mlp.mask
+            dead = ~mask_of(mlp)
             self.seen += int(dead.sum())
             fc1, fc2 = mlp.linear_fc1.weight.main_grad, mlp.linear_fc2.weight.main_grad
             self.gradient = max(
@@ -499,7 +502,7 @@ def save_job(rendezvous: str, config: Config) -> list[str]:
         for _ in range(3):
             step(run, state)
         path = checkpoint.save(config, run.trainable, run.pruner, state)
-        fresh = assemble(config.sections, groups, state.shape(config.model), initialize=False)
+        fresh = assemble(config.sections, groups, state.shape, initialize=False)
         checkpoint.load_weights(fresh.chunks, path, groups)
         for chunk in run.trainable.chunks:
             chunk.start_param_sync(force_sync=True)

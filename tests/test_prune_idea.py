@@ -11,21 +11,55 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_idea.config import ConfigError, PruneConfig
+from megatron_idea.guard import DivergedError
+from megatron_idea.prune.axis import AXES
 from megatron_idea.prune.idea import IdeaPrune
-from megatron_idea.prune.strategy import DOWN, GATE, UP, Stats, live_counts, ranked, select
+from megatron_idea.prune.plan import live_counts
+from megatron_idea.prune.strategy import (
+    Goal,
+    Measure,
+    Stats,
+    drop_blocks,
+    ranked,
+    scheduled_counts,
+    scheduled_removal_is_due,
+    select,
+)
 from megatron_idea.testing import assert_close, assert_equal
 
+NEURONS = "ffn_hidden_size"
 ROW_LENGTH = 4
 
 
-def strategy(unit: int = 1, **settings: str) -> IdeaPrune:
-    return IdeaPrune(PruneConfig(**settings), unit)  # type: ignore[arg-type]
+def strategy(**settings: str) -> IdeaPrune:
+    return IdeaPrune(PruneConfig(**settings), {NEURONS: Goal(24, 12, 1)})  # type: ignore[arg-type]
+
+
+def measured(method: IdeaPrune, sums: Tensor) -> Tensor:
+    """Importance of units with these averages, [..., matrices, units] to [..., units]."""
+    sizes = torch.full((sums.shape[-2], 1), float(ROW_LENGTH))
+    alive = torch.ones(sums.shape[0], sums.shape[-1], dtype=torch.bool)
+    (measure,) = method.measures
+    stats = Stats({measure: {NEURONS: sums}}, {NEURONS: sizes}, {NEURONS: alive})
+    return method.importance(stats)[NEURONS]
 
 
 def importance(sums: list[float], **settings: str) -> float:
     """Of one neuron with these averaged sums for gate, up and down."""
-    stats = Stats(torch.tensor(sums).view(1, 3, 1), ROW_LENGTH)
-    return float(strategy(**settings).importance(stats))
+    return float(measured(strategy(**settings), torch.tensor(sums).view(1, 3, 1)))
+
+
+def equal_counts(scores: Tensor, alive: Tensor, keep: int) -> list[int]:
+    """What the schedule leaves of each layer when it wants ``keep`` on average."""
+    goal = Goal(scores.shape[1], keep, 1)
+    return scheduled_counts({NEURONS: scores}, {NEURONS: alive}, {NEURONS: goal}, 1.0, "layer")[
+        NEURONS
+    ]
+
+
+def one_ranking(multiple: int, scores: Tensor, alive: Tensor, keep: int) -> list[int]:
+    """Likewise where all layers are ranked against each other."""
+    return drop_blocks(scores, alive, keep * len(scores), multiple)
 
 
 def table(values: list[list[float]]) -> tuple[Tensor, Tensor]:
@@ -60,7 +94,7 @@ def test_each_switch_is_its_formula(row_reduce: str, matrix_reduce: str, expecte
 def test_each_row_reduction_asks_the_kernel_for_what_it_needs(
     row_reduce: str, reduction: str
 ) -> None:
-    assert strategy(row_reduce=row_reduce).reduction == reduction
+    assert strategy(row_reduce=row_reduce).measures == (Measure("abs", reduction),)
 
 
 def test_signed_sums_count_by_their_size() -> None:
@@ -73,7 +107,7 @@ def test_the_maximum_of_signed_values_is_refused_before_training() -> None:
 
 
 def test_matrices_are_gate_up_down_in_this_order() -> None:
-    assert (GATE, UP, DOWN) == (0, 1, 2)
+    assert AXES[NEURONS].matrices == ("gate", "up", "down")
 
 
 def test_the_most_important_live_on() -> None:
@@ -99,7 +133,7 @@ def test_a_removed_neuron_never_returns_whatever_its_score() -> None:
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 def test_a_live_neuron_without_a_finite_score_is_an_error(broken: float) -> None:
     scores, alive = table([[1.0, 2.0], [3.0, broken]])
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(DivergedError, match="not finite"):
         select(scores, alive, [1, 1])
     alive[1, 1] = False  # the score of a removed neuron says nothing
     select(scores, alive, [1, 1])
@@ -121,7 +155,7 @@ def test_the_same_count_in_every_layer_and_a_subset_of_the_living(
     population: tuple[Tensor, Tensor], keep: int
 ) -> None:
     scores, alive = population
-    budget = strategy().allocate(scores, alive, keep)
+    budget = equal_counts(scores, alive, keep)
     assert budget == [min(keep, live) for live in live_counts(alive)]
     kept = select(scores, alive, budget)
     assert live_counts(kept) == budget
@@ -140,8 +174,8 @@ def test_removing_in_steps_with_fixed_scores_is_removing_at_once(
     scores, start = population
     alive = start
     for keep in sorted(counts, reverse=True):
-        alive = select(scores, alive, strategy().allocate(scores, alive, keep))
-    at_once = select(scores, start, strategy().allocate(scores, start, min(counts)))
+        alive = select(scores, alive, equal_counts(scores, alive, keep))
+    at_once = select(scores, start, equal_counts(scores, start, min(counts)))
     assert_equal(alive, at_once)
 
 
@@ -163,11 +197,10 @@ def test_one_ranking_keeps_legal_widths_floors_and_lands_exactly_on_the_target(
     pruning: tuple[int, int, list[Tensor], list[int]],
 ) -> None:
     unit, full, scores, keeps = pruning
-    method = strategy(unit, scope="global")
     layers = len(scores[0])
     alive = torch.ones(layers, full, dtype=torch.bool)
     for score, keep in zip(scores, keeps, strict=True):
-        budget = method.allocate(score, alive, keep)
+        budget = one_ranking(unit, score, alive, keep)
         assert all(n % unit == 0 and n >= unit for n in budget)
         assert all(n <= live for n, live in zip(budget, live_counts(alive), strict=True))
         assert 0 <= sum(budget) - keep * layers < unit or budget == live_counts(alive)
@@ -185,55 +218,70 @@ def test_one_ranking_drops_the_least_important_blocks_first() -> None:
             [6.0, 6.0, 6.0, 6.0, 2.0, 2.0],  # 6, 6, 2
         ]
     )
-    method = strategy(2, scope="global")
     # Away go 1, 2, 3, 6 in this order; the layer of 9 keeps its last block.
-    assert method.allocate(scores, alive, 6) == [6, 6, 6]
-    assert method.allocate(scores, alive, 5) == [6, 4, 6]
-    assert method.allocate(scores, alive, 4) == [6, 2, 4]
-    assert method.allocate(scores, alive, 3) == [6, 2, 2]
+    assert one_ranking(2, scores, alive, 6) == [6, 6, 6]
+    assert one_ranking(2, scores, alive, 5) == [6, 4, 6]
+    assert one_ranking(2, scores, alive, 4) == [6, 2, 4]
+    assert one_ranking(2, scores, alive, 3) == [6, 2, 2]
     # 18 - 8 = 10 live of 3 x 3 = 9: one more block would be one neuron too many.
-    assert method.allocate(scores, alive, 2) == [2, 2, 2]
+    assert one_ranking(2, scores, alive, 2) == [2, 2, 2]
 
 
 def test_one_ranking_leaves_no_layer_without_neurons() -> None:
     scores, alive = table([[1.0] * 8, [1000.0] * 8])
-    assert strategy(2, scope="global").allocate(scores, alive, 5) == [2, 8]
-    assert strategy(2, scope="global").allocate(scores, alive, 3) == [2, 4]
+    assert one_ranking(2, scores, alive, 5) == [2, 8]
+    assert one_ranking(2, scores, alive, 3) == [2, 4]
 
 
 def test_one_ranking_goes_on_after_a_resume_with_a_larger_unit() -> None:
-    method = strategy(8, scope="global")
     scores = torch.arange(48.0).view(2, 24)
     alive = torch.zeros(2, 24, dtype=torch.bool)
     alive[:, :12] = True  # legal in units of 4
-    assert method.allocate(scores, alive, 12) == [12, 12]
-    assert method.allocate(scores, alive, 11) == [12, 12]
+    assert one_ranking(8, scores, alive, 12) == [12, 12]
+    assert one_ranking(8, scores, alive, 11) == [12, 12]
     # The ends that are no whole unit go first; the lower scores are in the first layer.
-    assert method.allocate(scores, alive, 10) == [8, 12]
-    assert method.allocate(scores, alive, 8) == [8, 8]
+    assert one_ranking(8, scores, alive, 10) == [8, 12]
+    assert one_ranking(8, scores, alive, 8) == [8, 8]
     alive[0, 12:16] = True  # 16 and 12 live: four go before any eight
-    assert method.allocate(scores, alive, 12) == [16, 8]
+    assert one_ranking(8, scores, alive, 12) == [16, 8]
 
 
 def test_one_ranking_takes_a_full_width_that_is_no_whole_number_of_blocks() -> None:
     """Servers may want larger multiples at the end than training does at the start."""
-    method = strategy(4, scope="global")
     scores = torch.arange(20.0).view(2, 10)
     alive = torch.ones(2, 10, dtype=torch.bool)
-    assert method.allocate(scores, alive, 9) == [8, 10]
-    assert method.allocate(scores, alive, 8) == [8, 8]
-    assert method.allocate(scores, alive, 6) == [4, 8]
+    assert one_ranking(4, scores, alive, 9) == [8, 10]
+    assert one_ranking(4, scores, alive, 8) == [8, 8]
+    assert one_ranking(4, scores, alive, 6) == [4, 8]
 
 
 def test_blocks_are_ranked_by_their_mean() -> None:
     scores, alive = table([[9.0, 9.0, 9.0, 0.0], [9.0, 9.0, 4.0, 4.0]])
     # The last blocks have means 4.5 and 4, smallest members 0 and 4.
-    assert strategy(2, scope="global").allocate(scores, alive, 3) == [4, 2]
+    assert one_ranking(2, scores, alive, 3) == [4, 2]
+
+
+def test_the_schedule_says_how_many_go_and_when() -> None:
+    goals = {NEURONS: Goal(24, 12, 4), "num_query_groups": Goal(4, 4, 1)}
+    alive = {
+        NEURONS: torch.ones(2, 24, dtype=torch.bool),
+        "num_query_groups": torch.ones(2, 4, dtype=torch.bool),
+    }
+    scores = {axis: torch.rand(live.shape) for axis, live in alive.items()}
+    assert [goals[NEURONS].live(removed) for removed in (0.0, 0.3, 0.5, 1.0)] == [24, 20, 18, 12]
+    for removed, due in ((0.0, False), (0.04, False), (0.05, True), (1.0, True)):
+        assert scheduled_removal_is_due(alive, goals, removed) is due
+    for scope, halfway in (("layer", [18, 18]), ("global", None)):
+        counts = scheduled_counts(scores, alive, goals, 0.5, scope)
+        assert counts["num_query_groups"] == [4, 4]
+        assert sum(counts[NEURONS]) == 36 and counts[NEURONS] == (halfway or counts[NEURONS])
+    alive[NEURONS][:, 18:] = False
+    assert not scheduled_removal_is_due(alive, goals, 0.5)
 
 
 def test_importance_needs_no_scale() -> None:
     sums = torch.rand(2, 3, 16, generator=torch.Generator().manual_seed(0))
     method = strategy()
-    small, large = (method.importance(Stats(sums * s, ROW_LENGTH)) for s in (1.0, 1024.0))
+    small, large = (measured(method, sums * s) for s in (1.0, 1024.0))
     assert_close(large, small * 1024.0)
     assert_equal(ranked(large, large >= 0), ranked(small, small >= 0))

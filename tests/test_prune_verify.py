@@ -35,7 +35,7 @@ def trained(groups: Any, config: Config) -> Any:
     run, state = live_run(groups, replace(config, model={"init_method_std": 0.3}))
     for _ in range(2):
         step(run, state)
-    return run.trainable
+    return run
 
 
 @on_ranks(2, tensor_model_parallel_size=2)
@@ -52,7 +52,7 @@ def _equal_to_one_process(groups: Any, config: Config) -> None:
     """The distributed checksums, and those of whole tensors by the formula."""
     from megatron_idea.prune.verify import unit_checksums
 
-    trainable = trained(groups, config)
+    trainable = trained(groups, config).trainable
     axes = ("ffn_hidden_size", "num_query_groups")
     neurons, groups_of_heads = (unit_checksums(trainable, axis) for axis in axes)
     for layer, mlp in trainable.mlps:
@@ -82,11 +82,12 @@ def _check(owned: torch.Tensor, sums: torch.Tensor) -> None:
     assert len(set(sums.tolist())) == len(sums)
 
 
-def damages(trainable: Any) -> dict[str, Any]:
+def damages(run: Any) -> dict[str, Any]:
     """Ways in which a compaction could go wrong, as functions that do it to one rank."""
     from megatron_idea.engine.shards import slot
 
-    _, mlp = trainable.mlps[0]
+    trainable = run.trainable
+    layer, mlp = trainable.mlps[0]
     fc2 = slot(trainable.optimizer, mlp.linear_fc2.weight)
     fc1 = slot(trainable.optimizer, mlp.linear_fc1.weight)
 
@@ -105,8 +106,8 @@ def damages(trainable: Any) -> dict[str, Any]:
         "the two moments": lambda: fc1.state.update(
             exp_avg=fc1.state["exp_avg_sq"], exp_avg_sq=fc1.state["exp_avg"]
         ),
-        "the numbering": lambda: swap(mlp.neuron_ids, 0, 1),
-        "a mask": lambda: mlp.set_mask(torch.arange(mlp.width) % 2 == 0),
+        "the numbering": lambda: swap(run.pruner.stored["ffn_hidden_size"][layer], 0, 12),
+        "a mask": lambda: mlp.set_alive(torch.arange(mlp.width) % 2 == 0),
         "another weight": lambda: mlp.linear_fc1.weight.data.zero_(),
     }
 
@@ -117,29 +118,31 @@ def test_damage_on_one_rank_stops_all_of_them(groups: Any, config: Config, what:
     from megatron_idea.prune.verify import check, fingerprint
 
     config = replace(config, training={"precision": "bf16"} if what % 2 else {})
-    trainable = trained(groups, config)
-    before = fingerprint(trainable)
-    assert check(before, fingerprint(trainable), trainable) == 0.0
-    kinds = damages(trainable)
+    run = trained(groups, config)
+    trainable, stored = run.trainable, run.pruner.stored
+    before = fingerprint(trainable, stored)
+    assert check(before, fingerprint(trainable, stored), trainable) == 0.0
+    kinds = damages(run)
     assert len(kinds) == 8
     if groups.tp.rank() == 1:
         list(kinds.values())[what]()
     with pytest.raises(RuntimeError, match="compaction changed the"):
-        check(before, fingerprint(trainable), trainable)
+        check(before, fingerprint(trainable, stored), trainable)
 
 
 @on_ranks(2, pipeline_model_parallel_size=2)
 def test_the_check_works_over_pipeline_stages(groups: Any, config: Config) -> None:
     from megatron_idea.prune.verify import check, fingerprint
 
-    trainable = trained(groups, config)
-    before = fingerprint(trainable)
+    run = trained(groups, config)
+    trainable, stored = run.trainable, run.pruner.stored
+    before = fingerprint(trainable, stored)
     assert float(before.losses.abs().min()) > 0 and before.losses.numel() == 8
-    assert check(before, fingerprint(trainable), trainable) == 0.0
+    assert check(before, fingerprint(trainable, stored), trainable) == 0.0
     if groups.pp.rank() == 0:
-        damages(trainable)["a mask"]()
+        damages(run)["a mask"]()
     with pytest.raises(RuntimeError, match="nats per token"):
-        check(before, fingerprint(trainable), trainable)
+        check(before, fingerprint(trainable, stored), trainable)
 
 
 @on_ranks(2, tensor_model_parallel_size=2)
@@ -151,13 +154,11 @@ def test_what_rounding_may_change_is_measured_and_the_model_stays_as_it_was(
 
     from megatron_idea.prune.verify import LAST_BITS, TOLERANCE, check, fingerprint
 
-    trainable = trained(groups, replace(config, training={"precision": "bf16"}))
-    masks = [mlp.mask.clone() for _, mlp in trainable.mlps]
-    before = fingerprint(trainable, last_bit=True)
+    run = trained(groups, replace(config, training={"precision": "bf16"}))
+    trainable, stored = run.trainable, run.pruner.stored
+    before = fingerprint(trainable, stored, last_bit=True)
     assert 0 < before.last_bit < 0.1
-    for mask, (_, mlp) in zip(masks, trainable.mlps, strict=True):
-        assert torch.equal(mask, mlp.mask)
-    assert check(before, fingerprint(trainable), trainable) == 0.0
+    assert check(before, fingerprint(trainable, stored), trainable) == 0.0
 
     deep = dataclasses.replace(before, last_bit=0.03)
     for factor, fits in ((0.9, True), (1.1, False)):

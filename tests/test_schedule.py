@@ -18,6 +18,7 @@ from megatron_idea.schedule import (
     phase_ended,
     phase_ends,
     removal_window,
+    removed,
 )
 
 TOTAL = 2_000_000
@@ -89,23 +90,41 @@ def test_restarted_anneals_warms_up_again_and_anneals_again() -> None:
 )
 def test_cubic_removal_is_front_loaded(share_of_window: float, share_removed: float) -> None:
     start, end = removal_window(PAPER)
-    ratio = keep_ratio(PAPER, round(start + share_of_window * (end - start)), R)
-    assert (1 - ratio) / (1 - R) == pytest.approx(share_removed, abs=1e-3)
+    tokens = round(start + share_of_window * (end - start))
+    assert removed(PAPER, tokens) == pytest.approx(share_removed, abs=1e-3)
 
 
 def test_nothing_is_removed_while_scores_settle() -> None:
     start, end = removal_window(PAPER)
     assert (start, end) == (1_000_000 + 0.05 * 300_000, 1_300_000)
-    assert keep_ratio(PAPER, int(start), R) == 1.0
-    assert keep_ratio(PAPER, int(start) + 1, R) < 1.0
-    assert keep_ratio(PAPER, end, R) == R
+    assert removed(PAPER, 0) == removed(PAPER, int(start)) == 0.0
+    assert 0.0 < removed(PAPER, int(start) + 1) < 1e-3
+    assert removed(PAPER, end - 1000) < 1.0
+    assert removed(PAPER, end) == removed(PAPER, TOTAL) == 1.0
 
 
 def test_one_shot_removes_everything_when_the_prune_warm_up_ends() -> None:
     schedule = ScheduleConfig(total_tokens=TOTAL, removal="one_shot")
     start, _ = removal_window(schedule)
-    assert keep_ratio(schedule, int(start) - 1, R) == 1.0
-    assert keep_ratio(schedule, int(start), R) == R
+    assert removed(schedule, int(start) - 1) == 0.0
+    assert removed(schedule, int(start)) == 1.0
+
+
+@given(schedules(), st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_what_is_removed_is_a_share_that_never_falls(
+    schedule: ScheduleConfig, shares: list[float]
+) -> None:
+    tokens = sorted(int(share * schedule.total_tokens) for share in shares)
+    gone = [removed(schedule, t) for t in tokens]
+    assert gone == sorted(gone) and 0.0 <= gone[0] <= gone[-1] <= 1.0
+
+
+def test_the_keep_ratio_falls_from_one_to_its_target_as_removal_goes_on() -> None:
+    start, end = removal_window(PAPER)
+    halfway = round((start + end) / 2)
+    assert keep_ratio(PAPER, int(start), R) == 1.0
+    assert keep_ratio(PAPER, halfway, R) == pytest.approx(1.0 - 0.875 * (1.0 - R), abs=1e-5)
+    assert keep_ratio(PAPER, end, R) == R
 
 
 def test_the_last_keep_count_is_the_target_width() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -42,19 +43,25 @@ from megatron_idea.checkpoint.index import (
     check_pieces,
     read_index,
 )
-from megatron_idea.checkpoint.state import CheckpointError
-from megatron_idea.config import Config, ConfigError, ModelConfig
+from megatron_idea.checkpoint.state import FORMAT, CheckpointError
+from megatron_idea.config import Config, ConfigError, ModelConfig, replace
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.documents import DataError
 from megatron_idea.data.indexed import check_dataset, tokenize
 from megatron_idea.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.huggingface.export import export_checkpoint
 from megatron_idea.huggingface.import_ import _Folder
+from megatron_idea.huggingface.names import checkpoint_name
+from megatron_idea.prune.axis import whole_shapes
+from megatron_idea.prune.plan import misfit, table_size
 from megatron_idea.records.terminal import CONTROL, Console
 from megatron_idea.report import tables
 from megatron_idea.report.page import page
 from megatron_idea.report.run import read_run
 from megatron_idea.report.watch import View
+from megatron_idea.shape import AXES, Shape
+from megatron_idea.testing import Workers
 
 OURS = (ConfigError, DataError, CheckpointError, storage.DamagedError)
 BYTE = load_tokenizer("byte")
@@ -125,12 +132,18 @@ def metadata_of(tensors: dict[str, torch.Tensor]) -> tuple[Metadata, bytes]:
     return Metadata(entries, None, slices, StorageMeta("here", "1")), content.getvalue()
 
 
-TENSORS = {"a": torch.arange(6.0).view(2, 3), "b.mask": torch.ones(4, dtype=torch.bool)}
+SMALL = ModelConfig(
+    num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1,
+    kv_channels=4, vocab_size=16,
+)  # fmt: skip
+SHAPE = Shape.full(SMALL).with_counts("ffn_hidden_size", (8, 4))
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b.alive": torch.ones(4, dtype=torch.bool)}
 STATE = {
-    "format": checkpoint.FORMAT, "megatron_core": "0.16.1", "step": 3, "consumed_tokens": 96,
-    "widths": [8, 4], "adam_step": 3, "skipped": 0, "skipped_samples": 0,
+    "format": FORMAT, "megatron_core": "0.16.1", "step": 3, "consumed_tokens": 96,
+    "shape": SHAPE.as_dict(), "adam_step": 3, "skipped": 0, "skipped_samples": 0,
     "watch": {"average": 2.5, "steps": 3, "in_spike": False, "bad_in_row": 0, "rollbacks": 0},
-    "score_window_steps": 0, "plan_due": False, "layout": {"tp": 1, "pp": 1, "dp": 1, "cuda": 0},
+    "pending_steps": 0, "memory": [0.5], "plan_due": False,
+    "layout": {"tp": 1, "pp": 1, "dp": 1, "cuda": 0},
 }  # fmt: skip
 
 
@@ -285,7 +298,7 @@ def test_a_shard_that_is_more_than_a_tensor_is_refused(tmp_path: Path) -> None:
         "no tensor": torch_file({"a": TENSORS["a"]}, tmp_path),
         "it would load": torch_file(Deadly(os.system, ("true",)), tmp_path),
         "format": pickle.dumps(Deadly(os.system, ("true",))),
-        "another tensor": torch_file(TENSORS["b.mask"], tmp_path),
+        "another tensor": torch_file(TENSORS["b.alive"], tmp_path),
     }
     for what, content in {"": zipped(whole, zipfile.ZIP_STORED), **strange}.items():
         file.write_bytes(content)
@@ -348,13 +361,25 @@ def test_a_link_into_the_hubs_cache_is_a_file_of_the_folder(saved: Path) -> None
     storage.verify(snapshot)
 
 
+LAYER = vars(SHAPE.layers[0])
+ILL_SHAPES: list[Any] = [
+    None, [], {}, "8", {"hidden_size": 8}, {"hidden_size": 8, "layers": []},
+    {"hidden_size": 8, "layers": {"0": LAYER}}, {"hidden_size": 8, "layers": [[8, 1]]},
+    *({"hidden_size": size, "layers": [LAYER]} for size in (0, -8, 8.0, "8", None)),
+    *({"hidden_size": 8, "layers": [LAYER | {name: value}]}
+      for name in LAYER for value in (-1, 1.5, True, "1", [1], 1 << 70)),
+    *({"hidden_size": 8, "layers": [LAYER | {name: 0}]} for name in LAYER if name != "number"),
+    {"hidden_size": 8, "layers": [LAYER | {"unknown": 1}]}, {"hidden_size": 8, "layers": [{}]},
+]  # fmt: skip
 ILL_STATES: list[dict[str, Any] | str] = [
     {"consumed_tokens": -128}, {"step": -1}, {"step": 1.5}, {"step": True}, {"step": "3"},
-    {"widths": []}, {"widths": [8, -4]}, {"widths": [0, 0]}, {"widths": "88"}, {"widths": {"8": 4}},
-    {"widths": [[8], [4]]}, {"watch": None}, {"watch": {"average": "NaN"}}, {"watch": 3},
+    *({"shape": shape} for shape in ILL_SHAPES), {"memory": [float("nan")]}, {"memory": [[1.0]]},
+    {"memory": 0.5}, {"memory": ["0.5"]}, {"memory": [1e400]},
+    {"watch": None}, {"watch": {"average": "NaN"}}, {"watch": 3},
     {"watch": {"average": float("nan")}}, {"watch": {"steps": 1 << 70}}, {"plan_due": 1},
-    {"layout": []}, {"adam_step": None}, {"unknown": 1}, {"score_window_steps": 1e400},
-    {"format": [2]}, {"step": 10**400}, "[]", "null", "{", "[" * 100_000, "\x00", '{"step": 3}',
+    {"layout": []}, {"adam_step": None}, {"unknown": 1}, {"pending_steps": 1e400},
+    {"pending_steps": -1}, {"format": [2]}, {"step": 10**400}, "[]", "null", "{",
+    "[" * 100_000, "\x00", '{"step": 3}',
 ]  # fmt: skip
 
 
@@ -365,17 +390,118 @@ def test_a_malformed_state_is_refused(change: dict[str, Any] | str, saved: Path)
     refused(lambda: checkpoint.read_state(saved), CheckpointError)
 
 
-SMALL = ModelConfig(
-    num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1,
-    kv_channels=4, vocab_size=16,
-)  # fmt: skip
+def index_with(shape: Shape) -> Metadata:
+    """What a checkpoint of ``SMALL`` holds that stores ``shape``, as far as it must to be built."""
+    sizes = {checkpoint_name(name): size for name, size in whole_shapes(SMALL, shape)}
+    full = Shape.full(SMALL)
+    sizes |= {f"pruner.alive.{axis}": table_size(axis, full) for axis in AXES}
+    return metadata_of({name: torch.zeros(size) for name, size in sizes.items()})[0]
+
+
+OTHER_SHAPES = {
+    "a layer less": SHAPE.with_layers([0]),
+    "channels": SHAPE.with_counts("hidden_size", 4),
+    "neurons": SHAPE.with_counts("ffn_hidden_size", 16),
+    "groups": SHAPE.with_counts("num_query_groups", 2),
+    "another order": Shape(8, SHAPE.layers[::-1]),
+    "one layer twice": Shape(8, SHAPE.layers[:1] * 2),
+    "a layer far away": Shape(
+        8, (SHAPE.layers[0], dataclasses.replace(SHAPE.layers[1], number=1 << 40))
+    ),
+    "heads": Shape(8, (SHAPE.layers[0], dataclasses.replace(SHAPE.layers[1], heads_per_group=1))),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_SHAPES)
+def test_a_shape_is_refused_that_pruning_cannot_make_of_the_model(what: str, saved: Path) -> None:
+    """With the tensors of it, so that only the shape is at fault."""
+    shape = OTHER_SHAPES[what]
+    put_index(saved, index_with(shape))
+    (saved / "state.json").write_text(json.dumps(STATE | {"shape": shape.as_dict()}))
+    config = configuration.replace(Config(), model=vars(SMALL))
+    assert "in state.json" in refused(lambda: checkpoint.read_state(saved, config), CheckpointError)
+
+
+def test_a_checkpoint_of_an_earlier_format_says_what_to_do(saved: Path) -> None:
+    (saved / "state.json").write_text(json.dumps({"format": 2, "step": 3, "widths": [8, 4]}))
+    said = refused(lambda: checkpoint.read_state(saved), CheckpointError)
+    assert "has checkpoint format 2 and this version reads 3: go on with the version" in said
+
+
+def test_units_that_live_must_be_stored() -> None:
+    alive, full = torch.ones(2, 8, dtype=torch.bool), Shape.full(SMALL)
+    stored = torch.cat([torch.arange(8), torch.arange(4)])
+    assert "live that it does not store" in misfit("ffn_hidden_size", alive, stored, SHAPE, full)
+    alive[1, 4:] = False
+    assert misfit("ffn_hidden_size", alive, stored, SHAPE, full) == ""
+
+
+def save_strange_units(rendezvous: str, config: Config) -> list[str]:
+    """Runs whose checkpoint names units that are none of the model's."""
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, step
+
+    axis, other = "ffn_hidden_size", "hidden_size"
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        run, state = build(config, groups)
+        step(run, state)
+        run.log.close()
+        pruner, runs = run.pruner, []
+        true_alive, true_stored = pruner.alive, pruner.stored
+        one, two = true_stored[axis]
+        for alive, stored in (
+            ({}, {axis: (one, two + 1)}),
+            ({}, {axis: (one - 1, two)}),
+            ({}, {axis: (one, two // 2)}),
+            ({}, {axis: (one, two + (1 << 62))}),
+            ({}, {other: (true_stored[other][0] * 2,)}),
+            ({axis: true_alive[axis][:, 1:]}, {}),
+        ):
+            run.trainable.config = replace(config, run_dir=f"{config.run_dir}_{len(runs)}")
+            pruner.alive, pruner.stored = true_alive | alive, true_stored | stored
+            checkpoint.save(run.trainable, pruner, state)
+            runs.append(run.trainable.config.run_dir)
+        return runs
+    finally:
+        stop_distributed()
+
+
+def resumed_or_said(rendezvous: str, config: Config, runs: list[str]) -> list[str]:
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    said = []
+    try:
+        for run_dir in runs:
+            with pytest.raises(CheckpointError) as caught:
+                build(replace(config, run_dir=run_dir), groups)
+            said.append(one_line(caught.value))
+        return said
+    finally:
+        stop_distributed()
+
+
+def test_units_that_the_model_cannot_have_are_refused(
+    tiny: Config, workers: Workers, tmp_path: Path
+) -> None:
+    (runs,) = workers.run(save_strange_units, 1, tiny)
+    (said,) = workers.run(resumed_or_said, 1, tiny, runs)
+    assert len(said) == len(runs) == 6
+    for run_dir in runs:
+        if "stores units of hidden_size" not in said[runs.index(run_dir)]:
+            with pytest.raises(CheckpointError, match=r"is damaged: |does not hold") as caught:
+                export_checkpoint(Path(run_dir), tmp_path / "out")
+            one_line(caught.value)
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {}, {"vocab_size": 1 << 40}, {"hidden_size": 1 << 30}, {"num_layers": 1 << 30},
-        {"num_layers": 1}, {"ffn_hidden_size": 1 << 40}, {"ffn_hidden_size": 4},
+        {}, {"kv_channels": 8}, {"num_query_groups": 2}, {"vocab_size": 1 << 40},
+        {"hidden_size": 1 << 30}, {"num_layers": 1 << 30}, {"num_layers": 1},
+        {"ffn_hidden_size": 1 << 40}, {"ffn_hidden_size": 4},
         {"qk_layernorm": True}, {"share_embeddings_and_output_weights": False},
     ],
     ids=str,
@@ -383,14 +509,12 @@ SMALL = ModelConfig(
 def test_a_model_is_built_only_when_the_tensors_are_its_own(
     given: dict[str, Any], saved: Path
 ) -> None:
-    shapes = huggingface.checkpoint_shapes(SMALL, STATE["widths"])  # type: ignore[arg-type]
-    index, _ = metadata_of({name: torch.zeros(shape) for name, shape in shapes})
-    put_index(saved, index)
+    put_index(saved, index_with(SHAPE))
     config = configuration.replace(Config(), model=vars(SMALL) | given)
     if given:
         refused(lambda: checkpoint.read_state(saved, config), CheckpointError)
     else:
-        assert checkpoint.read_state(saved, config).widths == (8, 4)
+        assert checkpoint.read_state(saved, config).shape == SHAPE
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,10 @@ def test_a_run_tells_what_happened(run: Config) -> None:
     assert [e["step"] for e in events if e["kind"] == "saved"] == [6, 16, 24]
     compacted = [e for e in events if e["kind"] == "compacted"]
     assert len(compacted) >= 2
-    assert compacted[0]["widths_before"] == [64, 64]
-    assert compacted[-1]["widths_after"] == [24, 24]
+    assert compacted[0]["before"] == {"ffn_hidden_size": [64, 64]}
+    assert compacted[-1]["after"] == {"ffn_hidden_size": [24, 24]}
     for before, after in itertools.pairwise(compacted):
-        assert before["widths_after"] == after["widths_before"]
+        assert before["after"] == after["before"]
     for event in compacted:
         assert event["seconds"] > 0 and event["peak_bytes"] > 0 and len(event["digest"]) == 64
     assert (Path(run.run_dir) / "config.yaml").is_file()
@@ -196,8 +196,6 @@ def spoil_one_step(rendezvous: str, config: Config, spoiled: int) -> list[dict[s
 
     Returns: what was held before and after it: weights, moments, Adam's step, scores.
     """
-    import torch
-
     from megatron_idea import train as module
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.engine.shards import MOMENTS, slot
@@ -223,11 +221,12 @@ def spoil_one_step(rendezvous: str, config: Config, spoiled: int) -> list[dict[s
                 for name in MOMENTS:
                     result[f"{name}{index}"] = part.state[name].clone().numpy()
                 result[f"adam{index}"] = part.state["step"].clone().numpy()
-        result["ema"] = torch.cat([e.flatten() for e in run.pruner.scores.ema]).numpy()
-        result["window"] = torch.cat([w.flatten() for w in run.pruner.scores.window]).numpy()
-        result["window_steps"] = np.array(run.pruner.scores.window_steps)
-        result["alive"] = run.pruner.alive.clone().numpy()
-        return result
+        scores = run.pruner.scores
+        for kind, tables in (("average", scores.average), ("pending", scores.pending)):
+            for measure, sums in tables.items():
+                result |= {f"{kind} {measure} {at}": v.numpy().copy() for at, v in sums.items()}
+        result["pending_steps"] = np.array(scores.pending_steps)
+        return result | {axis: alive.numpy().copy() for axis, alive in run.pruner.alive.items()}
 
     module.forward_backward = with_nan
     try:
@@ -262,7 +261,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(
         assert record["skipped"] == 1 and not np.isfinite(record["grad_norm"])
         assert (record["step"], record["tokens"]) == (8, 8 * 128)
         assert np.isfinite(record["loss"])
-        assert before["window_steps"] == (1 if "prune" in sections else 0)
+        assert before["pending_steps"] == (1 if "prune" in sections else 0)
         for name, value in after.items():
             np.testing.assert_array_equal(value, before[name], err_msg=name)
         assert later["record"]["skipped"] == last["record"]["skipped"] == 1

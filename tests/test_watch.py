@@ -154,12 +154,13 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
     assert tail.read() == ([], False)
-    path.write_text('{"step": 1}\n{"st')
-    assert tail.read() == ([{"step": 1}], False)
+    first, second = record(1), record(2)
+    path.write_text(json.dumps(first) + "\n" + json.dumps(second)[:9])
+    assert tail.read() == ([first], False)
     assert tail.read() == ([], False)
     with open(path, "a") as file:
-        file.write('ep": 2}\n')
-    assert tail.read() == ([{"step": 2}], False)
+        file.write(json.dumps(second)[9:] + "\n")
+    assert tail.read() == ([second], False)
 
 
 def test_what_a_resumed_run_dropped_is_forgotten(run_dir: Path) -> None:

@@ -15,7 +15,8 @@ from megatron_idea.errors import UserError
 from megatron_idea.guard import Watch
 from megatron_idea.huggingface.names import checkpoint_name
 from megatron_idea.prune.axis import whole_shapes
-from megatron_idea.shape import LAYER_AXES, LayerShape, Shape
+from megatron_idea.prune.plan import table_size
+from megatron_idea.shape import AXES, LAYER_AXES, LayerShape, Shape
 
 FORMAT = 3  # 1 had no manifest, 2 kept masks in the model and widths of FFNs alone
 
@@ -74,7 +75,9 @@ def read_state(path: Path, config: Config | None = None) -> TrainState:
         raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
     if form != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {form!r:.100}; this version reads {FORMAT}"
+            f"{path} has checkpoint format {form!r:.100} and this version reads {FORMAT}: go on "
+            "with the version that wrote it, or export the model with that one and begin a new run "
+            "here with import"
         )
     if config is not None:
         _check_split(path, state, config.parallel.tensor_model_parallel_size)
@@ -99,30 +102,40 @@ def _check_model(path: Path, state: TrainState, config: Config) -> None:
 
     ``config.yaml`` and ``state.json`` say what is built, the index what there is to fill it with.
     """
-    full = Shape.full(config.model)
-    if not state.shape.is_within(full):
+    model, stored = config.model, state.shape
+    # Layers are counted first: a shape with as many as a stranger likes takes memory.
+    if stored.num_layers != model.num_layers or not _is_cut_from(stored, Shape.full(model)):
         raise CheckpointError(
-            f"{path} says in state.json that it stores {_brief(state.shape)}; its configuration "
-            f"is of a model of {_brief(full)}"
+            f"{path} says in state.json that it stores {stored.num_layers} layers of "
+            f"{_brief(stored)}; its configuration is of a model of {model.num_layers} layers of "
+            f"{_brief(Shape.full(dataclasses.replace(model, num_layers=1)))}"
         )
     try:
         found, _ = read_index(path)
     except (ForeignError, files.UnsafeFileError) as error:
         raise CheckpointError(f"{path} is damaged: .metadata: {error}") from error
-    for parameter, shape in whole_shapes(config.model, state.shape):
-        name = checkpoint_name(parameter)
-        if found.get(name) != shape:
+    full = Shape.full(model)
+    wanted = {checkpoint_name(name): size for name, size in whole_shapes(model, stored)}
+    wanted |= {f"pruner.alive.{axis}": table_size(axis, full) for axis in AXES}
+    for name, size in wanted.items():
+        if found.get(name) != size:
             has = list(found[name]) if name in found else "not there"
             raise CheckpointError(
                 f"{path} does not hold the model of its configuration: {name} is {has}, wanted "
-                f"{list(shape)}"
+                f"{list(size)}"
             )
+
+
+def _is_cut_from(shape: Shape, full: Shape) -> bool:
+    """Say whether pruning can have made ``shape``; of all axes it cuts neurons alone today."""
+    widths = shape.counts("ffn_hidden_size")
+    return shape.is_within(full) and full.with_counts("ffn_hidden_size", widths) == shape
 
 
 def _brief(shape: Shape) -> str:
     most = {axis: max(shape.counts(axis)) for axis in LAYER_AXES}
     widths = ", ".join(f"{axis} {count}" for axis, count in most.items())
-    return f"{shape.num_layers} layers of up to {widths}, hidden_size {shape.hidden_size}"
+    return f"up to {widths}, hidden_size {shape.hidden_size}"
 
 
 Record = TypeVar("Record")
@@ -154,7 +167,12 @@ def _value(name: str, kind: str, value: Any) -> Any:
         value = value if isinstance(value, dict) else {}
         layers, hidden_size = value.get("layers"), value.get("hidden_size")
         if isinstance(layers, list) and layers and files.is_whole(hidden_size, least=1):
-            return Shape(hidden_size, tuple(_typed(LayerShape, one) for one in layers))
+            shape = Shape(hidden_size, tuple(_typed(LayerShape, one) for one in layers))
+            if all(
+                one.ffn_hidden_size and one.num_query_groups and one.heads_per_group
+                for one in shape.layers
+            ):
+                return shape
     elif kind == "list[float]":
         if isinstance(value, list) and all(map(files.is_number, value)):
             return value

@@ -33,6 +33,7 @@ from megatron_idea.data.tokenizer import (
     load_tokenizer,
 )
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.prune.plan import misfit
 from megatron_idea.records.readable import human_widths, megabytes
 from megatron_idea.schedule import phase
 from megatron_idea.shape import Shape, round_up
@@ -86,13 +87,15 @@ class _Weights:
         main = f"optimizer.main.{name}"
         return main if self._mains and main in self._tensors else name
 
-    def live(self, shape: Shape) -> list[tuple[Tensor, Tensor]]:
+    def live(self, shape: Shape, full: Shape) -> list[tuple[Tensor, Tensor]]:
         """Return each layer's live neurons: places in memory and numbers, in order of the numbers.
 
         So no layout changes an export.
         """
         names = [f"pruner.{what}.ffn_hidden_size" for what in ("alive", "stored")]
         alive, stored = self._tensors.read(names).values()
+        if problem := misfit("ffn_hidden_size", alive, stored, shape, full):
+            raise CheckpointError(f"{self._path} is damaged: {problem}")
         found = []
         of_layers = stored.split(list(shape.counts("ffn_hidden_size")))
         for layer, ids in zip(shape.layers, of_layers, strict=True):
@@ -141,7 +144,7 @@ def export_checkpoint(
     words = _tokenizer_of(config, tokenizer)
     state = checkpoint.read_state(found, config)
     weights = _Weights(found, config, DTYPES[dtype])
-    live, numbers = zip(*weights.live(state.shape), strict=True)
+    live, numbers = zip(*weights.live(state.shape, Shape.full(config.model)), strict=True)
     widths = [round_up(len(kept), config.final_ffn_multiple) for kept in live]
     if layout == "padded":
         widths = [max(widths)] * len(widths)

@@ -7,7 +7,7 @@ here is small, on the CPU, and the same on every rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +53,40 @@ def first_units(shape: Shape) -> dict[str, tuple[Tensor, ...]]:
 
 def present(stored: StoredUnits, shape: Shape, full: Shape) -> dict[str, Tensor]:
     """Return which units of the enlarged model are in memory, bool."""
-    found = {}
-    for axis in AXES:
-        counts = full.counts(axis)
-        rows = torch.zeros(len(counts), counts[0], dtype=torch.bool)
-        for position, ids in enumerate(stored[axis]):
-            row = shape.layers[position].number if axis in LAYER_AXES else 0
-            rows[row, ids] = True
-        found[axis] = rows if axis in LAYER_AXES else rows[0]
-    return found
+    return {axis: _present(axis, stored[axis], shape, full) for axis in AXES}
+
+
+def _present(axis: str, stored: Sequence[Tensor], shape: Shape, full: Shape) -> Tensor:
+    counts = full.counts(axis)
+    rows = torch.zeros(len(counts), counts[0], dtype=torch.bool)
+    for position, ids in enumerate(stored):
+        row = shape.layers[position].number if axis in LAYER_AXES else 0
+        rows[row, ids] = True
+    return rows if axis in LAYER_AXES else rows[0]
+
+
+def table_size(axis: str, full: Shape) -> tuple[int, ...]:
+    """Return the size of a table in ``Units``."""
+    counts = full.counts(axis)
+    return (len(counts), counts[0]) if axis in LAYER_AXES else counts
+
+
+def misfit(axis: str, alive: Tensor, stored: Tensor, shape: Shape, full: Shape) -> str:
+    """Say why units that a file names cannot be those of a model; empty if they can.
+
+    Args:
+        alive: as in ``Units``; stored: int64, those of all layers in one.
+    """
+    counts, number = shape.counts(axis), full.counts(axis)[0]
+    if stored.shape != (sum(counts),) or alive.shape != table_size(axis, full):
+        return f"its tables of {axis} have {len(stored)} and {alive.numel()} entries"
+    parts = stored.split(list(counts))
+    for ids in parts:
+        if len(ids.unique()) != len(ids) or not bool(((ids >= 0) & (ids < number)).all()):
+            return f"it stores units of {axis} that the enlarged model of {number} has not"
+    if bool((alive.bool() & ~_present(axis, parts, shape, full)).any()):
+        return f"units of {axis} live that it does not store"
+    return ""
 
 
 def live_counts(alive: Tensor) -> list[int]:

@@ -16,7 +16,15 @@ from megatron_idea.prune.distribution import Decision, Distribution
 from megatron_idea.prune.idea import IdeaPrune
 from megatron_idea.prune.magnitude import Magnitude
 from megatron_idea.prune.measures import Sums, unit_sizes
-from megatron_idea.prune.plan import Plan, StoredUnits, Units, first_units, live_counts, present
+from megatron_idea.prune.plan import (
+    Plan,
+    StoredUnits,
+    Units,
+    first_units,
+    live_counts,
+    misfit,
+    present,
+)
 from megatron_idea.prune.random import RandomPrune
 from megatron_idea.prune.scores import Scores
 from megatron_idea.prune.silence import silence
@@ -181,6 +189,7 @@ class Pruner:
 
     def compact(self, trainable: Trainable, plan: Plan) -> CompactReport:
         """Cut zeros out of the live model, down to the plan's shape; ``silence`` comes first."""
+        assert self.pending_steps == 0, "sums over units where they are now must be folded first"
         report, self.stored = compact(trainable, plan, self.stored, self.config.prune.placement)
         self.tell_layers(trainable)
         return report
@@ -212,12 +221,17 @@ class Pruner:
 
     def unfit(self, trainable: Trainable, tensors: Mapping[str, Tensor]) -> str:
         """Say in what way units of a checkpoint are none of this model's; empty if they are."""
-        for axis, stored in self._split(trainable.shape, tensors).items():
-            numbers = self.full.counts(axis)[0]
-            for ids in stored:
-                if len(ids.unique()) != len(ids) or not bool(((ids >= 0) & (ids < numbers)).all()):
-                    return f"it stores {axis} that the enlarged model of {numbers} has not"
-        return ""
+        found = (
+            misfit(
+                axis,
+                tensors[f"alive.{axis}"].cpu(),
+                tensors[f"stored.{axis}"].cpu(),
+                trainable.shape,
+                self.full,
+            )
+            for axis in AXES
+        )
+        return next(filter(None, found), "")
 
     def load_state(
         self,

@@ -95,7 +95,7 @@ class Scores:
                 for value in pending.values():
                     value.zero_()
             for axis in self._strategy.axes:
-                tensors[f"average.{number}.{axis}"] = self.average[measure][axis]
+                tensors[f"average.{number}.{axis}"] = self.average[measure][axis].clone()
                 tensors[f"pending.{number}.{axis}"] = tables[axis]
         return tensors
 

@@ -6,8 +6,6 @@ keeps it 0: it cannot come back, and cutting it out later changes nothing. No la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -15,25 +13,25 @@ from megatron_idea.engine.distributed import on_device
 from megatron_idea.engine.shards import MOMENTS, has_main_copy, slot
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share, blocks
-from megatron_idea.prune.units import named_shares
+from megatron_idea.prune.units import LocalUnits, named_shares
 
 
 @torch.no_grad()
-def silence(trainable: Trainable, gone: Mapping[str, Mapping[int, Tensor]]) -> None:
+def silence(trainable: Trainable, gone: LocalUnits) -> None:
     """Zero units in weights, fp32 main weights and both moments, where this rank holds them.
 
     Call at a step boundary, on all ranks. Where weights are gathered only when the next forward
     pass needs them, every rank zeroes its copy, and the gather brings zeros of the others' shards.
 
     Args:
-        gone: axis -> layer -> bool [units on this rank], on the CPU.
+        gone: bool, as ``on_this_rank`` returns it.
     """
     device = trainable.groups.device
     for _, parameter, shares in named_shares(trainable):
         shard = slot(trainable.optimizer, parameter)
         for share in shares:
             of_axis = gone.get(share.axis, {})
-            mask = of_axis.get(share.layer) if share.layer is not None else None
+            mask = of_axis.get(share.layer, of_axis.get(None))
             if mask is None or not bool(mask.any()):
                 continue
             _zero([parameter.data], share, 0, mask, device)

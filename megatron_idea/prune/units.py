@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import AXES, Share, shares_of
 from megatron_idea.prune.plan import StoredUnits, Units, local_part
 from megatron_idea.shape import LAYER_AXES, Shape
+
+LocalUnits = Mapping[str, Mapping[int | None, Tensor]]
+"""Axis -> position of a layer on this rank, None for channels -> one value a unit in memory here,
+on the CPU; a layer's own value is [1]."""
 
 
 def named_shares(
@@ -40,18 +44,16 @@ def local_layers(trainable: Trainable, axes: Sequence[str]) -> list[tuple[str, i
     return [(axis, layer) for axis in axes if axis in LAYER_AXES for layer in layers]
 
 
-def on_this_rank(
-    units: Units, trainable: Trainable, stored: StoredUnits
-) -> dict[str, dict[int, Tensor]]:
-    """Bring values of units into the order in which this rank stores them.
-
-    Returns: axis -> layer -> [units on this rank], on the CPU; for axes of the layers.
-    """
-    found: dict[str, dict[int, Tensor]] = {}
+def on_this_rank(units: Units, trainable: Trainable, stored: StoredUnits) -> LocalUnits:
+    """Bring values of units into the order in which this rank stores them."""
+    found: dict[str, dict[int | None, Tensor]] = {
+        "hidden_size": {None: units["hidden_size"][stored["hidden_size"][0]]}
+    }
     for axis, layer in local_layers(trainable, LAYER_AXES):
         ids = stored[axis][layer]
         if AXES[axis].is_split:
             ids = local_part(ids, trainable.groups.tp)
         number = trainable.shape.layers[layer].number
         found.setdefault(axis, {})[layer] = units[axis][number][ids]
+        found.setdefault("num_layers", {})[layer] = units["num_layers"][number : number + 1]
     return found

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from jobs import backward, on_ranks, run_job, small, whole
+from jobs import backward, live_run, on_ranks, run_job, small, whole
 from torch import Tensor
 
 from megatron_idea.config import Config, replace
-from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
@@ -35,22 +35,38 @@ METHODS = [
 ]
 
 
+NEURONS = "ffn_hidden_size"
+
+
 def tracked(groups: ProcessGroups, config: Config, **prune: Any) -> tuple[Any, Any]:
     """A fresh model and its pruner."""
-    from megatron_idea.engine.trainable import assemble
-    from megatron_idea.prune.pruner import Pruner
-
-    config = replace(config, prune=prune)
-    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
-    return trainable, Pruner(config, trainable)
+    run, _ = live_run(groups, replace(config, prune=prune))
+    return run.trainable, run.pruner
 
 
-def observe(trainable: Any, pruner: Any, seed: int) -> list[Tensor]:
-    """This rank's sums in the gradients of a batch; they count."""
+def observe(trainable: Any, pruner: Any, seed: int) -> Tensor:
+    """This rank's sums in the gradients of a batch, [local layers, 3, f]; they count."""
     backward(trainable, seed)
-    sums = pruner.scores.observe(trainable)
-    pruner.record(sums)
-    return sums
+    observed = pruner.scores.observe(trainable)
+    pruner.record(observed)
+    return stacked(observed)
+
+
+def stacked(observed: Mapping[Any, Mapping[tuple[str, int], Tensor]]) -> Tensor:
+    """Sums of the one measure, [local layers, 3, f]."""
+    (sums,) = observed.values()
+    return torch.stack([sums[key].clone() for key in sorted(sums)])
+
+
+def folded(trainable: Any, pruner: Any) -> Tensor:
+    """The averages once pending steps are in them, [L, 3, F] in original numbering."""
+    pruner.scores.fold(trainable, pruner.stored)
+    return average(pruner)
+
+
+def average(pruner: Any) -> Tensor:
+    (table,) = pruner.scores.average.values()
+    return table[NEURONS].clone()
 
 
 def dense(trainable: Any, element: str, row_reduce: str) -> Tensor:
@@ -95,7 +111,7 @@ def test_sums_are_those_of_main_weights_and_reduced_gradients(
         backward(trainable, seed=0)
         # Before the first step bf16 weights and their main weights are the same numbers.
         update(trainable.optimizer, 1e-3)
-        sums = torch.stack(observe(trainable, pruner, seed=1))
+        sums = observe(trainable, pruner, seed=1)
         prune = pruner.config.prune
         expected = dense(trainable, prune.element, prune.row_reduce)
         assert_scores_close(sums, expected, 2e-6, str(method))
@@ -114,11 +130,10 @@ def test_shards_of_data_parallel_ranks_add_up_to_whole_rows(
         for seed in range(2):
             observe(trainable, pruner, seed)
             expected.append(dense(trainable, prune.element, prune.row_reduce))
-        pruner.scores.fold(groups)
         # A maximum is taken in each step, then averaged; not the other way round.
         mean = torch.stack(expected).mean(0)
-        assert_scores_close(torch.stack(pruner.scores.ema), mean, 2e-6, str(method))
-        assert not any(window.any() for window in pruner.scores.window)
+        assert_scores_close(folded(trainable, pruner), mean, 2e-6, str(method))
+        assert not pruner.scores.pending and pruner.pending_steps == 0
 
 
 def tables(groups: ProcessGroups, config: Config) -> list[np.ndarray]:
@@ -128,9 +143,7 @@ def tables(groups: ProcessGroups, config: Config) -> list[np.ndarray]:
         trainable, pruner = tracked(groups, config, ema=0.0, **method)
         for seed in range(2):
             observe(trainable, pruner, seed)
-        pruner.scores.fold(groups)
-        table = pruner.in_original_numbering(trainable, pruner.scores.ema)
-        found.append(table.cpu().numpy())
+        found.append(folded(trainable, pruner).cpu().numpy())
     return found
 
 
@@ -168,39 +181,34 @@ def test_the_average_keeps_the_stated_share_of_its_history(
     trainable, pruner = tracked(groups, config, ema=ema, ema_on=ema_on)
     expected = torch.zeros(2, 3, 24)
     for seed in range(4):
-        sums = torch.stack(observe(trainable, pruner, seed))
-        pruner.scores.fold(groups)
+        sums = observe(trainable, pruner, seed)
         expected = history * expected + (1 - history) * sums
-        assert_scores_close(torch.stack(pruner.scores.ema), expected.double(), 1e-6)
+        assert_scores_close(folded(trainable, pruner), expected.double(), 1e-6)
 
 
 @on_ranks(1)
 def test_steps_between_two_folds_count_alike(groups: ProcessGroups, config: Config) -> None:
     trainable, pruner = tracked(groups, config, ema=0.3)
-    sums = [torch.stack(observe(trainable, pruner, seed)) for seed in range(3)]
-    pruner.scores.fold(groups)
+    sums = [observe(trainable, pruner, seed) for seed in range(3)]
     after_three = 0.7 * torch.stack(sums).mean(0)
-    assert_scores_close(torch.stack(pruner.scores.ema), after_three.double(), 1e-6)
-    last = torch.stack(observe(trainable, pruner, seed=3))
-    pruner.scores.fold(groups)
+    assert_scores_close(folded(trainable, pruner), after_three.double(), 1e-6)
+    last = observe(trainable, pruner, seed=3)
     expected = 0.3 * after_three + 0.7 * last
-    assert_scores_close(torch.stack(pruner.scores.ema), expected.double(), 1e-6)
+    assert_scores_close(folded(trainable, pruner), expected.double(), 1e-6)
 
 
 @on_ranks(1)
-def test_observing_alone_does_not_count_and_an_empty_window_changes_nothing(
+def test_observing_alone_does_not_count_and_nothing_pending_changes_nothing(
     groups: ProcessGroups, config: Config
 ) -> None:
     trainable, pruner = tracked(groups, config)
-    observe(trainable, pruner, seed=0)
+    sums = observe(trainable, pruner, seed=0)
     backward(trainable, seed=1)
     pruner.scores.observe(trainable)  # its step was skipped: never recorded
-    assert pruner.scores.window_steps == 1
-    pruner.scores.fold(groups)
-    before = [ema.clone() for ema in pruner.scores.ema]
-    pruner.scores.fold(groups)
-    for ema, old in zip(pruner.scores.ema, before, strict=True):
-        assert_equal(ema, old)
+    assert pruner.pending_steps == 1
+    before = folded(trainable, pruner)
+    assert_scores_close(before, 0.5 * sums.double(), 1e-6)
+    assert_equal(folded(trainable, pruner), before)
 
 
 @on_ranks(1)
@@ -217,33 +225,82 @@ def test_observing_leaves_weights_and_gradients_alone(
 
 
 @on_ranks(2)
-def test_reducing_the_window_early_changes_no_score(groups: ProcessGroups, config: Config) -> None:
-    trainable, pruner = tracked(groups, config)
-    for seed in range(3):
-        observe(trainable, pruner, seed)
-        if seed == 1:  # a checkpoint in the middle of an interval
-            pruner.scores.reduce_window(groups)
-    pruner.scores.fold(groups)
-    interrupted = torch.stack(pruner.scores.ema)
-    again, other = tracked(groups, config)
-    for seed in range(3):
-        observe(again, other, seed)
-    other.scores.fold(groups)
-    assert_scores_close(interrupted, torch.stack(other.scores.ema).double(), 1e-6)
+def test_saving_in_the_middle_of_an_interval_changes_no_score(
+    groups: ProcessGroups, config: Config
+) -> None:
+    def after_three_steps(saved_after: int | None) -> Tensor:
+        trainable, pruner = tracked(groups, config)
+        for seed in range(3):
+            observe(trainable, pruner, seed)
+            if seed == saved_after:
+                pruner.state(trainable)
+        return folded(trainable, pruner)
+
+    assert_scores_close(after_three_steps(1), after_three_steps(None).double(), 1e-6)
 
 
 @on_ranks(2, tensor_model_parallel_size=2)
-def test_original_numbering_follows_neuron_ids(groups: ProcessGroups, config: Config) -> None:
-    trainable, pruner = tracked(groups, config)
-    rank = groups.tp.rank()
-    values = []
-    for layer, mlp in trainable.mlps:
-        # As compaction may leave them: odd ones backwards on rank 0, even ones on rank 1.
-        ids = torch.arange(23, 0, -2) if rank == 0 else torch.arange(0, 24, 2)
-        mlp.neuron_ids.copy_(ids)
-        values.append(torch.stack([1000.0 * layer + ids, -ids.float()]))
-    expected = torch.arange(24).float()
-    together = pruner.in_original_numbering(trainable, values)
-    assert together.shape == (2, 2, 24)
+def test_original_numbering_follows_where_units_are_stored(
+    groups: ProcessGroups, config: Config
+) -> None:
+    trainable, pruner = tracked(groups, config, ema=0.0)
+    # As compaction may leave them: odd ones backwards on rank 0, even ones on rank 1.
+    ids = torch.cat([torch.arange(23, 0, -2), torch.arange(0, 24, 2)])
+    pruner.stored = {**pruner.stored, NEURONS: (ids, ids)}
+    mine = ids.chunk(2)[groups.tp.rank()].float()
+    (measure,) = pruner.scores.average
+    sums = {
+        (NEURONS, layer): torch.stack([1000.0 * layer + mine, -mine, mine]) for layer in range(2)
+    }
+    pruner.scores.record({measure: sums})
+    table = folded(trainable, pruner)
+    assert table.shape == (2, 3, 24)
+    numbers = torch.arange(24.0)
     for layer in range(2):
-        assert_equal(together[layer], torch.stack([1000.0 * layer + expected, -expected]))
+        assert_equal(table[layer], torch.stack([1000.0 * layer + numbers, -numbers, numbers]))
+
+
+@on_ranks(2, tensor_model_parallel_size=2)
+def test_what_is_read_back_goes_on_as_what_was_saved(groups: ProcessGroups, config: Config) -> None:
+    """Averages, and sums of steps since the last plan; whoever is stored where."""
+    trainable, pruner = tracked(groups, config, ema=0.3)
+    observe(trainable, pruner, seed=0)
+    folded(trainable, pruner)
+    observe(trainable, pruner, seed=1)
+    saved = {name: tensor.clone() for name, tensor in pruner.state(trainable).items()}
+    sizes = {name: (t.shape, t.dtype) for name, t in pruner.blank_state(trainable).items()}
+    assert sizes == {name: (t.shape, t.dtype) for name, t in saved.items()}
+    expected = folded(trainable, pruner)
+
+    again, other = tracked(groups, config, ema=0.3)
+    other.load_state(again, saved, pending_steps=1, memory=[])
+    assert_equal(folded(again, other), expected)
+
+
+@on_ranks(1)
+def test_every_axis_of_the_layers_is_measured_alike(groups: ProcessGroups, config: Config) -> None:
+    """KV groups by the same function as neurons: query, key, value and projection apart."""
+    from megatron_idea.prune.measures import unit_sizes, unit_sums
+    from megatron_idea.prune.strategy import Measure
+
+    trainable, _ = tracked(groups, config)
+    backward(trainable)
+    found = unit_sums(trainable, ["num_query_groups"], Measure("abs", "sum"))
+    model = config.model
+    q, kv = model.num_attention_heads // model.num_query_groups, model.kv_channels
+    sizes = unit_sizes(model, trainable.shape, ["num_query_groups"])["num_query_groups"]
+    assert sizes.flatten().tolist() == [q * kv * 16, kv * 16, kv * 16, q * kv * 16]
+    for layer in range(2):
+        attention = trainable.chunks[0].module.decoder.layers[layer].self_attention
+        e_qkv, e_proj = (
+            (whole(trainable, w, "main") * whole(trainable, w, "grad")).double().abs().view_as(w)
+            for w in (attention.linear_qkv.weight, attention.linear_proj.weight)
+        )
+        of_group = e_qkv.view(model.num_query_groups, q + 2, -1)
+        expected = torch.stack(
+            [
+                of_group[:, :q].sum((1, 2)), of_group[:, q].sum(1), of_group[:, q + 1].sum(1),
+                e_proj.T.reshape(model.num_query_groups, -1).sum(1),
+            ]
+        )  # fmt: skip
+        assert_scores_close(found["num_query_groups", layer], expected, 2e-6)
