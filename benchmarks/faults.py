@@ -162,7 +162,7 @@ def ending(config: Config) -> dict[str, Any]:
     return {
         "tensors": {name: entry for name, entry in files.items() if name.endswith(".distcp")},
         "state": (state.step, state.consumed_tokens, state.shape, state.adam_step),
-        "losses": [record["loss"] for record in read_metrics(Path(config.run_dir))],
+        "losses": [record.loss for record in read_metrics(Path(config.run_dir))],
     }
 
 

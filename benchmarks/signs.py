@@ -251,8 +251,8 @@ def figures(config: Config) -> dict[str, Any]:
         "loss": round(final_loss(config), 5),
         "tokens": run.tokens,
         "flops": cost(run).this_run[-1],
-        "ffn_width": run.records[-1]["ffn_width"],
-        "skipped_steps": run.records[-1]["skipped"],
+        "neurons": run.records[-1].stored["ffn_hidden_size"],
+        "skipped_steps": run.records[-1].skipped,
         "wall_s": round(time["finished"] - time["started"], 1),
     }
     return found | (rise(run) if run.prunes else {})

@@ -43,6 +43,7 @@ class FixedBatch:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         training = config.training
+        self.micro_batch_size, self.seq_length = training.micro_batch_size, training.seq_length
         generator = torch.Generator().manual_seed(0)
         shape = (training.micro_batch_size, training.seq_length + 1)
         text = torch.randint(0, config.model.vocab_size, shape, generator=generator)

@@ -259,7 +259,7 @@ def plan(
     status 2 when that does not fit.
     """
     from megatron_idea.config import ConfigError, load
-    from megatron_idea.planning.estimate import make_plan, render_plan
+    from megatron_idea.planning.estimate import forecast, render
 
     if gpus is None and (suggest or picture):
         raise typer.BadParameter("say how many: --gpus 256", param_hint="--gpus")
@@ -269,12 +269,12 @@ def plan(
     if gpus is not None and suggest:
         _suggest(loaded, gpus, gpu, mfu, as_json)
         return
-    made = make_plan(loaded, gpus or nproc or loaded.parallel.model_parallel_size)
+    made = forecast(loaded, gpus or nproc or loaded.parallel.model_parallel_size)
     if gpus is None:
         if as_json:
             _print_json(made)
         else:
-            show(render_plan(made))
+            show(render(made))
         return
     from megatron_idea.engine.gpus import gpu_named
     from megatron_idea.planning.budget import Assumptions, make_budget
@@ -285,7 +285,7 @@ def plan(
     if as_json:
         _print_json(dataclasses.asdict(made) | {"budget": budget})
     else:
-        show(render_plan(made))
+        show(render(made))
         show(render_budget(budget))
     if picture:
         draw_budget(budget, picture)

@@ -1,65 +1,55 @@
-"""What the clock will bring: steps, live and stored widths, FLOPs over consumed tokens."""
+"""What the clock will bring: steps, live and stored units, FLOPs over consumed tokens.
+
+Layers are alike here. With ``prune.scope`` global, counts per layer are means over the layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
 from dataclasses import dataclass
 
-from megatron_idea.config import Config, ModelConfig
-from megatron_idea.schedule import keep_count, keep_ratio, removal_window
+from megatron_idea.config import Config
+from megatron_idea.schedule import keep_count, keep_ratio, removal_window, removed
+from megatron_idea.shape import Shape, due_counts
 
 
 @dataclass(frozen=True)
-class ParameterCount:
-    """Weights of a model by where they are; a tied embedding counts once."""
-
-    total: int
-    embedding: int
-    attention: int
-    ffn: int
-    norm: int
-
-
-def parameter_count(model: ModelConfig, ffn_widths: Sequence[int]) -> ParameterCount:
-    """Count the weights of the GPT whose layer i has ``ffn_widths[i]`` FFN neurons."""
-    hidden, layers = model.hidden_size, len(ffn_widths)
-    query = model.num_attention_heads * model.kv_channels
-    key_and_value = 2 * model.num_query_groups * model.kv_channels
-    embedding = model.vocab_size * hidden
-    if not model.share_embeddings_and_output_weights:
-        embedding *= 2
-    attention = layers * (query + key_and_value + query) * hidden
-    ffn = 3 * hidden * sum(ffn_widths)
-    norm = (2 * layers + 1) * hidden
-    if model.qk_layernorm:
-        norm += layers * 2 * model.kv_channels
-    return ParameterCount(
-        total=embedding + attention + ffn + norm,
-        embedding=embedding,
-        attention=attention,
-        ffn=ffn,
-        norm=norm,
-    )
-
-
-def flops_per_token(model: ModelConfig, ffn_widths: Sequence[int], seq_length: int) -> int:
-    """FLOPs of training on one token: forward, and backward at twice the forward.
-
-    6 x (attention + FFN + output layer weights) + 6 x layers x heads x kv_channels x seq_length.
-    The second term is q k^T and the product with v; a causal token sees half of the sequence.
-    """
-    count = parameter_count(model, ffn_widths)
-    matmul = count.attention + count.ffn + model.vocab_size * model.hidden_size
-    scores = len(ffn_widths) * model.num_attention_heads * model.kv_channels * seq_length
-    return 6 * matmul + 6 * scores
-
-
-@dataclass(frozen=True)
-class WidthChange:
-    """A compaction: from ``tokens`` consumed tokens on, layers are ``width`` neurons wide."""
+class ShapeChange:
+    """A compaction: from ``tokens`` consumed tokens on, the model is stored in ``shape``."""
 
     tokens: int
-    width: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class _Removal:
+    """What a run removes along one axis: units of a layer, or of the model."""
+
+    full: int
+    target: int
+    multiple: int
+    """Stored counts are multiples of this."""
+    block: int
+    """Units that are removed from memory together."""
+
+
+def _removals(config: Config) -> dict[str, _Removal]:
+    """Look up the axes that a run's configuration gives a target for."""
+    neurons = _Removal(
+        config.model.ffn_hidden_size,
+        config.target_ffn_hidden_size,
+        config.ffn_multiple,
+        config.compaction_block,
+    )
+    return {"ffn_hidden_size": neurons}
+
+
+def target_shape(config: Config) -> Shape:
+    """Return the shape that the run ends with."""
+    shape = Shape.full(config.model)
+    for axis, removal in _removals(config).items():
+        shape = shape.with_counts(axis, removal.target)
+    return shape
 
 
 def num_steps(config: Config) -> int:
@@ -67,76 +57,72 @@ def num_steps(config: Config) -> int:
     return -(-config.schedule.total_tokens // config.batch_tokens)
 
 
-def live_at_step(config: Config, step: int) -> int:
-    """Neurons alive in each layer once ``step`` optimizer steps are done.
+def removed_at(config: Config, tokens: int) -> float:
+    """Return the share of the removal that is due by ``tokens`` consumed tokens, in [0, 1]."""
+    if config.prune.strategy == "none":
+        return 0.0
+    return removed(config.schedule, tokens)
 
-    Masks move every ``prune.mask_interval_steps`` and in any step past the removal window.
+
+def live_at_step(config: Config, step: int) -> dict[str, int]:
+    """Count the units alive, by axis, once ``step`` optimizer steps are done.
+
+    Units go every ``prune.mask_interval_steps`` and in any step past the removal window.
     """
     tokens = step * config.batch_tokens
     if tokens < removal_window(config.schedule)[1]:
         tokens -= step % config.prune.mask_interval_steps * config.batch_tokens
-    ratio = keep_ratio(config.schedule, tokens, config.final_keep_ratio)
-    return keep_count(ratio, config.model.ffn_hidden_size)
+    return {
+        axis: keep_count(keep_ratio(config.schedule, tokens, gone.target / gone.full), gone.full)
+        for axis, gone in _removals(config).items()
+    }
 
 
-def width_plan(config: Config) -> list[WidthChange]:
-    """Predict the compactions of a run.
+def shape_plan(config: Config) -> list[ShapeChange]:
+    """Predict the compactions of a run, by the rule that the run follows: ``shape.due_counts``.
 
-    One is due at the end of a step in which a layer could shed a whole ``compaction_block``, or,
-    once the removal window is over, anything; widths stay multiples of ``ffn_multiple``. Live
-    counts never grow, so each compaction is found by bisection over steps.
+    Live counts never grow, so each compaction is found by bisection over steps.
     """
     if not config.prune.compact:
         return []
-    multiple, block = config.ffn_multiple, config.compaction_block
+    removals = _removals(config)
     window_end = removal_window(config.schedule)[1]
+    shape = Shape.full(config.model)
+    stored = {axis: gone.full for axis, gone in removals.items()}
 
-    def legal(step: int) -> int:
-        return max(1, -(-live_at_step(config, step) // multiple)) * multiple
+    def due(step: int) -> dict[str, int]:
+        live, final = live_at_step(config, step), step * config.batch_tokens >= window_end
+        return {
+            axis: due_counts([stored[axis]], [live[axis]], gone.multiple, gone.block, final)[0]
+            for axis, gone in removals.items()
+        }
 
-    def is_due(step: int) -> bool:
-        gain = width - legal(step)
-        return gain >= block or (gain > 0 and step * config.batch_tokens >= window_end)
-
-    changes: list[WidthChange] = []
-    width, first, last = config.model.ffn_hidden_size, 1, num_steps(config)
-    while width > config.target_ffn_hidden_size:
-        low, high = first, last + 1  # the first step at which the next compaction is due
-        while low < high:
-            middle = (low + high) // 2
-            if is_due(middle):
-                high = middle
-            else:
-                low = middle + 1
-        if low > last:
-            break
-        width, first = legal(low), low + 1
-        changes.append(WidthChange(low * config.batch_tokens, width))
-    return changes
+    changes: list[ShapeChange] = []
+    steps, index = range(1, num_steps(config) + 1), 0
+    while True:
+        index = bisect_left(steps, True, lo=index, key=lambda step: due(step) != stored)
+        if index == len(steps):
+            return changes
+        stored = due(steps[index])
+        for axis, count in stored.items():
+            shape = shape.with_counts(axis, count)
+        changes.append(ShapeChange(steps[index] * config.batch_tokens, shape))
 
 
-def width_at(config: Config, tokens: int) -> int:
-    """Physical FFN width per layer with which the step after ``tokens`` consumed tokens runs."""
-    width = config.model.ffn_hidden_size
-    for change in width_plan(config):
-        if change.tokens <= tokens:
-            width = change.width
-    return width
-
-
-def _flops_at(config: Config, width: int) -> int:
-    widths = [width] * config.model.num_layers
-    return flops_per_token(config.model, widths, config.training.seq_length)
+def shape_at(config: Config, tokens: int) -> Shape:
+    """Return the shape with which the step after ``tokens`` consumed tokens runs."""
+    begun = [change.shape for change in shape_plan(config) if change.tokens <= tokens]
+    return begun[-1] if begun else Shape.full(config.model)
 
 
 def flops_between(config: Config, start: int, end: int) -> int:
     """Training FLOPs from ``start`` to ``end`` consumed tokens, the model shrinking as planned."""
     flops = 0
-    width, begin = config.model.ffn_hidden_size, 0
-    for change in [*width_plan(config), WidthChange(max(end, 0), 0)]:
-        tokens = min(change.tokens, end) - max(begin, start)
-        flops += max(tokens, 0) * _flops_at(config, width)
-        width, begin = change.width, change.tokens
+    shape, begin = Shape.full(config.model), 0
+    for change in [*shape_plan(config), ShapeChange(max(end, 0), shape)]:
+        tokens = max(0, min(change.tokens, end) - max(begin, start))
+        flops += tokens * shape.flops_per_token(config.model, config.training.seq_length)
+        shape, begin = change.shape, change.tokens
     return flops
 
 

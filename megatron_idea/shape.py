@@ -19,9 +19,16 @@ from typing import Any
 
 from megatron_idea.config import ModelConfig
 
+UNITS = {
+    "ffn_hidden_size": "neuron",
+    "num_query_groups": "KV group",
+    "hidden_size": "channel",
+    "num_layers": "layer",
+}
+"""What one unit of each axis is called."""
+AXES = tuple(UNITS)
 LAYER_AXES = ("ffn_hidden_size", "num_query_groups")
 """Axes with a count for each layer."""
-AXES = (*LAYER_AXES, "hidden_size", "num_layers")
 
 
 @dataclass(frozen=True)

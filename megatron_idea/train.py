@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint.saving import Saving
 from megatron_idea.checkpoint.state import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError, validate
-from megatron_idea.course import num_steps
+from megatron_idea.course import num_steps, removed_at
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.of_run import open_batches, validation_batches
 from megatron_idea.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
@@ -45,7 +44,9 @@ from megatron_idea.prune.relocate import extension
 from megatron_idea.records.lock import RunLock
 from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
-from megatron_idea.schedule import crossed, keep_ratio, learning_rate, phase, phase_ended
+from megatron_idea.records.record import Record
+from megatron_idea.schedule import crossed, learning_rate, phase, phase_ended
+from megatron_idea.shape import LAYER_AXES
 
 
 @dataclass
@@ -131,7 +132,7 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
         before = state.consumed_tokens
         watch = state.watch
         record, stopping = step(run, state)
-        if guard.begins(watch, state.watch) and react(run, state, record["loss"]):
+        if guard.begins(watch, state.watch) and react(run, state, record.loss):
             run, state = roll_back(run, state)
             continue
         tokens = state.consumed_tokens
@@ -203,7 +204,7 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     return run, state
 
 
-def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
+def step(run: Run, state: TrainState) -> tuple[Record, bool]:
     """One optimizer step: forward, backward, observe, update, plan, apply.
 
     Returns: the step's record, and whether any rank was asked to stop.
@@ -234,21 +235,21 @@ def step(run: Run, state: TrainState) -> tuple[dict[str, Any], bool]:
         state.skipped += 1
     state.step += 1
     state.consumed_tokens = tokens
-    record = {
-        "step": state.step,
-        "tokens": tokens,
-        "phase": phase(config.schedule, tokens),
-        "loss": loss,
-        "lr": lr,
-        "keep_ratio": keep_ratio(config.schedule, tokens, config.final_keep_ratio),
-        "ffn_live": live_counts((plan or pruner).alive["ffn_hidden_size"]),
-        "ffn_width": list((plan or trainable).shape.counts("ffn_hidden_size")),
-        "grad_norm": grad_norm if math.isfinite(loss) else math.nan,
-        "tokens_per_s": config.batch_tokens / step_s,
-        "step_s": step_s,
-        "memory_bytes": memory_bytes(),
-        "skipped": state.skipped,
-    }
+    record = Record(
+        step=state.step,
+        tokens=tokens,
+        phase=phase(config.schedule, tokens),
+        loss=loss,
+        lr=lr,
+        removed=removed_at(config, tokens),
+        live={axis: live_counts((plan or pruner).alive[axis]) for axis in LAYER_AXES},
+        stored={axis: list((plan or trainable).shape.counts(axis)) for axis in LAYER_AXES},
+        grad_norm=grad_norm if math.isfinite(loss) else math.nan,
+        tokens_per_s=config.batch_tokens / step_s,
+        step_s=step_s,
+        skipped=state.skipped,
+        memory_bytes=memory_bytes(),
+    )
     run.progress.update(run.log.write(record))
     if run.groups.is_writer and (scores := pruner.score_record(tokens)) is not None:
         run.log.scores({"step": state.step, "tokens": tokens, **scores})

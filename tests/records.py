@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_idea.records.record import Record
 
-def record(step: int, **fields: Any) -> dict[str, Any]:
-    return {
+
+def neurons(*counts: int) -> dict[str, list[int]]:
+    """Counts of a record: neurons of every layer."""
+    return {"ffn_hidden_size": list(counts)}
+
+
+def record(step: int, **fields: Any) -> Record:
+    known: dict[str, Any] = {
         "step": step,
         "tokens": step * 2048,
         "phase": "enlarged",
         "loss": 7.0 - step / 1000,
         "lr": 1e-3,
-        "keep_ratio": 1.0,
-        "ffn_live": [1024] * 4,
-        "ffn_width": [1024] * 4,
+        "removed": 0.0,
+        "live": neurons(*[1024] * 4),
+        "stored": neurons(*[1024] * 4),
         "grad_norm": 0.5,
         "tokens_per_s": 4096.0,
         "step_s": 0.5,
         "memory_bytes": 2 * 10**9,
         "skipped": 0,
-        **fields,
     }
+    return Record(**known | fields)

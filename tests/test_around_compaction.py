@@ -57,7 +57,7 @@ def test_a_compaction_keeps_the_held_out_loss_in_every_layout(
         curves[layout] = before + after
 
         plain_steps, plain_events = trained(tiny, workers, layout, around=False)
-        for name in ("loss", "grad_norm", "ffn_width", "ffn_live"):
+        for name in ("loss", "grad_norm", "stored", "live"):
             assert [s[name] for s in steps] == [s[name] for s in plain_steps], (layout, name)
         assert losses(events, "phase_end") == losses(plain_events, "phase_end")
         assert not losses(plain_events, "compaction_before")

@@ -24,6 +24,7 @@ from megatron_idea.planning.budget import (
     suggest,
 )
 from megatron_idea.planning.view import draw_budget, render_budget, render_layouts
+from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
 from megatron_idea.train import step
 
@@ -59,11 +60,15 @@ def small(**sections: Any) -> Config:
     return configs.replace(config, **sections)
 
 
+def neurons(budget: Budget) -> list[int]:
+    return [stretch.stored["ffn_hidden_size"] for stretch in budget.stretches]
+
+
 def test_the_paper_run_fits_and_shrinks(budget: Budget) -> None:
     totals = [stretch.total_bytes for stretch in budget.stretches]
     assert budget.refusal == "" and budget.peak_bytes == totals[0] < budget.usable_bytes
     assert totals == sorted(totals, reverse=True)
-    assert [stretch.width for stretch in budget.stretches][:: len(totals) - 1] == [16384, 6144]
+    assert neurons(budget)[:: len(totals) - 1] == [16384, 6144]
     # No compaction needs more than training does.
     assert all(0 < s.compaction_peak_bytes < totals[0] for s in budget.stretches[1:])
     # bf16 weights and fp32 gradients of 1.4B parameters; 12 bytes more of each over 128 ranks.
@@ -81,10 +86,11 @@ def test_gpu_hours_are_flops_over_peak_times_mfu(budget: Budget) -> None:
     assert budget.days == pytest.approx(sum(p.this_run for p in budget.phases) / 256 / 24)
 
 
-def test_activations_between_two_widths_are_never_below_those_of_a_step() -> None:
+def test_activations_between_two_shapes_are_never_below_those_of_a_step() -> None:
     config = small()
-    stretches = make_budget(config, 1, GPUS["h100"]).stretches
-    assert [stretch.width for stretch in stretches] == [1024, 760, 512]
+    made = make_budget(config, 1, GPUS["h100"])
+    stretches = made.stretches
+    assert neurons(made) == [1024, 760, 512]
     wide = configs.replace(config, model={"ffn_hidden_size": 760})
     exact = make_budget(wide, 1, GPUS["h100"]).stretches[0]
     assert stretches[1].memory.weights == exact.memory.weights
@@ -202,4 +208,4 @@ def test_a_checkpoint_has_the_size_that_was_planned(
     config = small(training={"precision": precision}, run_dir=str(tmp_path))
     (written,) = run_job(workers, save_a_checkpoint, 1, config)
     # Masks, neuron ids, scores and names come on top; a model of 1M parameters shows them.
-    assert checkpoint_bytes(config, 1024) == pytest.approx(written, rel=0.05)
+    assert checkpoint_bytes(config, Shape.full(config.model)) == pytest.approx(written, rel=0.05)

@@ -131,7 +131,7 @@ def go_on(rendezvous: str, config: Config, steps: int) -> tuple[Any, list[float]
         save(run, state, wait=True)
         losses, alive = [], []
         for _ in range(steps):
-            losses.append(step(run, state)[0]["loss"])
+            losses.append(step(run, state)[0].loss)
             alive.append(run.pruner.alive["ffn_hidden_size"].numpy())
         run.log.close()
         return held, losses, alive
@@ -170,9 +170,9 @@ def curves(run_dir: str | Path, after: int) -> list[dict[str, Any]]:
     """What a step computed, without what the clock and the machine add to its record."""
     measured = ("tokens_per_s", "step_s", "memory_bytes")
     return [
-        {name: value for name, value in record.items() if name not in measured}
+        {name: value for name, value in record.as_dict().items() if name not in measured}
         for record in read_metrics(Path(run_dir))
-        if record["step"] > after
+        if record.step > after
     ]
 
 
@@ -265,13 +265,22 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 def test_the_places_to_stop_at_are_what_they_are_called(source: Callable[[str], Source]) -> None:
-    records = {r["step"]: r for r in read_metrics(Path(source("tp1").config.run_dir))}
+    records = {r.step: r for r in read_metrics(Path(source("tp1").config.run_dir))}
     at = {name: records[step] for name, step in STOPS.items()}
-    assert at["enlarged"]["phase"] == "enlarged"
-    assert sum(at["masked"]["ffn_live"]) < sum(at["masked"]["ffn_width"]) == 2 * 64
+    assert at["enlarged"].phase == "enlarged"
+    assert (
+        sum(at["masked"].live["ffn_hidden_size"])
+        < sum(at["masked"].stored["ffn_hidden_size"])
+        == 2 * 64
+    )
     between = at["between_compactions"]
-    assert 2 * 24 < sum(between["ffn_live"]) < sum(between["ffn_width"]) < 2 * 64
-    assert at["recovery"]["phase"] == "recover"
+    assert (
+        2 * 24
+        < sum(between.live["ffn_hidden_size"])
+        < sum(between.stored["ffn_hidden_size"])
+        < 2 * 64
+    )
+    assert at["recovery"].phase == "recover"
     gathering = checkpoint_at(source("dp2").config.run_dir, STOPS["between_compactions"])
     assert read_state(gathering).pending_steps == 1
     assert tensors(gathering)["pruner.scores.pending.0.ffn_hidden_size"].any()
@@ -763,8 +772,8 @@ def test_widths_that_more_ranks_cannot_round_up_stay_until_they_shrink(
     before = curves(config.run_dir, 0)
     workers.run(train_on, 2, config)
     after = curves(config.run_dir, 0)
-    assert [r["ffn_width"][0] for r in after[8:12]] == [28, 28, 28, 24]
-    assert [r["ffn_live"] for r in after] == [r["ffn_live"] for r in before]
+    assert [r["stored"]["ffn_hidden_size"][0] for r in after[8:12]] == [28, 28, 28, 24]
+    assert [r["live"] for r in after] == [r["live"] for r in before]
 
 
 def test_widths_that_do_not_split_over_the_ranks_are_refused(

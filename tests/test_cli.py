@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import neurons, record
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -58,11 +59,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         run_dir = Path(given.run_dir)
         log = RunLog(run_dir, config.replace(given, logging={"tensorboard": False}), True)
         (run_dir / "config.yaml").write_text(config.to_yaml(given))
-        widths = [given.model.ffn_hidden_size] * given.model.num_layers
-        log.write(
-            {"step": 1, "tokens": given.batch_tokens, "phase": "enlarged", "loss": 7.0, "lr": 1e-3}
-            | {"keep_ratio": 1.0, "ffn_live": widths, "ffn_width": widths, "tokens_per_s": 1e3}
-        )
+        counts = neurons(*[given.model.ffn_hidden_size] * given.model.num_layers)
+        log.write(record(1, tokens=given.batch_tokens, live=counts, stored=counts))
         log.close()
         return types.SimpleNamespace(consumed_tokens=given.schedule.total_tokens)
 
@@ -173,7 +171,7 @@ def test_plan_as_json_is_json(config_path: Path) -> None:
     result = run("plan", config_path, "training.micro_batch_size=4", "--json", "--nproc", 4)
     plan = json.loads(result.stdout)
     assert (plan["world_size"], plan["data_parallel"]) == (4, 2)
-    assert plan["width_changes"][-1]["width"] == 384
+    assert plan["compactions"][-1]["stored"]["ffn_hidden_size"] == 384
 
 
 def test_plan_for_gpus_adds_memory_and_hours(config_path: Path, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def live_job(rendezvous: str, config: Config, survivors: str) -> list[dict[str, 
             out.append(
                 {
                     "before": before, "after": after, "report": vars(report), "widths": widths,
-                    "loss": record["loss"], "alive": alive.numpy(),
+                    "loss": record.loss, "alive": alive.numpy(),
                 }
             )  # fmt: skip
         run.log.close()
@@ -417,7 +417,7 @@ def refused_job(rendezvous: str, config: Config) -> dict[str, Any]:
             if attempt:
                 out["messages"], out["changed"] = _attempts(run)
             records += [step(run, state)[0] for _ in range(2)]
-            out["records"].append([(r["loss"], r["grad_norm"]) for r in records])
+            out["records"].append([(r.loss, r.grad_norm) for r in records])
             run.log.close()
         return out
     finally:

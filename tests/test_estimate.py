@@ -1,4 +1,4 @@
-"""Counts against shapes written out by hand, planned widths against the pruner's own rule."""
+"""Counts against shapes written out by hand, planned shapes against the pruner's own rule."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rich.console import Console
 from megatron_idea import config as configs
 from megatron_idea.config import Config, ConfigError, ModelConfig
 from megatron_idea.course import (
-    WidthChange,
+    ShapeChange,
     flops_between,
-    flops_per_token,
     live_at_step,
     num_steps,
-    parameter_count,
     remaining_flops,
-    width_at,
-    width_plan,
+    removed_at,
+    shape_at,
+    shape_plan,
+    target_shape,
 )
-from megatron_idea.planning.estimate import make_plan, render_plan
+from megatron_idea.planning.estimate import forecast, render
 from megatron_idea.records.readable import human_count
 from megatron_idea.schedule import removal_window
-from megatron_idea.shape import due_counts
+from megatron_idea.shape import ParameterCount, Shape, due_counts
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -48,9 +48,23 @@ def small(**sections: dict) -> Config:
     return configs.replace(base, **sections)
 
 
+def parameters(model: ModelConfig, neurons: int | list[int]) -> ParameterCount:
+    return Shape.full(model).with_counts("ffn_hidden_size", neurons).parameters(model)
+
+
+def flops(model: ModelConfig, neurons: int, seq_length: int) -> int:
+    shape = Shape.full(model).with_counts("ffn_hidden_size", neurons)
+    return shape.flops_per_token(model, seq_length)
+
+
+def neurons(shape: Shape) -> int:
+    (count,) = set(shape.counts("ffn_hidden_size"))
+    return count
+
+
 def test_the_paper_sizes_have_the_parameters_of_their_names(paper: Config) -> None:
-    enlarged = parameter_count(paper.model, [16384] * 24)
-    target = parameter_count(paper.model, [6144] * 24)
+    enlarged = parameters(paper.model, 16384)
+    target = parameters(paper.model, 6144)
     assert round(enlarged.total / 1e9, 3) == 2.819
     assert round(target.total / 1e9, 3) == 1.309
     # embedding, attention (query, key, value, output), FFN, norms (2 a layer, final, QK)
@@ -62,20 +76,20 @@ def test_the_paper_sizes_have_the_parameters_of_their_names(paper: Config) -> No
 
 def test_the_300m_config_ships_302m_without_embeddings() -> None:
     model = configs.load(EXAMPLES / "300m.yaml").model
-    count = parameter_count(model, [3072] * 24)
+    count = parameters(model, 3072)
     assert round((count.total - count.embedding) / 1e6) == 302
 
 
 def test_untied_embeddings_count_twice_and_qk_norm_only_when_on() -> None:
-    tied = parameter_count(ModelConfig(), [384] * 4)
-    untied = parameter_count(ModelConfig(share_embeddings_and_output_weights=False), [384] * 4)
-    normed = parameter_count(ModelConfig(qk_layernorm=True), [384] * 4)
+    tied = parameters(ModelConfig(), 384)
+    untied = parameters(ModelConfig(share_embeddings_and_output_weights=False), 384)
+    normed = parameters(ModelConfig(qk_layernorm=True), 384)
     assert untied.total - tied.total == 4096 * 128
     assert normed.total - tied.total == 4 * 2 * 32
 
 
-def test_layers_may_differ_in_width() -> None:
-    uneven = parameter_count(ModelConfig(), [128, 256, 512, 640])
+def test_layers_may_differ_in_neurons() -> None:
+    uneven = parameters(ModelConfig(), [128, 256, 512, 640])
     assert uneven.ffn == 3 * 128 * (128 + 256 + 512 + 640)
 
 
@@ -84,29 +98,30 @@ def test_flops_are_six_a_weight_plus_causal_attention() -> None:
     weights = (128 + 2 * 64 + 128) * 128 + 3 * 128 * 1024 + 4096 * 128
     # Two products of 2 x 128 FLOPs for each of 256 / 2 visible tokens, three times over.
     attention = 3 * 2 * 2 * 128 * 256 // 2
-    assert flops_per_token(model, [1024], 256) == 6 * weights + attention
+    assert flops(model, 1024, 256) == 6 * weights + attention
 
 
 def test_an_untied_output_layer_costs_what_a_tied_one_costs() -> None:
     untied = ModelConfig(share_embeddings_and_output_weights=False)
-    assert flops_per_token(untied, [8] * 4, 64) == flops_per_token(ModelConfig(), [8] * 4, 64)
+    assert flops(untied, 8, 64) == flops(ModelConfig(), 8, 64)
 
 
-def simulated_widths(config: Config) -> list[WidthChange]:
+def simulated_plan(config: Config) -> list[ShapeChange]:
     """What the pruner's own rule gives, step by step."""
-    changes, widths = [], (config.model.ffn_hidden_size,)
+    changes, stored = [], (config.model.ffn_hidden_size,) * config.model.num_layers
     for step in range(1, num_steps(config) + 1):
         tokens = step * config.batch_tokens
         new = due_counts(
-            widths,
-            [live_at_step(config, step)],
+            stored,
+            [live_at_step(config, step)["ffn_hidden_size"]] * config.model.num_layers,
             config.ffn_multiple,
             config.compaction_block,
             final=tokens >= removal_window(config.schedule)[1],
         )
-        if new != widths:
-            widths = new
-            changes.append(WidthChange(tokens, widths[0]))
+        if new != stored:
+            stored = new
+            shape = Shape.full(config.model).with_counts("ffn_hidden_size", stored)
+            changes.append(ShapeChange(tokens, shape))
     return changes
 
 
@@ -120,7 +135,7 @@ def simulated_widths(config: Config) -> list[WidthChange]:
     removal=st.sampled_from(("cubic", "one_shot")),
     steps=st.integers(1, 120),
 )
-def test_planned_widths_are_those_of_the_pruner_step_by_step(
+def test_planned_shapes_are_those_of_the_pruner_step_by_step(
     full: int, target: int, alignment: int, block: int, interval: int, removal: str, steps: int
 ) -> None:
     config = small(
@@ -133,38 +148,47 @@ def test_planned_widths_are_those_of_the_pruner_step_by_step(
             "mask_interval_steps": interval,
         },
     )
-    changes = width_plan(config)
-    assert changes == simulated_widths(config)
-    assert changes[-1].width == config.target_ffn_hidden_size
+    changes = shape_plan(config)
+    assert changes == simulated_plan(config)
+    assert changes[-1].shape == target_shape(config)
     for step in range(steps + 1):
-        assert width_at(config, step * 16) >= live_at_step(config, step)
+        live = live_at_step(config, step)["ffn_hidden_size"]
+        assert neurons(shape_at(config, step * 16)) >= live
 
 
-def test_widths_change_at_the_steps_worked_out_by_hand() -> None:
+def test_shapes_change_at_the_steps_worked_out_by_hand() -> None:
     # Removal from token 512 to 666 (0.65 x 1024). After steps 33, 34, ... the cubic keeps
     # 16 + 48 (1 - 16 (s - 32) / 154)^3 neurons, rounded: 51, 40, 32, 26, 21, 19, 17, 16.
-    plan = [(change.tokens // 16, change.width) for change in width_plan(small())]
+    plan = [(change.tokens // 16, neurons(change.shape)) for change in shape_plan(small())]
     assert plan == [(33, 56), (34, 40), (35, 32), (37, 24), (40, 16)]
 
 
-def test_masks_only_never_change_the_width() -> None:
+def test_masks_only_never_change_the_shape() -> None:
     config = small(prune={"compact": False})
-    assert width_plan(config) == []
-    assert width_at(config, 1024) == 64
+    assert shape_plan(config) == []
+    assert shape_at(config, 1024) == Shape.full(config.model)
+
+
+def test_the_share_removed_is_what_live_neurons_follow() -> None:
+    config = small()
+    for step in range(65):
+        removed = removed_at(config, step * 16)
+        assert live_at_step(config, step) == {"ffn_hidden_size": round(64 - 48 * removed)}
+    assert (removed_at(config, 512), removed_at(config, 1024)) == (0, 1)
+    assert removed_at(small(prune={"strategy": "none"}), 1024) == 0
 
 
 def test_the_paper_run_is_planned_with_ten_compactions(paper: Config) -> None:
-    changes = width_plan(paper)
+    changes = shape_plan(paper)
     assert len(changes) == 10
-    assert changes[-1].width == 6144
+    assert neurons(changes[-1].shape) == 6144
 
 
-def test_flops_are_the_sum_over_steps_at_the_width_of_each() -> None:
+def test_flops_are_the_sum_over_steps_in_the_shape_of_each() -> None:
     config = small()
     total = 0
     for step in range(64):
-        width = width_at(config, step * 16)
-        total += 16 * flops_per_token(config.model, [width] * 2, 8)
+        total += 16 * flops(config.model, neurons(shape_at(config, step * 16)), 8)
     assert remaining_flops(config, 0) == total
     assert remaining_flops(config, 1024) == 0
     assert flops_between(config, 0, 600) + remaining_flops(config, 600) == total
@@ -173,14 +197,14 @@ def test_flops_are_the_sum_over_steps_at_the_width_of_each() -> None:
 def test_the_plan_of_the_paper_run_shows_its_headline_numbers(paper: Config) -> None:
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(render_plan(make_plan(paper, 16)))
+        console.print(render(forecast(paper, 16)))
     text = capture.get()
     for shown in ("2.8B", "1.3B", "2T tokens", "16 processes: TP 2 x PP 1 x DP 8", "16384", "6144"):
         assert shown in text
 
 
 def test_the_plans_phases_add_up(paper: Config) -> None:
-    plan = make_plan(paper, 2)
+    plan = forecast(paper, 2)
     assert [part.name for part in plan.phases] == ["enlarged", "prune", "recover"]
     assert [part.tokens for part in plan.phases] == [10**12, 3 * 10**11, 7 * 10**11]
     assert sum(part.steps for part in plan.phases) == plan.steps == 476838
@@ -192,18 +216,18 @@ def test_the_plans_phases_add_up(paper: Config) -> None:
 
 def test_the_plan_of_plain_training_compares_nothing() -> None:
     config = small(prune={"strategy": "none"})
-    plan = make_plan(config)
+    plan = forecast(config)
     assert plan.enlarged == plan.target
-    assert plan.width_changes == []
+    assert plan.compactions == []
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(render_plan(plan))
+        console.print(render(plan))
     assert "from scratch" not in capture.get()
 
 
 def test_a_plan_for_a_wrong_number_of_processes_is_refused(paper: Config) -> None:
     with pytest.raises(ConfigError, match="start a multiple of 2"):
-        make_plan(paper, 3)
+        forecast(paper, 3)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +256,8 @@ def test_every_example_can_be_planned(name: str) -> None:
     config = configs.load(EXAMPLES / f"{name}.yaml")
     parallel = config.parallel
     size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    plan = make_plan(config, size)
-    assert plan.target.total < plan.enlarged.total
-    assert plan.points[-1].ffn_live == plan.points[-1].ffn_width == config.target_ffn_hidden_size
+    plan = forecast(config, size)
+    assert plan.target.parameters.total < plan.enlarged.parameters.total
+    last = plan.points[-1]
+    assert last.removed == 1 and last.live == last.stored == plan.target.stored
+    assert last.stored["ffn_hidden_size"] == config.target_ffn_hidden_size

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config
-from megatron_idea.course import flops_per_token, parameter_count
 from megatron_idea.engine.distributed import start_distributed, stop_distributed
 from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import update
@@ -215,8 +214,9 @@ def count_flops(groups: Any, config: Config) -> int:
 def test_flops_are_those_counted_in_a_training_step(workers: Workers) -> None:
     config = model("fp32")
     (counted,) = run_job(workers, count_flops, 1, config)
-    linear = flops_per_token(config.model, [WIDTH] * LAYERS, 0)
-    causal = flops_per_token(config.model, [WIDTH] * LAYERS, SEQUENCE) - linear
+    shape = Shape.full(config.model)
+    linear = shape.flops_per_token(config.model, 0)
+    causal = shape.flops_per_token(config.model, SEQUENCE) - linear
     # The plain formula computes the half above the diagonal, too.
     assert counted == config.batch_tokens * (linear + 2 * causal)
 
@@ -232,7 +232,8 @@ def test_the_paper_model_is_built_as_large_as_it_is_counted(widths: list[int]) -
             p.numel() * (2 if name in halves else 1)
             for name, p in named_parameters(trainable.chunks)
         )
-    assert built == parameter_count(config.model, widths).total
+    shape = Shape.full(config.model)
+    assert built == shape.with_counts("ffn_hidden_size", widths).parameters(config.model).total
 
 
 def test_nothing_of_the_paper_job_is_left_even_after_an_error() -> None:

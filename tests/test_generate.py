@@ -89,7 +89,7 @@ def live_job(
     tokenizer = load_tokenizer("byte")
     losses, samples = [], []
     for done in range(1, steps + 1):
-        losses.append(step(run, state)[0]["loss"])
+        losses.append(step(run, state)[0].loss)
         if writes and done % 4 == 0:
             samples = sample_live(run.trainable.chunks, config, groups, tokenizer)
     checkpoint.save(config, run.trainable, run.pruner, state)
@@ -136,9 +136,8 @@ def masked_and_plain_job(groups: Any, config: Config, steps: int) -> dict[str, A
     run, state = live_run(groups, config)
     for _ in range(steps):
         step(run, state)
-    path = checkpoint.save(run.trainable, run.pruner, state)
-    widths = state.shape.counts("ffn_hidden_size")
-    fresh = assemble(config, groups, widths, initialize=False)
+    path = checkpoint.save(config, run.trainable, run.pruner, state)
+    fresh = assemble(config.sections, groups, state.shape, initialize=False)
     checkpoint.load_weights(fresh.chunks, path, groups)
     with torch.no_grad():
         logits = [
@@ -147,7 +146,7 @@ def masked_and_plain_job(groups: Any, config: Config, steps: int) -> dict[str, A
         ]
     return {
         "live": run.pruner.live["ffn_hidden_size"],
-        "widths": list(widths),
+        "widths": list(state.shape.counts("ffn_hidden_size")),
         "masks": [
             sum(int((~mask_of(mlp)).sum()) for _, mlp in of.mlps) for of in (run.trainable, fresh)
         ],

@@ -105,9 +105,9 @@ def test_a_step_whose_loss_is_not_finite_is_not_taken(tiny: Config, workers: Wor
     config = guarded(tiny)
     workers.run(job, 2, replace(config, parallel={"tensor_model_parallel_size": 2}), {36: math.nan})
     records = read_metrics(Path(config.run_dir))
-    assert [r["skipped"] for r in records] == [0] * 9 + [1] * 15
-    assert math.isnan(records[9]["grad_norm"])
-    assert records[9]["ffn_live"] == records[8]["ffn_live"]
+    assert [r.skipped for r in records] == [0] * 9 + [1] * 15
+    assert math.isnan(records[9].grad_norm)
+    assert records[9].live["ffn_hidden_size"] == records[8].live["ffn_hidden_size"]
 
 
 def test_too_many_of_them_end_the_run_on_every_rank(tiny: Config, workers: Workers) -> None:
@@ -123,7 +123,7 @@ def test_pruning_waits_until_a_spike_is_over_and_then_catches_up(
     config = guarded(tiny, on_spike="pause_pruning")
     workers.run(job, 1, config, {36: 30.0, 40: 60.0})  # steps 10 and 11
     records = read_metrics(Path(config.run_dir))
-    live = [r["ffn_live"][0] for r in records]
+    live = [r.live["ffn_hidden_size"][0] for r in records]
     assert live[8] == live[9] == live[10] > live[11] > live[12]
     assert live[-1] == 24
     assert [e["step"] for e in events(config, "spike")] == [10]
@@ -141,8 +141,8 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
     (event,) = events(config, "rolled_back")
     assert (event["step"], event["from_step"], event["skipped_samples"]) == (8, 10, 8)
     records = read_metrics(Path(config.run_dir))
-    assert [r["step"] for r in records] == list(range(1, 25))
-    assert records[-1]["ffn_width"] == [24, 24]
+    assert [r.step for r in records] == list(range(1, 25))
+    assert records[-1].stored["ffn_hidden_size"] == [24, 24]
 
 
 def test_rollbacks_are_limited(tiny: Config, workers: Workers) -> None:
@@ -161,9 +161,9 @@ def test_a_rollback_does_not_go_back_to_the_spike_when_a_compaction_is_due_with_
     (event,) = events(config, "rolled_back")
     assert (event["step"], event["from_step"], event["skipped_samples"]) == (9, 10, 4)
     records = read_metrics(Path(config.run_dir))
-    assert [r["step"] for r in records] == list(range(1, 25))
-    assert records[8]["ffn_width"] > records[9]["ffn_width"]
-    assert records[-1]["ffn_width"] == [24, 24]
+    assert [r.step for r in records] == list(range(1, 25))
+    assert records[8].stored["ffn_hidden_size"] > records[9].stored["ffn_hidden_size"]
+    assert records[-1].stored["ffn_hidden_size"] == [24, 24]
 
 
 def signalled_job(rendezvous: str, config: Config, strange: dict[int, float]) -> None:

@@ -101,11 +101,11 @@ def test_2_live_neurons_follow_the_schedule_in_every_layer_and_never_return(
     for _ in range(STEPS):
         (record,) = run_steps(run, state, 1)
         ratio = keep_ratio(run.config.schedule, state.consumed_tokens, 0.5)
-        assert record["ffn_live"] == [keep_count(ratio, 24)] * 2
+        assert record.live["ffn_hidden_size"] == [keep_count(ratio, 24)] * 2
         alive = run.pruner.alive[NEURONS]
         assert not (alive & ~before).any(), "a removed neuron came back"
         before = alive
-        counts.append(record["ffn_live"][0])
+        counts.append(record.live["ffn_hidden_size"][0])
         (average,) = run.pruner.scores.average.values()
         # Whatever a removed neuron's score says.
         average[NEURONS].masked_fill_(~alive[:, None], 1e9)
@@ -279,7 +279,7 @@ def test_9_keeping_every_neuron_is_plain_training_bit_for_bit(
             for parameter in run.trainable.parameters
             for what in ("main", "exp_avg", "exp_avg_sq")
         ]
-        return [(r["loss"], r["grad_norm"], r["lr"]) for r in records], tensors
+        return [(r.loss, r.grad_norm, r.lr) for r in records], tensors
 
     curve, tensors = trained(strategy="idea", target={"ffn_hidden_size": 24})
     plain_curve, plain_tensors = trained(strategy="none")

@@ -216,10 +216,12 @@ def test_a_widened_model_trains_on_and_is_pruned_back(
         run = imported(precision, "--enlarge-ffn=2.667")
         records = workers.run(train_job, 2, configuration.load(run / "config.yaml"))[0]
         assert len(records) == 24
-        assert records[0]["ffn_width"] == [64, 64] and records[-1]["ffn_width"] == [24, 24]
+        assert records[0].stored["ffn_hidden_size"] == [64, 64] and records[-1].stored[
+            "ffn_hidden_size"
+        ] == [24, 24]
         start = next(e["val_loss"] for e in read_events(run) if e["kind"] == "evaluated")
         assert start == pytest.approx(before, abs=1e-5 if precision == "fp32" else 2e-2)
-        losses.append([record["loss"] for record in records])
+        losses.append([record.loss for record in records])
     assert losses[0] == pytest.approx(losses[1], abs=3e-2), "bf16 began from other main weights"
     assert losses[0][-1] < losses[0][0] - 0.3
 

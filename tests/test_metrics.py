@@ -13,17 +13,19 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from records import record
+from records import neurons, record
 from rich.console import Console
 
 from megatron_idea import config as configs
 from megatron_idea.config import Config, ConfigError
-from megatron_idea.course import flops_per_token, remaining_flops
+from megatron_idea.course import remaining_flops
 from megatron_idea.engine.gpus import peak_flops
 from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
-from megatron_idea.records.read import read_events, read_metrics, read_scores
-from megatron_idea.records.readable import human_duration
+from megatron_idea.records.read import lines_of, read_events, read_metrics, read_scores
+from megatron_idea.records.readable import human_amount, human_duration
+from megatron_idea.records.record import Record
+from megatron_idea.shape import Shape
 
 QUIET = configs.from_dict({"logging": {"tensorboard": False}})
 
@@ -59,7 +61,7 @@ def test_a_resumed_run_leaves_the_metrics_of_an_undisturbed_one(tmp_path: Path) 
 def test_a_run_killed_before_its_first_checkpoint_starts_clean(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 3)
     write_steps(tmp_path, 1, 2)
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    assert [r.step for r in read_metrics(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3', '{"step": 3, "loss": 1.0}'])
@@ -68,34 +70,80 @@ def test_a_half_written_last_line_does_no_harm(tmp_path: Path, tail: str) -> Non
     for name in ("metrics.jsonl", "events.jsonl"):
         with open(tmp_path / name, "a") as file:
             file.write(tail)
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    assert [r.step for r in read_metrics(tmp_path)] == [1, 2]
     write_steps(tmp_path, 3, 4)
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [r.step for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert [e["kind"] for e in read_events(tmp_path)] == ["started", "resumed"]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 1)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + "rubbish\n" + json.dumps(record(2)) + "\n")
+    path.write_text(path.read_text() + "rubbish\n" + json.dumps(record(2).as_dict()) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
         read_metrics(tmp_path)
     broken: list[str] = []
-    assert [one["step"] for one in read_metrics(tmp_path, broken)] == [1, 2]
+    assert [one.step for one in read_metrics(tmp_path, broken)] == [1, 2]
     assert broken == ["metrics.jsonl, line 2"]
 
 
-@pytest.mark.parametrize("line", ["[1]", "3", '{"loss": 1.0}'])
+OLDER = record(1).as_dict() | {"keep_ratio": 1.0, "ffn_live": [8], "ffn_width": [8]}
+del OLDER["live"], OLDER["stored"], OLDER["removed"]
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", '{"loss": 1.0}', json.dumps(OLDER)])
 def test_json_that_is_not_a_record_is_a_broken_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not a record"):
         read_metrics(tmp_path)
 
 
-def test_neighbours_with_equal_widths_share_their_list(tmp_path: Path) -> None:
-    write_steps(tmp_path, 1, 3)
-    first, second, _ = read_metrics(tmp_path)
-    assert first["ffn_width"] is second["ffn_width"] and first["ffn_live"] is second["ffn_live"]
+@pytest.mark.parametrize(
+    ("live", "stored"),
+    [
+        (neurons(8, 8), neurons(8)),
+        (neurons(8), {"hidden_size": [8]}),
+        ({}, {}),
+        ({"neurons": [8]}, {"neurons": [8]}),
+        (neurons(-1), neurons(8)),
+    ],
+)
+def test_counts_that_do_not_belong_together_are_no_record(live: Any, stored: Any) -> None:
+    assert Record.parse(record(1).as_dict()) == record(1)
+    assert Record.parse(record(1, live=live, stored=stored).as_dict()) is None
+
+
+def test_neighbours_with_equal_counts_share_them(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2)
+    log = RunLog(tmp_path, QUIET, is_writer=True, step=2)
+    log.write(record(3, live=neurons(8, 8, 8, 8)))
+    log.close()
+    first, second, third = read_metrics(tmp_path)
+    assert first.stored is second.stored is third.stored and first.live is second.live
+    assert third.live == neurons(8, 8, 8, 8)
+
+
+def test_a_record_knows_the_shape_of_its_model() -> None:
+    of_groups = record(1, live={"num_query_groups": [1] * 4}, stored={"num_query_groups": [1] * 4})
+    full = Shape.full(QUIET.model)
+    assert record(1).shape(QUIET.model) == full
+    assert of_groups.shape(QUIET.model) == full.with_counts("num_query_groups", 1)
+    assert of_groups.is_of(QUIET.model)
+    assert not record(1, live=neurons(8), stored=neurons(8)).is_of(QUIET.model)
+
+
+def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    reader = lines_of(tmp_path, "scores.jsonl")
+    assert list(reader) == [] and not reader.begins_again()
+    path.write_text('{"step": 1}\n{"st')
+    assert list(reader) == [{"step": 1}]
+    assert list(reader) == []
+    with open(path, "a") as file:
+        file.write('ep": 2}\n')
+    assert list(reader) == [{"step": 2}]
+    path.write_text('{"step": 1}\n')
+    assert reader.begins_again() and list(reader) == [{"step": 1}]
 
 
 def test_events_keep_everything_and_are_read_without_what_was_superseded(tmp_path: Path) -> None:
@@ -130,11 +178,11 @@ def test_a_folder_without_records_reads_as_empty(tmp_path: Path) -> None:
 def test_scalars_are_mirrored_to_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = RunLog(tmp_path, Config(), is_writer=True)
-    log.write(record(1, ffn_width=[512, 256, 512, 256]))
+    log.write(record(1, stored=neurons(512, 256, 512, 256)))
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("loss")[0].value == pytest.approx(6.999)
-    assert events.Scalars("ffn_width")[0].value == 384  # of a list: the mean over layers
+    assert events.Scalars("stored/ffn_hidden_size")[0].value == 384  # the mean over layers
     assert "phase" not in events.Tags()["scalars"]
 
 
@@ -236,7 +284,7 @@ TRACKED = configs.replace(QUIET, logging={"wandb": "a-project"})
 
 def test_scalars_are_mirrored_to_weights_and_biases(tmp_path: Path, wandb: FakeWandb) -> None:
     log = RunLog(tmp_path, TRACKED, is_writer=True)
-    log.write(record(1, ffn_width=[512, 256]))
+    log.write(record(1, stored=neurons(512, 256), live=neurons(128, 64)))
     log.event("evaluated", step=1, tokens=2048, val_loss=6.5, why="every")
     log.close()
     names = [name for name, _ in wandb.calls]
@@ -244,7 +292,8 @@ def test_scalars_are_mirrored_to_weights_and_biases(tmp_path: Path, wandb: FakeW
     assert wandb.calls[0][1]["project"] == "a-project"
     assert wandb.calls[0][1]["config"]["model"]["hidden_size"] == 128
     first, second = (values[0] for name, values in wandb.calls if name == "log")
-    assert (first["step"], first["ffn_width"]) == (1, 384)
+    assert (first["step"], first["stored/ffn_hidden_size"]) == (1, 384)
+    assert first["live/ffn_hidden_size"] == 96 and first["removed"] == 0
     assert (second["tokens"], second["val_loss"]) == (2048, 6.5)
 
 
@@ -306,11 +355,11 @@ def test_a_start_says_what_the_run_runs_on(tmp_path: Path) -> None:
 
 
 def test_mfu_is_recorded_when_the_peak_is_known(tmp_path: Path) -> None:
-    per_token = flops_per_token(QUIET.model, [1024] * 4, 256)
+    per_token = Shape.full(QUIET.model).flops_per_token(QUIET.model, 256)
     log = RunLog(tmp_path, QUIET, is_writer=True, peak_flops=4096.0 * per_token * 2)
-    assert log.write(record(1))["mfu"] == pytest.approx(0.5)
+    assert log.write(record(1)).mfu == pytest.approx(0.5)
     log.close()
-    assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(0.5)
+    assert read_metrics(tmp_path)[0].mfu == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +414,7 @@ def test_a_new_phase_gets_its_line_at_once() -> None:
 def test_the_time_left_knows_that_the_model_will_shrink() -> None:
     progress, out, _ = plain_progress()
     progress.update(record(1))
-    rate = 4096.0 * flops_per_token(QUIET.model, [1024] * 4, 256)
+    rate = 4096.0 * Shape.full(QUIET.model).flops_per_token(QUIET.model, 256)
     expected = human_duration(remaining_flops(QUIET, 2048) / rate)
     assert f"ETA {expected}" in out.getvalue()
     # At the speed of the full width, had it stayed: (4e6 - 2048) / 4096 s = 16m16s.
@@ -379,7 +428,7 @@ def test_a_terminal_gets_one_live_line_with_everything_on_it() -> None:
     progress.update(record(1))
     progress.note("compacted [0] 1024 -> 960")
     progress.close()
-    for shown in ("enlarged", "loss 6.999", "lr 1.0e-03", "keep 1.00", "4.1K tok/s", "ETA"):
+    for shown in ("enlarged", "loss 6.999", "lr 1.0e-03", "removed 0%", "4.1K tok/s", "ETA"):
         assert shown in out.getvalue()
     assert "compacted [0] 1024 -> 960" in out.getvalue()
 
@@ -410,3 +459,10 @@ def test_progress_that_is_off_says_nothing(config: Config, enabled: bool) -> Non
 )
 def test_durations_show_their_two_largest_units(seconds: float, text: str) -> None:
     assert human_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (12_300_000, "12.3 MB"), (2e9, "2 GB"), (1.5e12, "1.5 TB")]
+)
+def test_amounts_have_three_figures_and_a_prefix(number: float, text: str) -> None:
+    assert human_amount(number, "B") == text

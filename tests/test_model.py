@@ -24,7 +24,6 @@ from jobs import (
 from torch import Tensor
 
 from megatron_idea.config import Config, ModelConfig, replace
-from megatron_idea.course import parameter_count
 from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
@@ -176,7 +175,8 @@ def test_the_parameter_count_is_the_estimate_exactly(
     )  # fmt: skip
     for widths in ([24, 24, 24], [2, 24, 14]):
         (whole,) = run_job(workers, weights, 1, config, widths)
-        count = parameter_count(config.model, widths)
+        shape = Shape.full(config.model).with_counts("ffn_hidden_size", widths)
+        count = shape.parameters(config.model)
         assert sum(w.size for w in whole.values()) == count.total
         for part, marks in {
             "embedding": ("embedding", "output_layer"),

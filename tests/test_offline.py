@@ -63,7 +63,10 @@ def content_job(rendezvous: str, config: Config, path: str) -> dict[str, Any]:
         pruner = Pruner(config, trainable)
         checkpoint.load(trainable, pruner, Path(path))
         shards = trainable.exchange()
-        out: dict[str, Any] = {"widths": widths, "step": state.adam_step}
+        out: dict[str, Any] = {
+            "widths": state.shape.counts("ffn_hidden_size"),
+            "step": state.adam_step,
+        }
         for name, parameter in named_parameters(trainable.chunks):
             whole = shards.gather(parameter)
             assert whole is not None

@@ -122,8 +122,8 @@ def _record(config: Config, groups: ProcessGroups) -> dict[str, Any]:
     while state.consumed_tokens < config.schedule.total_tokens:
         silent.listen()
         line, _ = step(run, state)
-        out["loss"].append(line["loss"])
-        out["grad_norm"].append(line["grad_norm"])
+        out["loss"].append(line.loss)
+        out["grad_norm"].append(line.grad_norm)
         out["widths"].append(state.shape.counts("ffn_hidden_size"))
         out["alive"].append(run.pruner.alive["ffn_hidden_size"].numpy().copy())
         if gathers_scores(config.schedule, state.consumed_tokens):

@@ -72,7 +72,7 @@ def test_recording_changes_nothing(groups: Any, config: Any) -> None:
         run.log.scores = records.append
         if not is_recorded:
             run.pruner.score_record = lambda tokens: None
-        losses = [step(run, state)[0]["loss"] for _ in range(20)]
+        losses = [step(run, state)[0].loss for _ in range(20)]
         weights = [p.detach().clone() for chunk in run.trainable.chunks for p in chunk.parameters()]
         states.append((losses, run.pruner.alive["ffn_hidden_size"], weights))
         assert bool(records) == (is_recorded and groups.is_writer)

@@ -46,9 +46,9 @@ def test_the_quickstart_ends_with_a_pruned_model_and_can_be_called_again(tmp_pat
     assert first.returncode == 0, first.stderr
     records = read_metrics(run_dir)
     assert len(records) == 48
-    assert records[0]["ffn_width"] == [1024] * 4
-    assert records[-1]["ffn_width"] == records[-1]["ffn_live"] == [384] * 4
-    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert records[0].stored["ffn_hidden_size"] == [1024] * 4
+    assert records[-1].stored["ffn_hidden_size"] == records[-1].live["ffn_hidden_size"] == [384] * 4
+    assert records[-1].loss < records[0].loss - 0.5
 
     (losses,) = [line for line in first.stdout.splitlines() if line.startswith("held-out loss")]
     evaluated = [e["val_loss"] for e in read_events(run_dir) if e["kind"] == "evaluated"]

@@ -21,8 +21,14 @@ from rich.console import Console
 
 from megatron_idea import config as configs
 from megatron_idea.config import Config
-from megatron_idea.course import flops_between, flops_per_token, live_at_step, num_steps, width_plan
-from megatron_idea.planning.estimate import make_plan
+from megatron_idea.course import (
+    flops_between,
+    live_at_step,
+    num_steps,
+    removed_at,
+    shape_plan,
+)
+from megatron_idea.planning.estimate import forecast
 from megatron_idea.report import charts, closing_table, compare, comparison_table, report, tables
 from megatron_idea.report import run as report_run
 from megatron_idea.report.chart import (
@@ -41,6 +47,7 @@ from megatron_idea.report.recovery import WINDOW_STEPS, removals
 from megatron_idea.report.run import Run, read_run
 from megatron_idea.report.svg import figure
 from megatron_idea.schedule import keep_ratio, learning_rate, phase, phase_ended
+from megatron_idea.shape import Shape
 
 BATCH = 8 * 256
 
@@ -62,10 +69,11 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
     """Records and events of a run as ``train`` leaves them, losses and speeds made up."""
     rng = random.Random(0)
     layers, schedule = config.model.num_layers, config.schedule
+    axis = "ffn_hidden_size"
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(configs.to_yaml(config))
-    changes = {change.tokens: change.width for change in width_plan(config)}
-    width = config.model.ffn_hidden_size
+    changes = {change.tokens: change.shape.counts(axis) for change in shape_plan(config)}
+    stored = (config.model.ffn_hidden_size,) * layers
     events: list[dict] = [{"kind": "started", "time": 0.0, "step": 0}]
 
     def evaluated(step: int, loss: float, why: str) -> None:
@@ -80,19 +88,11 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
             before, tokens = (step - 1) * config.batch_tokens, step * config.batch_tokens
             keep = keep_ratio(schedule, tokens, config.final_keep_ratio)
             loss = 2.4 + 5.2 * math.exp(-step / 40) + 0.12 * (1 - keep) - 0.4 * step / 400
-            speed = 9.0e6 / (400 + width) * rng.uniform(0.94, 1.06)
+            speed = 9.0e6 / (400 + stored[0]) * rng.uniform(0.94, 1.06)
             if tokens in changes:
                 evaluated(step, loss, "compaction_before")
-                events.append(
-                    {
-                        "kind": "compacted",
-                        "step": step,
-                        "tokens": tokens,
-                        "widths_before": [width] * layers,
-                        "widths_after": [changes[tokens]] * layers,
-                    }
-                )
-                width = changes[tokens]
+                events.append({"kind": "compacted", "step": step, "tokens": tokens})
+                stored = changes[tokens]
                 evaluated(step, loss + 2e-7, "compaction_after")
             record = {
                 "step": step,
@@ -100,9 +100,9 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
                 "phase": phase(schedule, tokens),
                 "loss": loss + rng.gauss(0, 0.05),
                 "lr": learning_rate(schedule, tokens),
-                "keep_ratio": keep,
-                "ffn_live": [live_at_step(config, step)] * layers,
-                "ffn_width": [width] * layers,
+                "removed": removed_at(config, tokens),
+                "live": {axis: [live_at_step(config, step)[axis]] * layers},
+                "stored": {axis: list(stored)},
                 "grad_norm": 0.5,
                 "tokens_per_s": speed,
                 "step_s": config.batch_tokens / speed,
@@ -126,6 +126,11 @@ def change_records(run_dir: Path, **fields: Any) -> None:
     for record in records:
         record |= {k: v(record) if callable(v) else v for k, v in fields.items()}
     write_lines(path, records)
+
+
+def uneven(record: dict[str, Any]) -> dict[str, list[int]]:
+    """Stored neurons of which only the first layer's follow the plan."""
+    return {"ffn_hidden_size": [record["stored"]["ffn_hidden_size"][0], 512, 256, 128]}
 
 
 def write_scores(run_dir: Path, layers: int, count: int = 20) -> None:
@@ -173,7 +178,7 @@ def test_the_picture_is_an_image_at_readme_width(run_dir: Path) -> None:
 def test_the_closing_table_shows_the_model_before_and_after(run_dir: Path) -> None:
     table = closing_table(run_dir)
     assert printed(table).split()[:4] == ["start", "enlarged", "pruned", "end"]
-    assert row(table, "FFN width") == ["1024", "1024", "384", "384"]
+    assert row(table, "neurons per layer") == ["1024", "1024", "384", "384"]
     assert row(table, "parameters") == ["2.03M", "2.03M", "1.05M", "1.05M"]
     assert row(table, "consumed tokens") == ["0", "410K", "532K", "819K"]
 
@@ -225,7 +230,7 @@ def test_an_unfinished_run_shows_only_what_it_has_reached(tmp_path: Path) -> Non
 def test_a_run_of_one_step_can_be_drawn(tmp_path: Path) -> None:
     write_synthetic_run(tmp_path, synthetic_config(tmp_path), steps=1)
     report(tmp_path)
-    assert row(closing_table(tmp_path), "FFN width") == ["1024", "1024"]
+    assert row(closing_table(tmp_path), "neurons per layer") == ["1024", "1024"]
 
 
 def test_masks_alone_are_told_apart_from_a_smaller_model(tmp_path: Path) -> None:
@@ -260,7 +265,7 @@ def test_a_spike_survives_thinning(run_dir: Path, monkeypatch) -> None:
 def test_a_page_of_100_000_steps_is_small(run_dir: Path) -> None:
     run = read_run(run_dir)
     many = [
-        {**run.records[min(i // 250, 399)], "step": i + 1, "tokens": (i + 1) * 2048}
+        dataclasses.replace(run.records[min(i // 250, 399)], step=i + 1, tokens=(i + 1) * 2048)
         for i in range(100_000)
     ]
     total = {"total_tokens": 100_000 * 2048}
@@ -319,8 +324,8 @@ def slugs(text: str) -> list[str]:
 
 
 EVERY_CHART = [
-    "loss", "schedules", "widths", "speed", "cost", "step-time", "memory", "gradients",
-    "layer-widths",
+    "loss", "schedules", "ffn_hidden_size", "speed", "cost", "step-time", "memory", "gradients",
+    "ffn_hidden_size-by-layer",
 ]  # fmt: skip
 
 
@@ -444,10 +449,10 @@ def test_scores_of_a_deep_model_are_drawn_for_a_few_layers(run_dir: Path) -> Non
     assert isinstance(churn, HeatMap) and len(churn.rows) == 48 and len(churn.rows[0]) == 19
 
 
-def test_layers_of_different_widths_are_told_apart(run_dir: Path) -> None:
-    change_records(run_dir, ffn_width=lambda r: [r["ffn_width"][0], 512, 256, 128])
+def test_layers_of_different_sizes_are_told_apart(run_dir: Path) -> None:
+    change_records(run_dir, stored=uneven)
     run = read_run(run_dir)
-    drawn = charts.width_map(run)
+    drawn = charts.units_map(run, "ffn_hidden_size")
     assert drawn is not None and [row[-1] for row in drawn.rows] == [384, 512, 256, 128]
     text = Tags(page([run])).text
     assert "320[128-512] (live 384)" in text
@@ -477,12 +482,13 @@ def test_a_flat_or_broken_loss_can_be_drawn(run_dir: Path, loss: float) -> None:
 
 def test_flops_so_far_are_those_of_the_plan(run_dir: Path) -> None:
     run = read_run(run_dir)
-    sums, plan = cost(run), make_plan(run.config)
+    sums, plan = cost(run), forecast(run.config)
     assert sums.this_run[-1] == flops_between(run.config, 0, run.tokens)
     assert sums.masks_only[-1] == plan.cost.masks_only
     assert sums.from_scratch[-1] == plan.cost.target_from_scratch
     assert sums.from_scratch[-1] < sums.ideal[-1] < sums.this_run[-1] < sums.masks_only[-1]
-    full = flops_per_token(run.config.model, [1024] * 4, run.config.training.seq_length)
+    model, seq_length = run.config.model, run.config.training.seq_length
+    full = Shape.full(model).flops_per_token(model, seq_length)
     assert sums.this_run[0] == BATCH * full
 
 
@@ -523,16 +529,17 @@ def test_a_loss_that_has_not_come_back_says_so(run_dir: Path) -> None:
 
 def test_a_removal_in_the_last_steps_is_not_judged(tmp_path: Path) -> None:
     config = synthetic_config(tmp_path)
-    step = width_plan(config)[0].tokens // BATCH
+    step = shape_plan(config)[0].tokens // BATCH
     write_synthetic_run(tmp_path, config, steps=step + WINDOW_STEPS - 1)
     assert removals(read_run(tmp_path))[-1].loss_jump is None
 
 
-def test_masks_that_fall_at_once_are_an_event(tmp_path: Path) -> None:
+def test_a_removal_at_once_is_an_event(tmp_path: Path) -> None:
     config = synthetic_config(tmp_path, schedule={"removal": "one_shot"}, prune={"compact": False})
     write_synthetic_run(tmp_path, config)
-    found = [r for r in removals(read_run(tmp_path)) if r.what == "mask"]
-    assert [(r.before, r.after) for r in found] == [([1024] * 4, [384] * 4)]
+    found = [r for r in removals(read_run(tmp_path)) if r.what == "removal"]
+    counts = [(r.before["ffn_hidden_size"], r.after["ffn_hidden_size"]) for r in found]
+    assert counts == [([1024] * 4, [384] * 4)]
 
 
 def test_many_evaluations_do_not_hide_the_curve(run_dir: Path) -> None:
@@ -655,9 +662,40 @@ def lab(shade: str, sight: tuple[tuple[float, ...], ...]) -> tuple[float, float,
     return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
 
 
+def test_every_axis_of_a_run_is_drawn_in_its_own_units(run_dir: Path) -> None:
+    def with_groups_and_channels(counts: str) -> Any:
+        def change(record: dict[str, Any]) -> dict[str, list[int]]:
+            late = record["step"] > 300
+            more = {"num_query_groups": [2, 2, 1, 2 - late], "hidden_size": [128 - 32 * late]}
+            return record[counts] | more
+
+        return change
+
+    change_records(run_dir, **{key: with_groups_and_channels(key) for key in ("live", "stored")})
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "compacted", "step": 301, "tokens": 301 * BATCH}) + "\n")
+    run = read_run(run_dir)
+    titles = {chart.slug: chart.title for chart in charts.overview([run])}
+    assert titles["num_query_groups"] == "KV groups: live and stored"
+    assert titles["hidden_size"] == "Channels: live and stored"
+    maps = {chart.slug for chart in charts.layers(run)}
+    assert maps == {"ffn_hidden_size-by-layer", "num_query_groups-by-layer"}
+    table = closing_table(run_dir)
+    assert row(table, "KV groups per layer")[-1] == "[1-2]"
+    assert row(table, "channels") == ["128", "128", "128", "96"]
+    text = Tags(page([run])).text
+    assert "1 to 2 → 1 to 2 KV groups per layer, 128 → 96 channels" in text
+    model = run.config.model
+    small = Shape.full(model).with_counts("ffn_hidden_size", 384).with_counts("hidden_size", 96)
+    small = small.with_counts("num_query_groups", [2, 2, 1, 1])
+    sums = cost(run).this_run
+    assert sums[-1] - sums[-2] == BATCH * small.flops_per_token(model, 256)
+    assert tables.compared([run, run]).columns[3:6] == ("neurons", "KV groups", "channels")
+
+
 def test_a_heat_map_is_a_picture_whose_values_can_be_read_back(run_dir: Path) -> None:
-    change_records(run_dir, ffn_width=lambda r: [r["ffn_width"][0], 512, 256, 128])
-    drawn = charts.width_map(read_run(run_dir))
+    change_records(run_dir, stored=uneven)
+    drawn = charts.units_map(read_run(run_dir), "ffn_hidden_size")
     assert drawn is not None
     text = figure(drawn)
     (source,) = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
@@ -688,9 +726,9 @@ def test_incidents_are_listed(run_dir: Path) -> None:
     table = tables.incidents(read_run(run_dir))
     assert table is not None
     assert [row[0] for row in table.rows] == [
-        "loss spike", "rolled back to", "stopped by a signal", "resumed", "steps skipped in all",
+        "loss spike at step 41: 9.500, usual 4.200", "rolled back from step 41 to step 30",
+        "stopped by SIGTERM after step 99", "resumed at step 99", "3 steps skipped in all",
     ]  # fmt: skip
-    assert table.rows[0][2] == "loss 9.500, usual 4.200" and table.rows[-1][2] == "3"
 
 
 def test_every_chart_of_the_page_has_title_unit_and_legend(run_dir: Path) -> None:

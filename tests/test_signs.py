@@ -98,12 +98,12 @@ def test_figures_are_those_of_the_runs_and_a_second_call_trains_nothing(
     for name in ("idea", "idea-one-shot"):
         run_dir, found = tmp_path / "runs" / "seed0" / name, measured["runs"][name]["0"]
         records[name] = read_metrics(run_dir)
-        assert [r["step"] for r in records[name]] == list(range(1, STEPS + 1))
+        assert [r.step for r in records[name]] == list(range(1, STEPS + 1))
         events = read_events(run_dir)
         assert sum(event["kind"] == "compacted" for event in events) == (
             1
             if name == "idea-one-shot"
-            else len({tuple(r["ffn_width"]) for r in records[name]}) - 1
+            else len({tuple(r.stored["ffn_hidden_size"]) for r in records[name]}) - 1
         )
         losses[name] = json.loads((run_dir / "final.json").read_text())["loss"]
         assert found["loss"] == pytest.approx(losses[name], abs=1e-5)
@@ -111,7 +111,7 @@ def test_figures_are_those_of_the_runs_and_a_second_call_trains_nothing(
         assert found["before"] == pytest.approx(through[11], abs=1e-4)  # removal ends step 12
         assert found["highest"] == pytest.approx(max(through[12 : STEPS + 1]), abs=1e-4)
     # One run until neurons go: the same weights, the same data.
-    until = [[r["loss"] for r in records[name][:12]] for name in records]
+    until = [[r.loss for r in records[name][:12]] for name in records]
     assert until[0] == until[1]
     (sign,) = [row for row in measured["signs"] if row["expected"] == ""]
     (difference,) = sign["difference"]["values"]

@@ -109,7 +109,7 @@ def test_a_run_stopped_and_preempted_while_it_prunes_equals_an_undisturbed_one(
 
     def has_made(step: int) -> bool:
         return bool(run_dir.exists() and read_metrics(run_dir)[-1:]) and (
-            read_metrics(run_dir)[-1]["step"] >= step
+            read_metrics(run_dir)[-1].step >= step
         )
 
     job = slurm.call(
@@ -136,7 +136,7 @@ def test_a_run_stopped_and_preempted_while_it_prunes_equals_an_undisturbed_one(
     eventually(lambda: requeued(1), "a requeue after the signal", log)
     go_on()
 
-    stopped_at = read_metrics(run_dir)[-1]["step"]
+    stopped_at = read_metrics(run_dir)[-1].step
     eventually(lambda: has_made(stopped_at + 10), "steps after the requeue", log)
     urgent = slurm.call(
         "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive",
@@ -159,9 +159,9 @@ def test_a_run_stopped_and_preempted_while_it_prunes_equals_an_undisturbed_one(
     undisturbed = replace(config, run_dir=str(tmp_path / "undisturbed"))
     assert workers.run(train_in_worker, 2, undisturbed) == [steps, steps]
     ours, theirs = read_metrics(run_dir), read_metrics(Path(undisturbed.run_dir))
-    assert [record["step"] for record in ours] == list(range(1, steps + 1))
-    for name in ("loss", "lr", "ffn_live", "ffn_width", "grad_norm"):
-        assert [record[name] for record in ours] == [record[name] for record in theirs], name
+    assert [record.step for record in ours] == list(range(1, steps + 1))
+    for name in ("loss", "lr", "live", "stored", "grad_norm"):
+        assert [getattr(r, name) for r in ours] == [getattr(r, name) for r in theirs], name
 
 
 def test_a_cancelled_run_is_saved_and_stays_cancelled(

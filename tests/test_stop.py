@@ -83,7 +83,7 @@ def test_a_stopped_run_saves_its_step_and_ends_with_status_75(
     assert event["name"] == "SIGUSR1"
     saved = checkpoint.latest(run_dir)
     assert saved is not None and saved.name == f"step_{event['step']:08d}"
-    assert read_metrics(run_dir)[-1]["step"] == event["step"]
+    assert read_metrics(run_dir)[-1].step == event["step"]
 
 
 def test_a_killed_rank_ends_the_job_at_once_and_is_named(launcher: psutil.Popen) -> None:

@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_stops_a_run_or_is_passed_over_when_asked(
         True,
     ]
     again = read_metrics(Path(run.run_dir))
-    assert [r["loss"] for r in again] == [r["loss"] for r in expected]
+    assert [r.loss for r in again] == [r.loss for r in expected]
     for path in found[:1]:
         (path / storage.MANIFEST).write_text("{")
     for path in checkpoint.complete(run.run_dir)[1:]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from records import record
+from records import neurons, record
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -458,10 +458,10 @@ def save_strange_units(rendezvous: str, config: Config) -> list[str]:
             ({}, {other: (true_stored[other][0] * 2,)}),
             ({axis: true_alive[axis][:, 1:]}, {}),
         ):
-            run.trainable.config = replace(config, run_dir=f"{config.run_dir}_{len(runs)}")
+            run_dir = f"{config.run_dir}_{len(runs)}"
             pruner.alive, pruner.stored = true_alive | alive, true_stored | stored
-            checkpoint.save(run.trainable, pruner, state)
-            runs.append(run.trainable.config.run_dir)
+            checkpoint.save(replace(config, run_dir=run_dir), run.trainable, pruner, state)
+            runs.append(run_dir)
         return runs
     finally:
         stop_distributed()
@@ -720,7 +720,7 @@ def run_dir(tmp_path: Path) -> Path:
             "device": "CPU", "processes": 1, "threads": 1, "versions": {"torch": "2"}}},
         {"kind": "evaluated", "time": 2.0, "step": 3, "tokens": 6144, "val_loss": 5.0, "why": "x"},
         {"kind": "compacted", "time": 2.0, "step": 6, "tokens": 12288, "seconds": 0.1,
-         "widths_before": [1024] * 4, "widths_after": [512] * 4, "moved_neurons": 3,
+         "before": neurons(*[1024] * 4), "after": neurons(*[512] * 4), "moved_units": 3,
          "peak_bytes": 5},
         {"kind": "spike", "time": 3.0, "step": 8, "tokens": 16384, "loss": 9.0, "average": 2.0},
         {"kind": "saved", "time": 3.0, "step": 9, "path": "p", "seconds": 0.1, "waited_s": 0.2},
@@ -732,7 +732,7 @@ def run_dir(tmp_path: Path) -> Path:
         for i in range(3, 8)
     ]  # fmt: skip
     texts = [{"step": i, "tokens": i * 2048, "prompt": "a", "text": "b"} for i in (3, 6)]
-    steps = [record(step) for step in range(1, 13)]
+    steps = [record(step).as_dict() for step in range(1, 13)]
     for name, lines in (
         ("metrics", steps), ("events", events), ("scores", scores), ("samples", texts),
     ):  # fmt: skip

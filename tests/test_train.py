@@ -15,14 +15,15 @@ import pytest
 
 from megatron_idea import checkpoint
 from megatron_idea.config import Config, replace
+from megatron_idea.course import removed_at
 from megatron_idea.records.log import RecordError
 from megatron_idea.records.read import read_events, read_metrics, read_samples
-from megatron_idea.schedule import keep_ratio, learning_rate, phase
+from megatron_idea.schedule import learning_rate, phase
 from megatron_idea.testing import Workers
 
 TP2 = {"tensor_model_parallel_size": 2}
 FIELDS = {
-    "step", "tokens", "phase", "loss", "lr", "keep_ratio", "ffn_live", "ffn_width", "grad_norm",
+    "step", "tokens", "phase", "loss", "lr", "removed", "live", "stored", "grad_norm",
     "tokens_per_s", "step_s", "memory_bytes", "skipped",
 }  # fmt: skip
 MEASURED = {"tokens_per_s", "step_s", "memory_bytes"}
@@ -93,33 +94,34 @@ def run(
 
 def test_a_run_records_every_step_with_all_fields(run: Config) -> None:
     records = read_metrics(Path(run.run_dir))
-    assert [r["step"] for r in records] == list(range(1, 25))
+    assert [r.step for r in records] == list(range(1, 25))
     for record in records:
-        assert set(record) == FIELDS
-        tokens = record["tokens"]
-        assert tokens == record["step"] * 128
-        assert record["lr"] == learning_rate(run.schedule, tokens)
-        assert record["keep_ratio"] == keep_ratio(run.schedule, tokens, 24 / 64)
-        assert record["phase"] == phase(run.schedule, tokens)
-        assert len(record["ffn_live"]) == len(record["ffn_width"]) == 2
-        assert record["skipped"] == 0 and record["memory_bytes"] > 0
-        assert np.isfinite([record["loss"], record["grad_norm"]]).all()
-        assert record["tokens_per_s"] == pytest.approx(128 / record["step_s"])
-    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+        assert set(record.as_dict()) == FIELDS
+        tokens = record.tokens
+        assert tokens == record.step * 128
+        assert record.lr == learning_rate(run.schedule, tokens)
+        assert record.removed == removed_at(run, tokens)
+        assert record.phase == phase(run.schedule, tokens)
+        assert len(record.live["ffn_hidden_size"]) == len(record.stored["ffn_hidden_size"]) == 2
+        assert record.skipped == 0 and record.memory_bytes > 0
+        assert np.isfinite([record.loss, record.grad_norm]).all()
+        assert record.tokens_per_s == pytest.approx(128 / record.step_s)
+    assert records[-1].loss < records[0].loss - 0.5
 
 
 def test_widths_go_from_the_enlarged_to_exactly_the_target(run: Config) -> None:
     records = read_metrics(Path(run.run_dir))
     for before, after in itertools.pairwise(records):
-        for name in ("ffn_live", "ffn_width"):
-            assert all(a <= b for a, b in zip(after[name], before[name], strict=True))
+        for late, early in ((after.live, before.live), (after.stored, before.stored)):
+            pairs = zip(late["ffn_hidden_size"], early["ffn_hidden_size"], strict=True)
+            assert all(a <= b for a, b in pairs)
     for record in records:
-        assert all(w % 8 == 0 for w in record["ffn_width"])  # TP 2 x alignment 4
-        pairs = zip(record["ffn_live"], record["ffn_width"], strict=True)
+        assert all(w % 8 == 0 for w in record.stored["ffn_hidden_size"])  # TP 2 x alignment 4
+        pairs = zip(record.live["ffn_hidden_size"], record.stored["ffn_hidden_size"], strict=True)
         assert all(live <= width for live, width in pairs)
-    assert records[5]["ffn_live"] == [64, 64]
+    assert records[5].live["ffn_hidden_size"] == [64, 64]
     for record in records[15:]:  # the prune phase ends with step 16
-        assert record["ffn_live"] == record["ffn_width"] == [24, 24]
+        assert record.live["ffn_hidden_size"] == record.stored["ffn_hidden_size"] == [24, 24]
 
 
 def test_a_run_tells_what_happened(run: Config) -> None:
@@ -258,14 +260,14 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(
     config = replace(tiny, **sections)
     for before, after, later, last in workers.run(spoil_one_step, world_size, config, 8):
         record = after.pop("record")
-        assert record["skipped"] == 1 and not np.isfinite(record["grad_norm"])
-        assert (record["step"], record["tokens"]) == (8, 8 * 128)
-        assert np.isfinite(record["loss"])
+        assert record.skipped == 1 and not np.isfinite(record.grad_norm)
+        assert (record.step, record.tokens) == (8, 8 * 128)
+        assert np.isfinite(record.loss)
         assert before["pending_steps"] == (1 if "prune" in sections else 0)
         for name, value in after.items():
             np.testing.assert_array_equal(value, before[name], err_msg=name)
-        assert later["record"]["skipped"] == last["record"]["skipped"] == 1
-        assert np.isfinite(last["record"]["grad_norm"])
+        assert later["record"].skipped == last["record"].skipped == 1
+        assert np.isfinite(last["record"].grad_norm)
         for name in after:
             if name.startswith("adam"):
                 assert last[name] == before[name] + 2
@@ -313,11 +315,11 @@ def test_every_variant_trains_to_its_exact_width(
     workers.run(train_all, 1, list(configs.values()))
     for name, config in configs.items():
         records = read_metrics(Path(config.run_dir))
-        live, width = records[-1]["ffn_live"], records[-1]["ffn_width"]
+        live, width = records[-1].live["ffn_hidden_size"], records[-1].stored["ffn_hidden_size"]
         assert len(records) == 12, name
-        assert all(r["lr"] == learning_rate(config.schedule, r["tokens"]) for r in records), name
-        assert np.isfinite([r["loss"] for r in records]).all(), name
-        assert records[-1]["loss"] < records[0]["loss"], name
+        assert all(r.lr == learning_rate(config.schedule, r.tokens) for r in records), name
+        assert np.isfinite([r.loss for r in records]).all(), name
+        assert records[-1].loss < records[0].loss, name
         target = 64 if name == "none" else 24
         if name == "global":
             assert sum(live) == 2 * target, name
@@ -325,9 +327,13 @@ def test_every_variant_trains_to_its_exact_width(
         else:
             assert live == [target] * 2, name
             assert width == ([64] * 2 if name == "masks_only" else live), name
-    removed = [r["ffn_live"][0] for r in read_metrics(Path(configs["one_shot"].run_dir))]
+    removed = [
+        r.live["ffn_hidden_size"][0] for r in read_metrics(Path(configs["one_shot"].run_dir))
+    ]
     assert set(removed) == {64, 24}
-    interval = [r["ffn_live"][0] for r in read_metrics(Path(configs["interval"].run_dir))]
+    interval = [
+        r.live["ffn_hidden_size"][0] for r in read_metrics(Path(configs["interval"].run_dir))
+    ]
     changed = [n for n, (a, b) in enumerate(itertools.pairwise(interval), start=2) if a != b]
     assert all(step % 3 == 0 or step == 8 for step in changed)  # step 8 ends the prune phase
 
@@ -361,7 +367,7 @@ def test_a_run_that_died_in_a_compaction_goes_on_from_right_before_it(
     workers.run(train_once, world_size, undisturbed)
     with pytest.raises(RuntimeError, match="while rebuilding"):
         workers.run(broken_job, world_size, config)
-    died_at = read_metrics(Path(config.run_dir))[-1]["step"]
+    died_at = read_metrics(Path(config.run_dir))[-1].step
     saved = checkpoint.latest(config.run_dir)
     assert saved is not None and checkpoint.read_state(saved).plan_due
     assert checkpoint.read_state(saved).step == died_at > 6

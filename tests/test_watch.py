@@ -11,23 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from records import record
+from records import neurons, record
 from rich.console import Console
 from typer.testing import CliRunner
 
 from megatron_idea import cli
 from megatron_idea import config as configs
 from megatron_idea.config import ConfigError
-from megatron_idea.report.watch import SPARKS, Tail, View, describe, sparkline, watch
+from megatron_idea.records.record import Record
+from megatron_idea.report.events import describe
+from megatron_idea.report.watch import SPARKS, View, sparkline, watch
 
 CONFIG = configs.from_dict(
     {"model": {"ffn_hidden_size": 1024}, "schedule": {"total_tokens": 100 * 2048}}
 )
 
 
-def append(run_dir: Path, name: str, *records: dict[str, Any]) -> None:
+def append(run_dir: Path, name: str, *records: dict[str, Any] | Record) -> None:
+    lines = (one.as_dict() if isinstance(one, Record) else one for one in records)
     with open(run_dir / name, "a") as file:
-        file.writelines(json.dumps(one) + "\n" for one in records)
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def config_of(num_layers: int, ffn_hidden_size: int) -> str:
+    model = {"num_layers": num_layers, "ffn_hidden_size": ffn_hidden_size}
+    return configs.to_yaml(configs.replace(CONFIG, model=model))
 
 
 @pytest.fixture
@@ -51,7 +59,7 @@ def test_a_running_run_shows_where_it_is(run_dir: Path) -> None:
     text = frame(run_dir)
     for shown in (
         "running", "enlarged", "40.0%", "81.9K of 205K tokens", "step 40", "ETA ", "4.1K",
-        "every layer", "1,024 of 1,024", "2.00 GB", "started at step 0",
+        "every layer", "1,024 of 1,024", "2 GB", "started at step 0",
     ):  # fmt: skip
         assert shown in text, shown
     assert set(SPARKS) & set(text)
@@ -64,8 +72,9 @@ def test_a_frame_is_no_wider_than_the_terminal(run_dir: Path, width: int) -> Non
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_no_bar_and_no_heading_is_broken_in_two(run_dir: Path, width: int) -> None:
-    widths = [10_000 + 8 * i for i in range(48)]
-    append(run_dir, "metrics.jsonl", record(41, ffn_live=widths, ffn_width=widths))
+    counts = neurons(*(10_000 + 8 * i for i in range(48)))
+    (run_dir / "config.yaml").write_text(config_of(48, 10_376))
+    append(run_dir, "metrics.jsonl", record(41, live=counts, stored=counts))
     lines = frame(run_dir, width).splitlines()
     bars = [line for line in lines if line.startswith("│ layer")]
     assert len(bars) == 12 and all(" of 10," in line for line in bars)
@@ -75,8 +84,9 @@ def test_no_bar_and_no_heading_is_broken_in_two(run_dir: Path, width: int) -> No
 
 
 def test_a_low_terminal_shows_fewer_layers(run_dir: Path) -> None:
-    widths = [512 + 8 * i for i in range(48)]
-    append(run_dir, "metrics.jsonl", record(41, ffn_live=widths, ffn_width=widths))
+    counts = neurons(*(512 + 8 * i for i in range(48)))
+    (run_dir / "config.yaml").write_text(config_of(48, 1024))
+    append(run_dir, "metrics.jsonl", record(41, live=counts, stored=counts))
     text = frame(run_dir, height=24)
     assert text.count("layer ") == 3 and "layer 0" in text and "layer 47" in text
     assert len(text.splitlines()) <= 24
@@ -95,16 +105,26 @@ def test_the_newest_sample_is_shown(run_dir: Path) -> None:
     assert "writes at step 20: def f(): x = 20 y y" in text and "another" not in text
 
 
-def test_layers_of_different_widths_get_a_bar_each(run_dir: Path) -> None:
-    live = {"ffn_live": [100, 300, 500, 512], "ffn_width": [128, 384, 512, 512]}
-    append(run_dir, "metrics.jsonl", record(41, phase="prune", **live))
+def test_layers_of_different_counts_get_a_bar_each(run_dir: Path) -> None:
+    counts = {"live": neurons(100, 300, 500, 512), "stored": neurons(128, 384, 512, 512)}
+    append(run_dir, "metrics.jsonl", record(41, phase="prune", **counts))
     text = frame(run_dir)
     assert "layer 0" in text and "100 of 128" in text and "layer 3" in text and "▒" in text
 
 
+def test_every_axis_of_a_run_has_its_bars(run_dir: Path) -> None:
+    counts = neurons(*[512] * 4) | {"num_query_groups": [1, 2, 2, 2], "hidden_size": [96]}
+    append(run_dir, "metrics.jsonl", record(41, live=counts, stored=counts))
+    text = frame(run_dir)
+    assert "every layer" in text and "512 of 512" in text
+    assert "KV groups, live" in text and "1 of 1" in text and "2 of 2" in text
+    assert "channels, live" in text and "the model" in text and "96 of 96" in text
+
+
 def test_a_deep_model_shows_twelve_of_its_layers(run_dir: Path) -> None:
-    widths = [512 + 8 * i for i in range(48)]
-    append(run_dir, "metrics.jsonl", record(41, ffn_live=widths, ffn_width=widths))
+    counts = neurons(*(512 + 8 * i for i in range(48)))
+    (run_dir / "config.yaml").write_text(config_of(48, 1024))
+    append(run_dir, "metrics.jsonl", record(41, live=counts, stored=counts))
     text = frame(run_dir)
     assert text.count("layer ") == 12 and "layer 0" in text and "layer 47" in text
 
@@ -150,31 +170,18 @@ def test_a_loss_that_is_not_a_number_is_said(run_dir: Path) -> None:
     assert "not a number" in frame(run_dir)
 
 
-def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
-    assert tail.read() == ([], False)
-    first, second = record(1), record(2)
-    path.write_text(json.dumps(first) + "\n" + json.dumps(second)[:9])
-    assert tail.read() == ([first], False)
-    assert tail.read() == ([], False)
-    with open(path, "a") as file:
-        file.write(json.dumps(second)[9:] + "\n")
-    assert tail.read() == ([second], False)
-
-
 def test_what_a_resumed_run_dropped_is_forgotten(run_dir: Path) -> None:
     view = View(run_dir)
     view.refresh()
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     os.truncate(run_dir / "metrics.jsonl", len("".join(lines[:30])))
     view.refresh()
-    assert view.recent[-1]["step"] == 30 and len(view.losses) == 30
+    assert view.recent[-1].step == 30 and len(view.losses) == 30
 
 
 def test_a_long_run_keeps_a_bounded_number_of_losses(run_dir: Path) -> None:
     steps = range(41, 20_001)
-    append(run_dir, "metrics.jsonl", *({**record(0), "step": s, "loss": float(s)} for s in steps))
+    append(run_dir, "metrics.jsonl", *(record(s, loss=float(s)) for s in steps))
     view = View(run_dir)
     view.refresh()
     assert 1000 < len(view.losses) <= 4096
@@ -193,12 +200,16 @@ def test_every_kind_of_event_has_its_words() -> None:
     compacted = {
         "kind": "compacted",
         "step": 6,
-        "widths_before": [64, 64],
-        "widths_after": [48, 40],
+        "before": neurons(64, 64) | {"num_query_groups": [2, 2]},
+        "after": neurons(48, 40) | {"num_query_groups": [2, 2]},
     }
     assert describe(compacted) == "compacted 64 to 44 neurons per layer at step 6"
     assert describe({"kind": "saved", "step": 6, "seconds": 0.21}) == "saved step 6 in 0.2 s"
-    assert describe({"kind": "damaged", "reason": "x"}) == "damaged"
+    assert describe({"kind": "damaged", "reason": "x"}) == "damaged checkpoint: x"
+    assert describe({"kind": "saved", "step": 6}) == "saved at step 6"
+    assert (
+        describe({"kind": "signal", "step": 6, "name": None}) == "stopped by a signal after step 6"
+    )
     stopped = {"kind": "signal", "step": 6, "name": "SIGTERM"}
     assert describe(stopped) == "stopped by SIGTERM after step 6"
     rolled = {"kind": "rolled_back", "step": 4, "from_step": 9}

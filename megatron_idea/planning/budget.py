@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, validate
-from megatron_idea.course import flops_per_token, parameter_count
+from megatron_idea.course import shape_plan, target_shape
 from megatron_idea.engine.gpus import USABLE, Gpu
 from megatron_idea.planning import footprint
 from megatron_idea.planning.dry_run import Paper, on_paper
-from megatron_idea.planning.estimate import Plan, make_plan
+from megatron_idea.planning.estimate import Counts, Forecast, counts, forecast
 from megatron_idea.prune.compact import Relocations
+from megatron_idea.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Training at one width, from ``tokens`` on; and the compaction that led to it."""
+    """Training in one shape, from ``tokens`` on; and the compaction that led to it."""
 
     tokens: int
-    width: int
+    stored: Counts
     stage: int
     """Pipeline stage whose GPUs are the fullest: the figures are theirs."""
     memory: Memory
     total_bytes: int
     compaction_peak_bytes: int
-    """Most bytes at once while compacting to this width, gradients freed; 0 at the start."""
+    """Most bytes at once while compacting to this shape, gradients freed; 0 at the start."""
     compaction_sent_bytes: int
     compaction_wire_s: float
     """Those bytes over the network alone; the rebuild itself is not in it."""
@@ -87,7 +88,7 @@ class Stage:
 
     stage: int
     parameters: int
-    """On one of its GPUs, at the enlarged width."""
+    """On one of its GPUs, in the enlarged shape."""
     shard: int
     """Parameters whose optimizer state one of its GPUs holds: the most of any."""
     memory: Memory
@@ -117,11 +118,10 @@ class Budget:
     """Why it does not fit and what would help; empty where it does."""
 
 
-def checkpoint_bytes(config: Config, width: int) -> int:
+def checkpoint_bytes(config: Config, shape: Shape) -> int:
     """Tensors of a checkpoint: weights, both moments and, for bf16, fp32 main weights."""
-    model = config.model
     each = 2 + 4 + 8 if config.training.precision == "bf16" else 4 + 8
-    return each * parameter_count(model, [width] * model.num_layers).total
+    return each * shape.parameters(config.model).total
 
 
 def num_microbatches(config: Config, world_size: int) -> int:
@@ -136,7 +136,7 @@ def step_seconds(
     world_size: int,
     gpu: Gpu,
     assume: Assumptions,
-    width: int,
+    shape: Shape,
     sent: dict[str, int],
 ) -> dict[str, float]:
     """Estimate one optimizer step: ``compute`` at the assumed MFU, and what waits beside it.
@@ -145,9 +145,9 @@ def step_seconds(
     NVLink inside a node, over the network between nodes. ``dp``: over the network; with
     overlap_grad_reduce only what is longer than the computation.
     """
-    parallel, model = config.parallel, config.model
+    parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    flops = flops_per_token(model, [width] * model.num_layers, config.training.seq_length)
+    flops = shape.flops_per_token(config.model, config.training.seq_length)
     compute = config.batch_tokens * flops / (world_size * gpu.peak_flops * assume.mfu)
     passes = parallel.virtual_pipeline_model_parallel_size * num_microbatches(config, world_size)
 
@@ -167,7 +167,7 @@ def step_seconds(
 
 @dataclass(frozen=True)
 class _Measured:
-    """One stage at one width."""
+    """One stage in one shape."""
 
     stage: int
     parameters: int
@@ -176,9 +176,9 @@ class _Measured:
     sent: dict[str, int]
 
 
-def _measure(paper: Paper, config: Config, stage: int, width: int, runs: bool) -> _Measured:
+def _measure(paper: Paper, config: Config, stage: int, shape: Shape, runs: bool) -> _Measured:
     """Build a stage's first rank; ``runs`` takes a step, else activations and messages are none."""
-    trainable = footprint.build(config, paper, [width] * config.model.num_layers)
+    trainable = footprint.build(config, paper, shape.counts("ffn_hidden_size"))
     kept = footprint.kept_bytes(trainable)
     shard, mine = footprint.fullest_shard(trainable), footprint.own_shard(trainable)
     for kind in ("main_weights", "moments"):
@@ -190,22 +190,28 @@ def _measure(paper: Paper, config: Config, stage: int, width: int, runs: bool) -
 
 
 def _compactions(
-    paper: Paper, config: Config, widths: Sequence[int], chances: Sequence[Relocations]
+    paper: Paper, config: Config, shapes: Sequence[Shape], chances: Sequence[Relocations]
 ) -> list[footprint.Compaction]:
-    """What each change from one of ``widths`` to the next takes."""
+    """What each change from one of ``shapes`` to the next takes."""
     done = []
-    trainable = footprint.build(config, paper, [widths[0]] * config.model.num_layers)
-    for width, chance in zip(widths[1:], chances, strict=True):
-        trainable, compaction = footprint.compact(paper, trainable, width, chance)
+    trainable = footprint.build(config, paper, shapes[0].counts("ffn_hidden_size"))
+    for shape, chance in zip(shapes[1:], chances, strict=True):
+        trainable, compaction = footprint.compact(paper, trainable, _neurons(shape), chance)
         done.append(compaction)
     return done
 
 
-def _between(start: _Measured, end: _Measured, at: _Measured, share: float) -> _Measured:
-    """``at`` with activations and messages between those of the largest and smallest width.
+def _neurons(shape: Shape) -> int:
+    return counts(shape)["ffn_hidden_size"]
 
-    A peak is a maximum of sums that grow with the width: convex, so the straight line between two
-    widths is never below it.
+
+def _between(start: _Measured, end: _Measured, at: _Measured, share: float) -> _Measured:
+    """``at`` with activations and messages between those of the largest and smallest shape.
+
+    ``share``: of the parameters that go from ``start`` to ``end``, those that have gone.
+
+    A peak is a maximum of sums that grow with the units of an axis: convex, so the straight line
+    between two counts is never below it.
     """
 
     def mix(a: int, b: int) -> int:
@@ -219,20 +225,23 @@ def _between(start: _Measured, end: _Measured, at: _Measured, share: float) -> _
     )
 
 
-def _figures(paper: Paper, config: Config, stage: int, widths: Sequence[int]) -> list[_Measured]:
-    """A stage at each of ``widths``; steps are run at the first and the last."""
-    ends = [_measure(paper, config, stage, w, runs=True) for w in {widths[0]: 0, widths[-1]: 0}]
-    first, last = ends[0], ends[-1]
+def _figures(paper: Paper, config: Config, stage: int, shapes: Sequence[Shape]) -> list[_Measured]:
+    """A stage in each of ``shapes``; steps are run in the first and the last."""
+    first = _measure(paper, config, stage, shapes[0], runs=True)
+    if len(shapes) == 1:
+        return [first]
+    last = _measure(paper, config, stage, shapes[-1], runs=True)
+    sizes = [shape.parameters(config.model).total for shape in shapes]
     inner = [
         _between(
             first,
             last,
-            _measure(paper, config, stage, width, runs=False),
-            (widths[0] - width) / (widths[0] - widths[-1]),
+            _measure(paper, config, stage, shape, runs=False),
+            (sizes[0] - size) / (sizes[0] - sizes[-1]),
         )
-        for width in widths[1:-1]
+        for shape, size in zip(shapes[1:-1], sizes[1:-1], strict=True)
     ]
-    return [first, *inner, *ends[1:]]
+    return [first, *inner, last]
 
 
 def outer_stages(config: Config) -> list[int]:
@@ -249,27 +258,30 @@ def make_budget(
     """
     assume = assume or Assumptions()
     config = configuration.replace(config, parallel=config.parallel.resolved(cuda=True))
-    plan = make_plan(config, world_size)
-    widths = [config.model.ffn_hidden_size, *(change.width for change in plan.width_changes)]
-    begins = [0, *(change.tokens for change in plan.width_changes)]
+    run, changes = forecast(config, world_size), shape_plan(config)
+    shapes = [Shape.full(config.model), *(change.shape for change in changes)]
+    begins = [0, *(change.tokens for change in changes)]
     # Drawn here: on paper every new tensor is without contents.
-    chances = [footprint.random_relocations(config, *pair) for pair in itertools.pairwise(widths)]
+    chances = [
+        footprint.random_relocations(config, *pair)
+        for pair in itertools.pairwise(map(_neurons, shapes))
+    ]
     by_stage, compactions_by_stage = {}, {}
     for stage in outer_stages(config):
         with on_paper(config, world_size, stage) as paper:
-            by_stage[stage] = _figures(paper, config, stage, widths)
-            compactions_by_stage[stage] = _compactions(paper, config, widths, chances)
+            by_stage[stage] = _figures(paper, config, stage, shapes)
+            compactions_by_stage[stage] = _compactions(paper, config, shapes, chances)
     fullest = max(by_stage, key=lambda s: by_stage[s][0].memory.total)
     compactions = compactions_by_stage[fullest]
     stretches = []
-    for tokens, width, at, change in zip(
-        begins, widths, by_stage[fullest], [None, *compactions], strict=True
+    for tokens, shape, at, change in zip(
+        begins, shapes, by_stage[fullest], [None, *compactions], strict=True
     ):
-        seconds = step_seconds(config, world_size, gpu, assume, width, at.sent)
+        seconds = step_seconds(config, world_size, gpu, assume, shape, at.sent)
         stretches.append(
             Stretch(
                 tokens=tokens,
-                width=width,
+                stored=counts(shape),
                 stage=fullest,
                 memory=at.memory,
                 total_bytes=at.memory.total,
@@ -277,11 +289,11 @@ def make_budget(
                 compaction_sent_bytes=change.sent_bytes if change else 0,
                 compaction_wire_s=change.sent_bytes / assume.network_bytes_per_s if change else 0.0,
                 sent_bytes=at.sent,
-                checkpoint_bytes=checkpoint_bytes(config, width),
+                checkpoint_bytes=checkpoint_bytes(config, shape),
                 step_s=sum(seconds.values()),
             )
         )
-    phases = list(_phase_hours(config, plan, gpu, assume))
+    phases = list(_phase_hours(config, run, gpu, assume))
     peak = max(max(s.total_bytes, s.compaction_peak_bytes) for s in stretches)
     return Budget(
         gpu=gpu.name,
@@ -289,9 +301,9 @@ def make_budget(
         gpu_memory_bytes=gpu.memory_bytes,
         usable_bytes=USABLE * gpu.memory_bytes,
         assumptions=assume,
-        tensor_parallel=plan.tensor_parallel,
-        pipeline_parallel=plan.pipeline_parallel,
-        data_parallel=plan.data_parallel,
+        tensor_parallel=run.tensor_parallel,
+        pipeline_parallel=run.pipeline_parallel,
+        data_parallel=run.data_parallel,
         micro_batch_size=config.training.micro_batch_size,
         num_microbatches=num_microbatches(config, world_size),
         stages=[
@@ -306,14 +318,15 @@ def make_budget(
     )
 
 
-def _phase_hours(config: Config, plan: Plan, gpu: Gpu, assume: Assumptions) -> Iterator[PhaseHours]:
+def _phase_hours(
+    config: Config, run: Forecast, gpu: Gpu, assume: Assumptions
+) -> Iterator[PhaseHours]:
     per_hour = 3600 * gpu.peak_flops * assume.mfu
-    layers, seq_length = config.model.num_layers, config.training.seq_length
     full, target = (
-        flops_per_token(config.model, [width] * layers, seq_length)
-        for width in (plan.enlarged_ffn_hidden_size, plan.target_ffn_hidden_size)
+        shape.flops_per_token(config.model, config.training.seq_length)
+        for shape in (Shape.full(config.model), target_shape(config))
     )
-    for phase in plan.phases:
+    for phase in run.phases:
         yield PhaseHours(
             name=phase.name,
             tokens=phase.tokens,
@@ -353,7 +366,7 @@ def refusal(config: Config, memory: Memory, gpu: Gpu) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to split a run over GPUs, at the enlarged width."""
+    """One way to split a run over GPUs, in the enlarged shape."""
 
     tensor_parallel: int
     pipeline_parallel: int
@@ -422,11 +435,11 @@ def _legal(config: Config, world_size: int, tp: int, pp: int) -> Iterator[Config
 def _layouts(
     sizes: list[Config], world_size: int, gpu: Gpu, assume: Assumptions
 ) -> Iterator[Layout]:
-    base, width = sizes[0], sizes[0].model.ffn_hidden_size
+    base, shape = sizes[0], Shape.full(sizes[0].model)
     stages = []
     for stage in outer_stages(base):
         with on_paper(base, world_size, stage) as paper:
-            stages.append(_measure(paper, base, stage, width, runs=True))
+            stages.append(_measure(paper, base, stage, shape, runs=True))
     for config in sizes:
         times = config.training.micro_batch_size // base.training.micro_batch_size
         memory = max(
@@ -437,7 +450,7 @@ def _layouts(
             key=lambda memory: memory.total,
         )
         sent = {kind: max(at.sent[kind] for at in stages) for kind in stages[0].sent}
-        seconds = step_seconds(config, world_size, gpu, assume, width, sent)
+        seconds = step_seconds(config, world_size, gpu, assume, shape, sent)
         parallel = config.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         yield Layout(

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
+
+from megatron_idea.records.terminal import table
 
 Status = Literal["ok", "absent", "broken", "missing"]
 _STYLE = {"ok": "green", "absent": "yellow", "broken": "red", "missing": "red"}
@@ -50,18 +52,16 @@ def collect() -> list[Row]:
     ]
 
 
-def render(rows: list[Row]) -> Table:
+def render(rows: list[Row]) -> Group:
     """Lay the findings out for a terminal."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("what")
-    for row in rows:
-        what = Text(row.detail)
-        if row.remedy:
-            what.append(f"; {row.remedy}", "dim")
-        table.add_row(row.name, Text(row.status, _STYLE[row.status]), what)
-    return table
+    return table(("", "state", "what"), map(_cells, rows), left=3)
+
+
+def _cells(row: Row) -> tuple[str, Text, Text]:
+    what = Text(row.detail)
+    if row.remedy:
+        what.append(f"; {row.remedy}", "dim")
+    return row.name, Text(row.status, _STYLE[row.status]), what
 
 
 @contextlib.contextmanager

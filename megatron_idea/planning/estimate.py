@@ -1,32 +1,43 @@
-"""What a run will cost, before it runs: parameters, FLOPs, physical widths over time.
+"""What a run will cost, before it runs: parameters, FLOPs, live and stored units over time.
 
 Everything follows from shapes and from ``schedule.py``; no tensor is made and torch is not
-imported. Widths are per layer. With ``prune.scope`` global they are means over the layers.
+imported. Counts are those of ``course.py``: per layer, of layers that are alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from megatron_idea.config import Config, validate
 from megatron_idea.course import (
-    ParameterCount,
-    WidthChange,
-    _flops_at,
     flops_between,
     live_at_step,
     num_steps,
-    parameter_count,
-    width_plan,
+    removed_at,
+    shape_at,
+    shape_plan,
+    target_shape,
 )
 from megatron_idea.records.readable import human_count
-from megatron_idea.schedule import keep_ratio, learning_rate, phase, phase_ends, removal_window
+from megatron_idea.records.terminal import table
+from megatron_idea.schedule import learning_rate, phase, phase_ends, removal_window
+from megatron_idea.shape import AXES, UNITS, ParameterCount, Shape
+
+Counts = dict[str, int]
+"""Units by axis: of a layer, or of the model."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model: what it stores, and what that adds up to."""
+
+    stored: Counts
+    parameters: ParameterCount
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,19 @@ class Point:
     step: int
     phase: str
     lr: float
-    keep_ratio: float
-    ffn_live: int
-    ffn_width: int
+    removed: float
+    """Share of the removal that is done, in [0, 1]."""
+    live: Counts
+    stored: Counts
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """From ``tokens`` on the model stores so many units."""
+
+    tokens: int
+    step: int
+    stored: Counts
 
 
 @dataclass(frozen=True)
@@ -59,79 +80,82 @@ class Cost:
 
     this_run: int
     masks_only: int
-    """The same run without compaction: the enlarged width is computed to the end."""
+    """The same run without compaction: the enlarged model is computed to the end."""
     target_from_scratch: int
-    """Plain training at the target width."""
+    """Plain training at the target's shape."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that is known of a run before it starts. Made by ``make_plan``."""
+class Forecast:
+    """All that is known of a run before it starts. Made by ``forecast``."""
 
     run_dir: str
     world_size: int
     tensor_parallel: int
     pipeline_parallel: int
     data_parallel: int
-    num_layers: int
-    hidden_size: int
     num_attention_heads: int
-    num_query_groups: int
     kv_channels: int
     vocab_size: int
-    enlarged_ffn_hidden_size: int
-    target_ffn_hidden_size: int
-    enlarged: ParameterCount
-    target: ParameterCount
+    enlarged: Size
+    target: Size
     seq_length: int
     batch_tokens: int
     total_tokens: int
     steps: int
     phases: list[PhasePlan]
     points: list[Point]
-    width_changes: list[WidthChange]
+    compactions: list[Compaction]
     cost: Cost
 
+    @property
+    def axes(self) -> list[str]:
+        """The axes along which units are removed."""
+        return [axis for axis in AXES if self.enlarged.stored[axis] > self.target.stored[axis]]
 
-def make_plan(config: Config, world_size: int = 1) -> Plan:
+
+def forecast(config: Config, world_size: int = 1) -> Forecast:
     """Work out a run from its configuration.
 
     Raises: ConfigError when the configuration cannot run on ``world_size`` processes.
     """
     validate(config, world_size)
     model, parallel, total = config.model, config.parallel, config.schedule.total_tokens
-    full, target = model.ffn_hidden_size, config.target_ffn_hidden_size
+    full, target = Shape.full(model), target_shape(config)
     tp = parallel.tensor_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
-    return Plan(
+    return Forecast(
         run_dir=config.run_dir,
         world_size=world_size,
         tensor_parallel=tp,
         pipeline_parallel=pp,
         data_parallel=world_size // (tp * pp),
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
         vocab_size=model.vocab_size,
-        enlarged_ffn_hidden_size=full,
-        target_ffn_hidden_size=target,
-        enlarged=parameter_count(model, [full] * model.num_layers),
-        target=parameter_count(model, [target] * model.num_layers),
+        enlarged=Size(counts(full), full.parameters(model)),
+        target=Size(counts(target), target.parameters(model)),
         seq_length=config.training.seq_length,
         batch_tokens=config.batch_tokens,
         total_tokens=total,
         steps=num_steps(config),
         phases=list(_phases(config)),
         points=list(_points(config)),
-        width_changes=width_plan(config),
+        compactions=[
+            Compaction(change.tokens, change.tokens // config.batch_tokens, counts(change.shape))
+            for change in shape_plan(config)
+        ],
         cost=Cost(
             this_run=flops_between(config, 0, total),
-            masks_only=total * _flops_at(config, full),
-            target_from_scratch=total * _flops_at(config, target),
+            masks_only=total * full.flops_per_token(model, config.training.seq_length),
+            target_from_scratch=total * target.flops_per_token(model, config.training.seq_length),
         ),
     )
+
+
+def counts(shape: Shape) -> Counts:
+    """Return the stored units of every axis, of a shape whose layers are alike."""
+    return {axis: shape.counts(axis)[0] for axis in AXES}
 
 
 def _phases(config: Config) -> Iterator[PhasePlan]:
@@ -161,123 +185,123 @@ def _points(config: Config) -> Iterator[Point]:
     labels = {
         max(1, math.ceil(tokens / config.batch_tokens)): label for label, tokens in moments.items()
     }
-    changes = width_plan(config)
     for step, label in sorted(labels.items()):
         tokens = step * config.batch_tokens
+        stored = counts(shape_at(config, tokens))
         yield Point(
             label=label,
             tokens=tokens,
             step=step,
             phase=phase(schedule, tokens),
             lr=learning_rate(schedule, tokens),
-            keep_ratio=keep_ratio(schedule, tokens, config.final_keep_ratio),
-            ffn_live=live_at_step(config, step),
-            ffn_width=min(
-                (change.width for change in changes if change.tokens <= tokens),
-                default=config.model.ffn_hidden_size,
-            ),
+            removed=removed_at(config, tokens),
+            live=stored | live_at_step(config, step),
+            stored=stored,
         )
 
 
-def render_plan(plan: Plan) -> Group:
-    """Lay out a plan for a terminal, about 90 columns wide."""
-    prunes = plan.target_ffn_hidden_size < plan.enlarged_ffn_hidden_size
-    parts = [_render_model(plan, prunes), _render_phases(plan), _render_points(plan)]
-    if plan.width_changes:
-        parts.append(_render_widths(plan))
-    if prunes:
-        parts.append(_render_cost(plan))
-    return Group(_headline(plan), *(part for table in parts for part in ("", table)))
+def render(run: Forecast) -> Group:
+    """Lay out a forecast for a terminal, about 90 columns wide."""
+    tables = [_render_model(run), _render_phases(run), _render_points(run)]
+    if run.compactions:
+        tables.append(_render_compactions(run))
+    if run.axes:
+        tables.append(_render_cost(run))
+    return Group(_headline(run), *(part for each in tables for part in ("", each)))
 
 
-def _headline(plan: Plan) -> Text:
-    processes = "process" if plan.world_size == 1 else "processes"
+def _headline(run: Forecast) -> Text:
+    processes = "process" if run.world_size == 1 else "processes"
+    model = run.enlarged.stored
     return Text.assemble(
-        (f"{plan.run_dir}\n", "bold"),
-        f"{human_count(plan.total_tokens)} tokens in {plan.steps:,} steps of "
-        f"{human_count(plan.batch_tokens)}\n",
-        f"{plan.num_layers} layers, hidden {plan.hidden_size}, {plan.num_attention_heads} query "
-        f"and {plan.num_query_groups} key/value heads of {plan.kv_channels}, "
-        f"vocabulary {plan.vocab_size}, sequence {plan.seq_length}\n",
-        f"{plan.world_size} {processes}: TP {plan.tensor_parallel} x PP {plan.pipeline_parallel} "
-        f"x DP {plan.data_parallel}",
+        (f"{run.run_dir}\n", "bold"),
+        f"{human_count(run.total_tokens)} tokens in {run.steps:,} steps of "
+        f"{human_count(run.batch_tokens)}\n",
+        f"{model['num_layers']} layers, hidden {model['hidden_size']}, {run.num_attention_heads} "
+        f"query and {model['num_query_groups']} key/value heads of {run.kv_channels}, "
+        f"vocabulary {run.vocab_size}, sequence {run.seq_length}\n",
+        f"{run.world_size} {processes}: TP {run.tensor_parallel} x PP {run.pipeline_parallel} "
+        f"x DP {run.data_parallel}",
     )
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for header in left:
-        table.add_column(header, no_wrap=True)
-    for header in right:
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
+def _units(run: Forecast) -> dict[str, str]:
+    """Name the axes that have a column: those that units are removed along, else the neurons."""
+    return {axis: f"{UNITS[axis]}s" for axis in run.axes or ["ffn_hidden_size"]}
 
 
-def _render_model(plan: Plan, prunes: bool) -> Table:
-    table = _table(
-        "Model", ["parameters"], ["total", "embedding", "attention", "FFN", "norms", "FFN width"]
-    )
-    rows = [("enlarged" if prunes else "model", plan.enlarged, plan.enlarged_ffn_hidden_size)]
-    if prunes:
-        rows.append(("target", plan.target, plan.target_ffn_hidden_size))
-    for name, count, width in rows:
-        parts = (count.embedding, count.attention, count.ffn, count.norm)
-        total = human_count(count.total, digits=2)
-        table.add_row(name, total, *map(human_count, parts), str(width))
-    return table
+def _render_model(run: Forecast) -> Group:
+    sizes = {"enlarged": run.enlarged, "target": run.target}
+    rows = [
+        (
+            name,
+            human_count(size.parameters.total, digits=2),
+            human_count(size.parameters.embedding),
+            human_count(size.parameters.attention),
+            human_count(size.parameters.ffn),
+            human_count(size.parameters.norm),
+            *(str(size.stored[axis]) for axis in _units(run)),
+        )
+        for name, size in (sizes if run.axes else {"model": run.target}).items()
+    ]
+    parts = ("total", "embedding", "attention", "FFN", "norms")
+    return table(("parameters", *parts, *_units(run).values()), rows, title="Model")
 
 
-def _render_phases(plan: Plan) -> Table:
-    table = _table("Phases", ["phase"], ["tokens", "steps", "FLOPs", "share of FLOPs"])
-    for part in plan.phases:
-        share = part.flops / plan.cost.this_run
-        table.add_row(
+def _render_phases(run: Forecast) -> Group:
+    rows = [
+        (
             part.name,
             human_count(part.tokens),
             f"{part.steps:,}",
             f"{part.flops:.2e}",
-            f"{share:.0%}",
+            f"{part.flops / run.cost.this_run:.0%}",
         )
-    return table
+        for part in run.phases
+    ]
+    return table(("phase", "tokens", "steps", "FLOPs", "share of FLOPs"), rows, title="Phases")
 
 
-def _render_points(plan: Plan) -> Table:
-    table = _table("Curves", ["at"], ["step", "tokens", "LR", "keep ratio", "live", "width"])
-    for point in plan.points:
-        table.add_row(
+def _render_points(run: Forecast) -> Group:
+    rows = [
+        (
             point.label,
             f"{point.step:,}",
             human_count(point.tokens),
             f"{point.lr:.3e}",
-            f"{point.keep_ratio:.4f}",
-            str(point.ffn_live),
-            str(point.ffn_width),
+            f"{point.removed:.4f}",
+            *(str(each[axis]) for axis in _units(run) for each in (point.live, point.stored)),
         )
-    return table
+        for point in run.points
+    ]
+    each = [name for unit in _units(run).values() for name in (f"live {unit}", "stored")]
+    return table(("at", "step", "tokens", "LR", "removed", *each), rows, title="Curves")
 
 
-def _render_widths(plan: Plan) -> Table:
-    table = _table("Compactions", [], ["#", "step", "tokens", "% of run", "FFN width"])
-    for number, change in enumerate(plan.width_changes, start=1):
-        table.add_row(
+def _render_compactions(run: Forecast) -> Group:
+    rows = [
+        (
             str(number),
-            f"{change.tokens // plan.batch_tokens:,}",
+            f"{change.step:,}",
             human_count(change.tokens),
-            f"{100 * change.tokens / plan.total_tokens:.2f}",
-            str(change.width),
+            f"{100 * change.tokens / run.total_tokens:.2f}",
+            *(str(change.stored[axis]) for axis in _units(run)),
         )
-    return table
+        for number, change in enumerate(run.compactions, start=1)
+    ]
+    columns = ("#", "step", "tokens", "% of run", *_units(run).values())
+    return table(columns, rows, title="Compactions", left=0)
 
 
-def _render_cost(plan: Plan) -> Table:
-    table = _table(
-        "Compute for the same tokens", ["training run"], ["FLOPs", "x target from scratch"]
-    )
-    cost = plan.cost
-    for name, flops in (
-        ("this run", cost.this_run),
-        ("this run, masks only", cost.masks_only),
-        ("target from scratch", cost.target_from_scratch),
-    ):
-        table.add_row(name, f"{flops:.2e}", f"{flops / cost.target_from_scratch:.2f}")
-    return table
+def _render_cost(run: Forecast) -> Group:
+    cost = run.cost
+    rows = [
+        (name, f"{flops:.2e}", f"{flops / cost.target_from_scratch:.2f}")
+        for name, flops in (
+            ("this run", cost.this_run),
+            ("this run, masks only", cost.masks_only),
+            ("target from scratch", cost.target_from_scratch),
+        )
+    ]
+    columns = ("training run", "FLOPs", "x target from scratch")
+    return table(columns, rows, title="Compute for the same tokens")

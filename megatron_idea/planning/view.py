@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from megatron_idea.engine.gpus import USABLE, Gpu
-from megatron_idea.planning.budget import Budget, Layout
-from megatron_idea.records.readable import human_count
+from megatron_idea.planning.budget import Budget, Layout, Stretch
+from megatron_idea.records.readable import gigabytes, human_count
+from megatron_idea.records.terminal import table
 from megatron_idea.report.picture import MUTED, RC
+from megatron_idea.shape import UNITS
 
 BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea580c", "#0f766e", "#be123c"
 
@@ -30,31 +31,13 @@ KINDS = {
 }
 
 
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f}"
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column(columns[0], no_wrap=True)
-    for header in columns[1:]:
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
-
-
 def render_budget(budget: Budget) -> Group:
     """Lay out a budget for a terminal, about 100 columns wide."""
-    parts = [
-        _headline(budget),
-        _render_memory(budget),
-        _render_compactions(budget),
-        _render_hours(budget),
-        _render_messages(budget),
-    ]
-    if len(budget.stretches) == 1:
-        del parts[2]
-    spaced: list[RenderableType] = [part for table in parts for part in ("", table)]
-    return Group(*spaced)
+    parts: list[RenderableType] = [_headline(budget), _render_memory(budget)]
+    if len(budget.stretches) > 1:
+        parts.append(_render_compactions(budget))
+    parts += [_render_hours(budget), _render_messages(budget)]
+    return Group(*(part for each in parts for part in ("", each)))
 
 
 def _headline(budget: Budget) -> Text:
@@ -70,94 +53,109 @@ def _headline(budget: Budget) -> Text:
     )
 
 
+def _units(budget: Budget) -> dict[str, str]:
+    """Name the axes that have a column: those along which the model shrinks, else the neurons."""
+    first, last = budget.stretches[0].stored, budget.stretches[-1].stored
+    shrink = [axis for axis in first if last[axis] < first[axis]] or ["ffn_hidden_size"]
+    return {axis: f"{UNITS[axis]}s" for axis in shrink}
+
+
+def _stored(budget: Budget, stretch: Stretch) -> list[str]:
+    return [str(stretch.stored[axis]) for axis in _units(budget)]
+
+
 def _render_memory(budget: Budget) -> Group:
-    table = _table(
-        f"Memory of the fullest GPU in GB ({gigabytes(budget.usable_bytes)} may be filled)",
-        ["from token", "width", *KINDS.values(), "total"],
-    )
-    note = (
-        f"pipeline stage {budget.stretches[0].stage}; activations: what layers keep and make, "
-        "without workspaces of kernels"
-    )
+    rows = []
     for stretch in budget.stretches:
         kinds = dataclasses.asdict(stretch.memory)
-        table.add_row(
-            human_count(stretch.tokens),
-            str(stretch.width),
-            *(gigabytes(kinds[kind]) for kind in KINDS),
-            gigabytes(stretch.total_bytes),
-        )
-    return Group(table, Text(note, style="dim"))
+        sizes = (*(kinds[kind] for kind in KINDS), stretch.total_bytes)
+        tokens = human_count(stretch.tokens)
+        rows.append((tokens, *_stored(budget, stretch), *map(gigabytes, sizes)))
+    return table(
+        ("from token", *_units(budget).values(), *KINDS.values(), "total"),
+        rows,
+        title=f"Memory of the fullest GPU in GB ({gigabytes(budget.usable_bytes)} may be filled)",
+        note=f"pipeline stage {budget.stretches[0].stage}; activations: what layers keep and make, "
+        "without workspaces of kernels",
+    )
 
 
 def _render_compactions(budget: Budget) -> Group:
-    table = _table(
-        "Compactions, on one GPU in GB",
-        ["at token", "to width", "peak", "sent", "seconds on the wire", "checkpoint after"],
-    )
-    note = "peak: alive at once after gradients were freed; the rebuild itself takes time on top"
-    for stretch in budget.stretches[1:]:
-        table.add_row(
+    rows = [
+        (
             human_count(stretch.tokens),
-            str(stretch.width),
+            *_stored(budget, stretch),
             gigabytes(stretch.compaction_peak_bytes),
             gigabytes(stretch.compaction_sent_bytes),
             f"{stretch.compaction_wire_s:.2f}",
             gigabytes(stretch.checkpoint_bytes),
         )
-    return Group(table, Text(note, style="dim"))
-
-
-def _render_hours(budget: Budget) -> Table:
-    table = _table(
-        "GPU-hours, for the same tokens",
-        ["phase", "tokens", "FLOPs/token", "this run", "masks only", "target from scratch"],
+        for stretch in budget.stretches[1:]
+    ]
+    units = (f"to {unit}" for unit in _units(budget).values())
+    return table(
+        ("at token", *units, "peak", "sent", "seconds on the wire", "checkpoint after"),
+        rows,
+        title="Compactions, on one GPU in GB",
+        note="peak: alive at once after gradients were freed; the rebuild itself takes time on top",
     )
+
+
+def _render_hours(budget: Budget) -> Group:
     names = ("this_run", "masks_only", "target_from_scratch")
-    for phase in budget.phases:
-        table.add_row(
+    rows = [
+        (
             phase.name,
             human_count(phase.tokens),
             f"{phase.flops_per_token:.2e}",
             *(f"{getattr(phase, name):,.0f}" for name in names),
         )
+        for phase in budget.phases
+    ]
     sums = [sum(getattr(phase, name) for phase in budget.phases) for name in names]
     tokens = sum(phase.tokens for phase in budget.phases)
-    table.add_row("all", human_count(tokens), "", *(f"{hours:,.0f}" for hours in sums))
-    return table
+    rows.append(("all", human_count(tokens), "", *(f"{hours:,.0f}" for hours in sums)))
+    columns = ("phase", "tokens", "FLOPs/token", *(name.replace("_", " ") for name in names))
+    return table(columns, rows, title="GPU-hours, for the same tokens")
 
 
-def _render_messages(budget: Budget) -> Table:
-    first, last = budget.stretches[0], budget.stretches[-1]
-    table = _table(
-        "One optimizer step at the enlarged width, and at the last",
-        ["GB sent by a GPU over", "TP", "PP", "DP", "tied embedding", "step in s", "checkpoint"],
+def _render_messages(budget: Budget) -> Group:
+    ends = {"enlarged": budget.stretches[0], "last": budget.stretches[-1]}
+    rows = [
+        (
+            name,
+            *(gigabytes(at.sent_bytes[kind]) for kind in ("tp", "pp", "dp", "embedding")),
+            f"{at.step_s:.3f}",
+            gigabytes(at.checkpoint_bytes),
+        )
+        for name, at in list(ends.items())[: len(budget.stretches)]
+    ]
+    return table(
+        ("GB sent by a GPU over", "TP", "PP", "DP", "tied embedding", "step in s", "checkpoint"),
+        rows,
+        title="One optimizer step of the enlarged model, and of the last",
     )
-    for name, at in (("enlarged", first), ("last", last))[: len(budget.stretches)]:
-        sent = (gigabytes(at.sent_bytes[kind]) for kind in ("tp", "pp", "dp", "embedding"))
-        checkpoint = gigabytes(at.checkpoint_bytes)
-        table.add_row(name, *sent, f"{at.step_s:.3f}", checkpoint)
-    return table
 
 
 def render_layouts(fitting: Sequence[Layout], refused: Sequence[Layout], gpu: Gpu) -> Group:
-    """The fastest layouts and what holds each back, and why others do not fit."""
-    table = _table(
-        f"Layouts that fit {gpu.name}, fastest first",
-        ["TP x PP x DP", "micro-batch", "GB", "step in s", "waits for"],
-    )
+    """Lay out the fastest layouts and what holds each back, and why others do not fit."""
+    rows = []
     for layout in fitting[:5]:
         waits = {k: v / layout.step_s for k, v in layout.seconds.items() if k != "compute"}
         said = [f"{kind} {share:.0%}" for kind, share in waits.items() if share >= 0.005]
-        table.add_row(
-            _name(layout),
-            f"{layout.num_microbatches} x {layout.micro_batch_size}",
-            gigabytes(layout.total_bytes),
-            f"{layout.step_s:.3f}",
-            ", ".join(said) or "nothing",
+        rows.append(
+            (
+                _name(layout),
+                f"{layout.num_microbatches} x {layout.micro_batch_size}",
+                gigabytes(layout.total_bytes),
+                f"{layout.step_s:.3f}",
+                ", ".join(said) or "nothing",
+            )
         )
+    columns = ("TP x PP x DP", "micro-batch", "GB", "step in s", "waits for")
+    shown = [table(columns, rows, title=f"Layouts that fit {gpu.name}, fastest first")]
     lines = [Text(f"{_name(layout)} does not fit: {layout.refusal}") for layout in refused[:5]]
-    return Group("", table, *lines) if fitting else Group("", *lines)
+    return Group("", *(shown if fitting else []), *lines)
 
 
 def _name(layout: Layout) -> str:

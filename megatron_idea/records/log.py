@@ -8,16 +8,27 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_idea.config import Config
-from megatron_idea.course import flops_per_token
 from megatron_idea.errors import UserError
-from megatron_idea.records.read import EVENTS, METRICS, SAMPLES, SCORES, _lines, read_events
+from megatron_idea.records.read import (
+    EVENTS,
+    METRICS,
+    SAMPLES,
+    SCORES,
+    Reader,
+    lines_of,
+    metrics_of,
+    read_events,
+)
+from megatron_idea.records.record import Record
 from megatron_idea.records.trackers import Tracker, open_trackers, require_trackers, still_works
 
+T = TypeVar("T")
 VERSIONS_OF = ("megatron-idea", "torch", "megatron-core", "transformer-engine", "triton", "numpy")
 
 
@@ -67,9 +78,10 @@ class RunLog:
             return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS, SCORES, SAMPLES):
-                _truncate(run_dir / name, keep=lambda record: record["step"] <= step)
-            _truncate(run_dir / EVENTS, keep=lambda event: True)
+            _truncate(run_dir / METRICS, metrics_of(run_dir), lambda record: record.step <= step)
+            for name in (SCORES, SAMPLES):
+                _truncate(run_dir / name, lines_of(run_dir, name), lambda r: r["step"] <= step)
+            _truncate(run_dir / EVENTS, lines_of(run_dir, EVENTS), lambda event: True)
         except OSError as error:
             raise RecordError.of(run_dir, error) from error
         self.event("resumed" if step else "started", step=step, environment=environment())
@@ -83,19 +95,19 @@ class RunLog:
         if self.failure is not None:
             raise self.failure
 
-    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+    def write(self, record: Record) -> Record:
         """Append the record of one step.
 
         Returns: the record, with ``mfu`` when the devices' peak is known.
         """
-        if self.peak_flops and record.get("tokens_per_s"):
-            per_token = flops_per_token(
-                self.config.model, record["ffn_width"], self.config.training.seq_length
-            )
-            record = {**record, "mfu": record["tokens_per_s"] * per_token / self.peak_flops}
+        if self.peak_flops:
+            model, seq_length = self.config.model, self.config.training.seq_length
+            per_token = record.shape(model).flops_per_token(model, seq_length)
+            record = replace(record, mfu=record.tokens_per_s * per_token / self.peak_flops)
         if self.is_writer:
-            self._append(METRICS, record)
-            self._track(record)
+            values = record.as_dict()
+            self._append(METRICS, values)
+            self._track(values)
         return record
 
     def scores(self, record: dict[str, Any]) -> None:
@@ -163,22 +175,24 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+def _truncate(path: Path, records: Reader[T], keep: Callable[[T], bool]) -> None:
     """Cut a JSONL file before its first record that is not kept, and before a half-written line.
 
     One ``truncate`` of the file: a kill leaves it either as it was or as it should be.
     """
     kept = 0
-    for record, end in _lines(path):
+    for record in records:
         if not keep(record):
             break
-        kept = end
+        kept = records.end
     if path.is_file() and path.stat().st_size > kept:
         os.truncate(path, kept)
 
 
 def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
-        if name == "step" or isinstance(value, str) or value is None:
-            continue
-        yield name, sum(value) / len(value) if isinstance(value, list) else value
+        if isinstance(value, dict):  # of counts by axis: means over layers
+            for axis, counts in value.items():
+                yield f"{name}/{axis}", sum(counts) / len(counts)
+        elif name != "step" and not isinstance(value, str):
+            yield name, value

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from megatron_idea.config import Config
-from megatron_idea.course import flops_per_token, remaining_flops
+from megatron_idea.course import remaining_flops
 from megatron_idea.records.readable import human_count, human_duration
+from megatron_idea.records.record import Record
 from megatron_idea.records.terminal import Console
+
+# Steps that speed and time left are averaged over.
+RECENT_STEPS = 20
+
+
+def time_left_s(config: Config, recent: Sequence[Record]) -> float:
+    """Estimate the seconds to the run's end from the FLOP/s of its last steps.
+
+    Not from their tokens/s: the model that is left to train is smaller.
+    """
+    model, seq_length = config.model, config.training.seq_length
+    flops = sum(
+        record.tokens_per_s * record.step_s * record.shape(model).flops_per_token(model, seq_length)
+        for record in recent
+    )
+    if not flops:
+        return math.inf
+    seconds = sum(record.step_s for record in recent)
+    return remaining_flops(config, recent[-1].tokens) * seconds / flops
 
 
 class Progress:
-    """The run at a glance: phase, loss, learning rate, keep ratio, tokens/s, time left.
+    """Shows a run at a glance: phase, loss, learning rate, share removed, tokens/s, time left.
 
     One live line at the foot of a terminal. Where standard error is not a terminal: a plain line
     at each phase change and about every ten seconds.
     """
 
     PLAIN_INTERVAL_S = 10.0
-    # Of the FLOP/s average, per step: about the last twenty steps count.
-    SMOOTHING = 0.95
 
     def __init__(
         self,
@@ -41,7 +60,7 @@ class Progress:
         self._clock = clock
         self._printed_at = float("-inf")
         self._phase = ""
-        self._flops = self._seconds = 0.0
+        self._recent: deque[Record] = deque(maxlen=RECENT_STEPS)
         self._bar: RichProgress | None = None
         if self.enabled and self._console.is_terminal:
             self._bar = RichProgress(
@@ -57,24 +76,19 @@ class Progress:
             )
             self._bar.start()
 
-    def update(self, record: dict[str, Any]) -> None:
+    def update(self, record: Record) -> None:
         """Show the record of the step that has just ended."""
         if not self.enabled:
             return
-        self._measure(record)
+        self._recent.append(record)
+        phase, tokens = record.phase, record.tokens
         if self._bar is not None:
-            text = self._text(record)
-            self._bar.update(
-                self._task, completed=record["tokens"], phase=record["phase"], text=text
-            )
-        elif (
-            record["phase"] != self._phase
-            or self._clock() - self._printed_at >= self.PLAIN_INTERVAL_S
-        ):
+            self._bar.update(self._task, completed=tokens, phase=phase, text=self._text(record))
+        elif phase != self._phase or self._clock() - self._printed_at >= self.PLAIN_INTERVAL_S:
             self._printed_at = self._clock()
-            share = record["tokens"] / self.config.schedule.total_tokens
-            self._print(f"{record['phase']:<8} {share:4.0%}  {self._text(record)}")
-        self._phase = record["phase"]
+            share = tokens / self.config.schedule.total_tokens
+            self._print(f"{phase:<8} {share:4.0%}  {self._text(record)}")
+        self._phase = phase
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the live one."""
@@ -90,18 +104,9 @@ class Progress:
         # soft_wrap: a log line stays one line, however narrow rich believes the pipe to be.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _measure(self, record: dict[str, Any]) -> None:
-        tokens = record["tokens_per_s"] * record["step_s"]
-        per_token = flops_per_token(
-            self.config.model, record["ffn_width"], self.config.training.seq_length
-        )
-        self._flops = self.SMOOTHING * self._flops + tokens * per_token
-        self._seconds = self.SMOOTHING * self._seconds + record["step_s"]
-
-    def _text(self, record: dict[str, Any]) -> str:
-        left = remaining_flops(self.config, record["tokens"])
-        eta_s = left * self._seconds / self._flops if self._flops else float("inf")
+    def _text(self, record: Record) -> str:
+        left = human_duration(time_left_s(self.config, self._recent))
         return (
-            f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  keep {record['keep_ratio']:.2f}  "
-            f"{human_count(record['tokens_per_s'])} tok/s  ETA {human_duration(eta_s)}"
+            f"loss {record.loss:.3f}  lr {record.lr:.1e}  removed {record.removed:.0%}  "
+            f"{human_count(record.tokens_per_s)} tok/s  ETA {left}"
         )

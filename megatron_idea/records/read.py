@@ -5,47 +5,119 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from megatron_idea import files
 from megatron_idea.errors import UserError
+from megatron_idea.records.record import (
+    Record,
+    are_counts,
+    is_amount,
+    is_amount_or_none,
+    is_measured,
+    is_word,
+)
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 SCORES = "scores.jsonl"
 SAMPLES = "samples.jsonl"
 
+T = TypeVar("T")
 
-# Of these readers: ``broken`` takes the names of lines that are no record, for those who look at a
-# run; without it such a line raises UserError. A last line that a kill cut short is left out.
+
+class Reader(Generic[T]):
+    """Iterates over the records of a JSONL file; once more, over those that it has gained.
+
+    A last line without an end is left for the next time: it is being written, or a kill cut it
+    short.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parse: Callable[[Any, T | None], T | None],
+        broken: list[str] | None = None,
+    ) -> None:
+        """Begin at the start of the file, which need not exist yet.
+
+        Args:
+            parse: makes a record of a line's JSON, given the record before; None if it is none.
+            broken: gets the names of lines that are no record, for those who look at a run;
+                without it such a line raises UserError.
+        """
+        self.end = 0
+        """Bytes of the file that have been read."""
+        self._path = path
+        self._parse = parse
+        self._broken = broken
+        self._lines = 0
+        self._last: T | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        if not self._path.is_file():
+            return
+        with open(self._path, "rb") as file:
+            file.seek(self.end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self.end += len(line)
+                self._lines += 1
+                record = self._read(line)
+                if record is not None:
+                    self._last = record
+                    yield record
+
+    def begins_again(self) -> bool:
+        """Go back to the start where the file was cut: a resumed run drops what it runs again."""
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        was_cut = size < self.end
+        if was_cut:
+            self.end = self._lines = 0
+        return was_cut
+
+    def _read(self, line: bytes) -> T | None:
+        what = "a record of this version"
+        record = None
+        try:
+            record = self._parse(json.loads(line), self._last)
+        except (ValueError, RecursionError):
+            what = "JSON"
+        if record is None and self._broken is None:
+            raise UserError(f"{self._path}, line {self._lines} is not {what}; remove that line")
+        if record is None and self._broken is not None:
+            self._broken.append(f"{self._path.name}, line {self._lines}")
+        return record
+
+
+def metrics_of(run_dir: Path, broken: list[str] | None = None) -> Reader[Record]:
+    """Open the records of a run's steps."""
+    return Reader(run_dir / METRICS, Record.parse, broken)
+
+
+def lines_of(run_dir: Path, name: str, broken: list[str] | None = None) -> Reader[dict[str, Any]]:
+    """Open the records of another file of the run: events, scores or samples."""
+
+    def parse(line: Any, _before: dict[str, Any] | None) -> dict[str, Any] | None:
+        return line if _is_sound(name, line) else None
+
+    return Reader(run_dir / name, parse, broken)
+
+
+def read_metrics(run_dir: Path, broken: list[str] | None = None) -> list[Record]:
+    """Read the records of a run, oldest first; ``broken`` as for a ``Reader``."""
+    return list(metrics_of(run_dir, broken))
 
 
 def read_scores(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
     """Read the score records of a run, oldest first; none where nothing was pruned."""
-    return [record for record, _ in _lines(run_dir / SCORES, broken)]
+    return list(lines_of(run_dir, SCORES, broken))
 
 
 def read_samples(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
     """Read what a run's model wrote, oldest first: ``step``, ``tokens``, ``prompt``, ``text``."""
-    return [record for record, _ in _lines(run_dir / SAMPLES, broken)]
-
-
-def read_metrics(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
-    """Read the records of a run, oldest first.
-
-    Neighbours with equal widths share the list: of half a million steps of 24 layers most of the
-    memory would be these.
-    """
-    records = []
-    last: dict[str, Any] = {}
-    for record, _ in _lines(run_dir / METRICS, broken):
-        for key in ("ffn_live", "ffn_width"):
-            if key in record:
-                if record[key] == last.get(key):
-                    record[key] = last[key]
-                last[key] = record[key]
-        records.append(record)
-    return records
+    return list(lines_of(run_dir, SAMPLES, broken))
 
 
 def read_events(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
@@ -55,41 +127,15 @@ def read_events(run_dir: Path, broken: list[str] | None = None) -> list[dict[str
     itself keeps everything.
     """
     events: list[dict[str, Any]] = []
-    for event, _ in _lines(run_dir / EVENTS, broken):
+    for event in lines_of(run_dir, EVENTS, broken):
         if event["kind"] in ("started", "resumed") and "step" in event:
             events = [earlier for earlier in events if earlier.get("step", 0) <= event["step"]]
         events.append(event)
     return events
 
 
-# What every record of a file has, whatever else it has: a line without them is no record.
-FIELDS = {METRICS: {"step", "tokens"}, EVENTS: {"kind"}, SCORES: {"step"}, SAMPLES: {"step"}}
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_measured(value: Any) -> bool:
-    """Of a step that went wrong it is NaN or infinite."""
-    return files.is_number(value, finite=False)
-
-
-def _is_amount(value: Any) -> bool:
-    return files.is_number(value) and value >= 0
-
-
-def _are_widths(values: Any) -> bool:
-    return (
-        type(values) is list
-        and set(map(type, values)) == {int}
-        and min(values) >= 0
-        and max(values) < 1 << 53
-    )
-
-
 def _are_scores(values: Any) -> bool:
-    return type(values) is list and bool(values) and all(map(_is_measured, values))
+    return type(values) is list and bool(values) and all(map(is_measured, values))
 
 
 def _are_of_layers(values: Any) -> bool:
@@ -104,30 +150,29 @@ def _is_environment(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("versions"), dict)
-        and all(map(_is_word, value["versions"].values()))
-        and _is_word(value.get("device"))
+        and all(map(is_word, value["versions"].values()))
+        and is_word(value.get("device"))
         and files.is_whole(value.get("processes"))
         and files.is_whole(value.get("threads"))
     )
 
 
+# What every line of a file has, whatever else it has: a line without it is no record.
+_NEEDED = {EVENTS: {"kind"}, SCORES: {"step"}, SAMPLES: {"step"}}
+
 # What the fields that somebody reads hold, in whichever file they are.
-TYPES: dict[str, Callable[[Any], bool]] = (
+_TYPES: dict[str, Callable[[Any], bool]] = (
     dict.fromkeys(
-        ("step", "tokens", "skipped", "from_step", "skipped_samples", "moved_neurons"),
+        ("step", "tokens", "skipped", "from_step", "skipped_samples", "moved_units"),
         files.is_whole,
     )
-    | dict.fromkeys(("loss", "grad_norm", "val_loss", "average"), _is_measured)
-    | dict.fromkeys(
-        ("lr", "keep_ratio", "tokens_per_s", "step_s", "time", "seconds", "waited_s"), _is_amount
-    )
-    | dict.fromkeys(
-        ("memory_bytes", "mfu", "peak_bytes"), lambda value: value is None or _is_amount(value)
-    )
-    | dict.fromkeys(("phase", "kind", "why", "path", "reason", "prompt", "text"), _is_word)
-    | dict.fromkeys(("ffn_live", "ffn_width", "widths_before", "widths_after"), _are_widths)
+    | dict.fromkeys(("loss", "val_loss", "average"), is_measured)
+    | dict.fromkeys(("time", "seconds", "waited_s"), is_amount)
+    | dict.fromkeys(("kind", "why", "path", "reason", "prompt", "text"), is_word)
+    | dict.fromkeys(("before", "after"), are_counts)
     | {
-        "name": lambda value: value is None or _is_word(value),
+        "peak_bytes": is_amount_or_none,
+        "name": lambda value: value is None or is_word(value),
         "environment": _is_environment,
         "quantiles": _are_of_layers,
         "cut": _are_scores,
@@ -136,35 +181,9 @@ TYPES: dict[str, Callable[[Any], bool]] = (
 )
 
 
-def is_record(name: str, record: Any) -> bool:
-    """Whether a line of the file ``name`` is one of its records, every field of its type."""
+def _is_sound(name: str, line: Any) -> bool:
     return (
-        isinstance(record, dict)
-        and record.keys() >= FIELDS[name]
-        and all(TYPES[key](value) for key, value in record.items() if key in TYPES)
+        isinstance(line, dict)
+        and line.keys() >= _NEEDED[name]
+        and all(_TYPES[key](value) for key, value in line.items() if key in _TYPES)
     )
-
-
-def _lines(path: Path, broken: list[str] | None = None) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each record of a JSONL file, with the byte offset of its end."""
-    if not path.is_file():
-        return
-    end = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # the writer was killed in the middle of this line
-            end += len(line)
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                if broken is None:
-                    message = f"{path}, line {number} is not JSON; remove that line"
-                    raise UserError(message) from error
-                record = None
-            if is_record(path.name, record):
-                yield record, end
-            elif broken is None:
-                raise UserError(f"{path}, line {number} is not a record; remove that line")
-            else:
-                broken.append(f"{path.name}, line {number}")

@@ -5,15 +5,45 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+_PREFIXES = tuple(
+    (10.0**power, prefix) for power, prefix in zip(range(24, 5, -3), "YZEPTGM", strict=True)
+)
+
 
 def human_count(number: float, digits: int = 3) -> str:
     """Write a count as people say it, to ``digits`` figures: 2.82B, 680M, 2T."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+    for size, suffix in _COUNTS:
         if number >= size:
             value = number / size
             text = f"{value:.{max(0, digits - len(str(int(value))))}f}"
             return (text.rstrip("0").rstrip(".") if "." in text else text) + suffix
     return f"{number:.{digits}g}"
+
+
+def scaled(largest: float, unit: str) -> tuple[float, str]:
+    """Return a divisor and ``unit`` with its prefix that make numbers up to ``largest`` short."""
+    for size, prefix in _PREFIXES:
+        if largest >= size:
+            return size, prefix + unit
+    return 1.0, unit
+
+
+def human_amount(number: float, unit: str) -> str:
+    """Write an amount with its unit's prefix, to three figures: 12.4 TFLOPs, 1.2 GB."""
+    divisor, prefixed = scaled(number, unit)
+    return f"{number / divisor:.3g} {prefixed}"
+
+
+def gigabytes(size: float) -> str:
+    """Write bytes in GB without the unit, for columns."""
+    return f"{size / 1e9:.2f}"
+
+
+def spread(counts: Sequence[int]) -> str:
+    """Write the counts of all layers in a few characters: 384, or 128 to 512."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def human_duration(seconds: float) -> str:

@@ -6,10 +6,11 @@ obey them, clear what stands above, or write into the clipboard.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import rich.console
+import rich.table
 from rich.console import RenderableType
 from rich.measure import Measurement
 from rich.segment import Segment
@@ -60,3 +61,35 @@ def show(rendered: RenderableType) -> None:
     needed = Measurement.get(console, roomy, rendered).minimum + 2
     console.width = max(console.width, needed) if console.is_terminal else UNBROKEN
     console.print(rendered, soft_wrap=True)
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    title: str = "",
+    note: str = "",
+    left: int = 1,
+) -> rich.console.Group:
+    """Lay out cells under their headers: the first ``left`` columns are text, the rest numbers.
+
+    Where the terminal is narrow the last column of text gives way, numbers do not.
+    """
+    drawn = rich.table.Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False,
+        header_style="bold",
+    )  # fmt: skip
+    for number, name in enumerate(columns, start=1):
+        drawn.add_column(
+            Text(name),
+            justify="left" if number <= left else "right",
+            no_wrap=number != left,
+            overflow="fold" if number == left else "ellipsis",
+            min_width=10 if number == left else None,
+        )
+    for row in rows:
+        # A string would be read as rich's markup.
+        drawn.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    # Not the table's caption: that would be broken where the cells end.
+    parts = [drawn, Text(note, style="dim")] if note else [drawn]
+    return rich.console.Group(*parts)

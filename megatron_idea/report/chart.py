@@ -214,12 +214,4 @@ def fitted(
     return Axis(label, low if from_zero else low - headroom * span, high + headroom * span, kind)
 
 
-def scaled(largest: float, unit: str) -> tuple[float, str]:
-    """A divisor and the unit with its prefix, so that the numbers of an axis stay short."""
-    for exponent, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G")):
-        if largest >= 10.0**exponent:
-            return 10.0**exponent, prefix + unit
-    return (1e6, "M" + unit) if largest >= 1e6 else (1.0, unit)
-
-
 Figure = Chart | HeatMap

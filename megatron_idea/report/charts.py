@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_idea.records.readable import scaled
+from megatron_idea.records.record import Record
 from megatron_idea.report.chart import (
     Axis,
     Band,
@@ -18,12 +20,21 @@ from megatron_idea.report.chart import (
     Series,
     colours_of,
     fitted,
-    scaled,
     tokens_axis,
 )
 from megatron_idea.report.cost import cost
-from megatron_idea.report.run import MOST_POINTS, Run, curve, labels, mean_of, number, smooth
+from megatron_idea.report.run import (
+    MOST_POINTS,
+    Run,
+    curve,
+    labels,
+    mean_of,
+    named,
+    number,
+    smooth,
+)
 from megatron_idea.schedule import phase_ends
+from megatron_idea.shape import LAYER_AXES, UNITS
 
 # Of a heat map: about as many as it has pixels on a phone, and half as many as on a desk.
 MOST_COLUMNS = 400
@@ -36,7 +47,7 @@ MANY = 60
 
 
 def overview(runs: Sequence[Run]) -> list[Chart]:
-    """What everybody asks first: loss, the two schedules, widths, speed."""
+    """What everybody asks first: loss, the two schedules, live and stored units, speed."""
     return list(_overview(tuple(runs)))
 
 
@@ -48,7 +59,8 @@ def details(runs: Sequence[Run]) -> list[Chart]:
 # Each is asked for twice: for the page and for the picture.
 @functools.lru_cache(maxsize=4)
 def _overview(runs: tuple[Run, ...]) -> list[Chart]:
-    return [loss(runs), schedules(runs), widths(runs), speed(runs)]
+    axes = dict.fromkeys(axis for run in runs for axis in run.axes)
+    return [loss(runs), schedules(runs), *(units(runs, axis) for axis in axes), speed(runs)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -58,8 +70,9 @@ def _details(runs: tuple[Run, ...]) -> list[Chart]:
 
 
 def layers(run: Run) -> list[Figure]:
-    """What differs between layers: widths, churn; ``distributions`` has the scores."""
-    maps: list[Figure | None] = [width_map(run), churn_map(run), churn(run)]
+    """What differs between layers: units, churn; ``distributions`` has the scores."""
+    maps: list[Figure | None] = [units_map(run, axis) for axis in run.axes if axis in LAYER_AXES]
+    maps += [churn_map(run), churn(run)]
     return [figure for figure in maps if figure]
 
 
@@ -105,7 +118,7 @@ def _phases(runs: Sequence[Run], last: float) -> list[tuple[str, float, float]]:
 
 def _measured(
     runs: Sequence[Run],
-    value: Callable[[dict[str, Any]], float],
+    value: Callable[[Record], float],
     middle: Callable[[Sequence[float]], float],
     name: str,
     colour: str = "blue",
@@ -190,57 +203,50 @@ def _below(points: Series, high: float) -> Series:
 
 
 def schedules(runs: Sequence[Run]) -> Chart:
-    rates, ratios = [], []
+    rates, shares = [], []
     for run, colour, place in _each(runs, "blue"):
-        lr, keep = curve(run, number("lr")), curve(run, number("keep_ratio"))
+        lr, gone = curve(run, number("lr")), curve(run, number("removed"))
         other = "orange" if len(runs) == 1 else colour
         rates.append(Series("learning rate", lr.tokens, lr.middle, colour, run=place))
-        ratios.append(
-            Series("keep ratio", keep.tokens, keep.middle, other, "dashed", True, run=place)
-        )
+        shares.append(Series("removed", gone.tokens, gone.middle, other, "dashed", True, run=place))
     highest = max(value for series in rates for value in series.y)
     return _chart(
         runs,
         "schedules",
-        "Learning rate and keep ratio",
-        "One learning-rate curve over all tokens, and the share of FFN neurons that live.",
+        "Learning rate and removal",
+        "One learning-rate curve over all tokens, and the share of the removal that is done.",
         Axis("learning rate", 0.0, 1.08 * (highest or 1.0), "scientific"),
-        [*rates, *ratios],
-        right=Axis("keep ratio", 0.0, 1.08),
+        [*rates, *shares],
+        right=Axis("share removed", 0.0, 1.08),
     )
 
 
-def widths(runs: Sequence[Run]) -> Chart:
+def units(runs: Sequence[Run], axis: str) -> Chart:
+    """The units of an axis that are alive, and those in memory."""
     series: list[Series] = []
     bands: list[Band] = []
+    alone = len(runs) == 1
     for run, colour, place in _each(runs, "green"):
-        width, live = curve(run, mean_of("ffn_width")), curve(run, mean_of("ffn_live"))
-        other = "orange" if len(runs) == 1 else colour
-        style = "line" if len(runs) == 1 else "dashed"
-        bold = "steps" if len(runs) == 1 else "count"
-        series.append(Series("physical", width.tokens, width.middle, colour, bold, run=place))
+        if axis not in run.axes:
+            continue
+        stored, live = curve(run, mean_of("stored", axis)), curve(run, mean_of("live", axis))
+        bold, other, style = ("steps", "orange", "line") if alone else ("count", colour, "dashed")
+        series.append(Series("stored", stored.tokens, stored.middle, colour, bold, run=place))
         series.append(Series("live", live.tokens, live.middle, other, style, run=place))
-        if len(runs) == 1:
-            bands.append(
-                Band(
-                    width.tokens,
-                    live.middle,
-                    width.middle,
-                    colour,
-                    "masked, not yet removed",
-                    steps=True,
-                )
-            )
+        if alone:
+            between = (live.tokens, live.middle, stored.middle)
+            bands.append(Band(*between, colour, "removed, still stored", steps=True))
+    name = UNITS[axis]
     return _chart(
         runs,
-        "widths",
-        "FFN width: live and physical",
-        "Neurons per layer, mean over layers. Masks take neurons out of the model step by step, "
-        "compactions take them out of memory in blocks.",
-        fitted("FFN neurons per layer", [v for s in series for v in s.y], kind="whole"),
+        axis,
+        f"{name[0].upper()}{name[1:]}s: live and stored",
+        f"{'Mean over layers. ' if axis in LAYER_AXES else ''}The schedule removes {name}s from "
+        "the model step by step, compactions remove them from memory in blocks.",
+        fitted(named(axis), [v for s in series for v in s.y], kind="whole"),
         series,
         bands=bands,
-    )  # fmt: skip
+    )
 
 
 def speed(runs: Sequence[Run]) -> Chart:
@@ -275,7 +281,7 @@ def step_time(runs: Sequence[Run]) -> Chart:
 
 
 def utilization(runs: Sequence[Run]) -> Chart:
-    def percent(record: dict[str, Any]) -> float:
+    def percent(record: Record) -> float:
         return 100.0 * number("mfu")(record)
 
     series, bands, values = _measured(runs, percent, statistics.median, "running median", "violet")
@@ -283,7 +289,7 @@ def utilization(runs: Sequence[Run]) -> Chart:
         runs,
         "mfu",
         "Model FLOPs utilization",
-        "FLOPs of the model at its physical width, per second, as a share of the devices' peak.",
+        "FLOPs of the model as it is stored, per second, as a share of the devices' peak.",
         fitted("MFU (% of peak)", values, headroom=0.15),
         series,
         bands=bands,
@@ -292,9 +298,7 @@ def utilization(runs: Sequence[Run]) -> Chart:
 
 def memory(runs: Sequence[Run]) -> Chart:
     read = number("memory_bytes")
-    largest = max(
-        (read(r) for run in runs for r in run.records if r.get("memory_bytes")), default=0
-    )
+    largest = max((read(r) for run in runs for r in run.records if r.memory_bytes), default=0)
     divisor, unit = scaled(largest, "B")
     series = []
     for run, colour, place in _each(runs, "violet"):
@@ -383,27 +387,31 @@ def costs(runs: Sequence[Run]) -> Chart:
         runs,
         "cost",
         "Compute so far",
-        "Training FLOPs from the recorded widths, without evaluations and steps that were run "
+        "Training FLOPs from the recorded shapes, without evaluations and steps that were run "
         "again after a stop."
-        + (" Ideal: no masked neuron is computed." if len(runs) == 1 and runs[0].prunes else ""),
+        + (
+            " Ideal: nothing that is removed is computed."
+            if len(runs) == 1 and runs[0].prunes
+            else ""
+        ),
         fitted(f"compute ({unit})", [v for s in series for v in s.y]),
         series,
     )
 
 
-def width_map(run: Run) -> HeatMap | None:
-    """Every layer's width over tokens; live counts where nothing was compacted."""
-    compacted = run.records[0]["ffn_width"] != run.records[-1]["ffn_width"]
-    key, what = ("ffn_width", "FFN width") if compacted else ("ffn_live", "Live FFN neurons")
+def units_map(run: Run, axis: str) -> HeatMap | None:
+    """Every layer's stored units over tokens; live ones where nothing was compacted."""
     if not run.prunes:
         return None
-    edges, rows = _columns(run, key)
+    compacted = run.records[0].stored[axis] != run.records[-1].stored[axis]
+    which = "stored" if compacted else "live"
+    edges, rows = _columns(run, which, axis)
     return HeatMap(
-        "layer-widths",
-        f"{what} of each layer",
+        f"{axis}-by-layer",
+        f"{which.capitalize()} {UNITS[axis]}s of each layer",
         "Layers from the first (top) to the last.",
         tokens_axis(0, run.tokens),
-        Axis("neurons", 0, max(map(max, rows)), "whole"),
+        Axis(f"{UNITS[axis]}s", 0, max(map(max, rows)), "whole"),
         edges,
         rows,
         phases=_phases([run], run.tokens),
@@ -411,14 +419,15 @@ def width_map(run: Run) -> HeatMap | None:
     )
 
 
-def _columns(run: Run, key: str) -> tuple[list[float], list[list[float]]]:
-    """Edges in tokens, and per layer a recorded list as it is at the end of each column."""
+def _columns(run: Run, which: str, axis: str) -> tuple[list[float], list[list[float]]]:
+    """Edges in tokens, and per layer the units at the end of each column."""
     size = -(-len(run.records) // MOST_COLUMNS)
     lasts = [*run.records[size - 1 :: size]]
     if len(run.records) % size:
         lasts.append(run.records[-1])
-    edges = [0.0, *(float(record["tokens"]) for record in lasts)]
-    return edges, [list(row) for row in zip(*(record[key] for record in lasts), strict=True)]
+    edges = [0.0, *(float(record.tokens) for record in lasts)]
+    columns = (getattr(record, which)[axis] for record in lasts)
+    return edges, [list(row) for row in zip(*columns, strict=True)]
 
 
 def _scores_axis(run: Run) -> Axis:
@@ -464,7 +473,7 @@ def churn(run: Run) -> Chart | None:
     return Chart(
         "churn",
         "Stability of the ranking",
-        "Spearman rank correlation between neighbouring score records, over neurons still alive.",
+        "Spearman rank correlation between neighbouring score records, over units still alive.",
         _scores_axis(run),
         Axis("rank correlation", min(0.0, *lowest), 1.05),
         [
@@ -475,7 +484,7 @@ def churn(run: Run) -> Chart | None:
 
 
 def distributions(run: Run) -> list[Chart]:
-    """The spread of importance in each layer while neurons are removed."""
+    """The spread of importance in each layer while units are removed."""
     if len(run.scores) < 2:
         return []
     x = _scores_axis(run)
@@ -494,8 +503,8 @@ def distributions(run: Run) -> list[Chart]:
         charts.append(
             Chart(
                 f"importance-{layer}",
-                f"Importance of live neurons, layer {layer}",
-                "Before each recorded mask update; what lies below the cut was removed.",
+                f"Importance of what is alive, layer {layer}",
+                "Before each recorded removal; what lies below the cut was removed.",
                 x,
                 y,
                 [

@@ -1,13 +1,14 @@
-"""Training FLOPs of a run from the widths that it recorded, and of what it is held against."""
+"""Training FLOPs of a run from the shapes that it recorded, and of what it is held against."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_idea.course import flops_per_token
+from megatron_idea.course import target_shape
+from megatron_idea.records.record import shape_of
 from megatron_idea.report.run import Run
+from megatron_idea.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -17,47 +18,41 @@ class Cost:
     tokens: list[int]
     this_run: list[float]
     masks_only: list[float]
-    """Had no neuron been removed physically."""
+    """Had nothing been removed from memory."""
     ideal: list[float]
-    """Had every neuron been removed in the step that masked it."""
+    """Had every unit been removed from memory in the step that silenced it."""
     from_scratch: list[float]
-    """Plain training at the target width, over the same tokens."""
+    """Plain training of the target's shape, over the same tokens."""
 
 
 @functools.lru_cache(maxsize=32)
 def cost(run: Run) -> Cost:
-    """Add up a run's FLOPs. A step is computed at the widths that the step before it left."""
+    """Add up a run's FLOPs. A step is computed in the shape that the step before it left."""
     model, seq_length = run.config.model, run.config.training.seq_length
-    known: dict[tuple[int, ...], int] = {}
 
-    def per_token(widths: Sequence[int]) -> int:
-        key = tuple(widths)
-        if key not in known:
-            known[key] = flops_per_token(model, key, seq_length)
-        return known[key]
+    def per_token(shape: Shape) -> int:
+        return shape.flops_per_token(model, seq_length)
 
-    first = run.records[0]
-    full = [max(model.ffn_hidden_size, *first["ffn_width"])] * model.num_layers
-    target = [run.config.target_ffn_hidden_size] * model.num_layers
     # The records' first tokens may lie after the run's: one that began from another's checkpoint.
-    done = first["tokens"] - run.config.batch_tokens
-    width, live = first["ffn_width"], first["ffn_live"]
-    rates = [per_token(widths) for widths in (width, full, live, target)]
+    done = run.records[0].tokens - run.config.batch_tokens
+    live, stored = run.records[0].live, run.records[0].stored
+    shapes = (shape_of(model, stored), Shape.full(model), shape_of(model, live))
+    rates = [*map(per_token, shapes), per_token(target_shape(run.config))]
     total = Cost([], [], [], [], [])
     columns = (total.this_run, total.masks_only, total.ideal, total.from_scratch)
     sums = [0.0, 0.0, 0.0, 0.0]
     for record in run.records:
-        tokens = record["tokens"] - done
+        tokens = record.tokens - done
         for i, column in enumerate(columns):
             sums[i] += tokens * rates[i]
             column.append(sums[i])
-        total.tokens.append(record["tokens"])
-        done = record["tokens"]
-        # Neighbours with equal widths share their lists, see read_metrics.
-        if record["ffn_width"] is not width:
-            width = record["ffn_width"]
-            rates[0] = per_token(width)
-        if record["ffn_live"] is not live:
-            live = record["ffn_live"]
-            rates[2] = per_token(live)
+        total.tokens.append(record.tokens)
+        done = record.tokens
+        # Neighbours with equal counts share them, see Record.parse.
+        if record.stored is not stored:
+            stored = record.stored
+            rates[0] = per_token(shape_of(model, stored))
+        if record.live is not live:
+            live = record.live
+            rates[2] = per_token(shape_of(model, live))
     return total

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import statistics
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from megatron_idea import config as configuration
-from megatron_idea.records.readable import human_count, human_duration
+from megatron_idea.records.readable import human_amount, human_count, human_duration, spread
+from megatron_idea.records.record import Record
 from megatron_idea.records.terminal import CONTROL
 from megatron_idea.report import charts, tables
 from megatron_idea.report.chart import SHADES, Figure, Table
 from megatron_idea.report.cost import cost
-from megatron_idea.report.run import Run, spread
+from megatron_idea.report.run import Run, mean_of, named
 from megatron_idea.report.samples import samples
 from megatron_idea.report.svg import SIZE, figure
 
@@ -84,20 +83,20 @@ def _broken(run: Run) -> str:
 
 def _subtitle(run: Run) -> str:
     total = human_count(run.config.schedule.total_tokens)
-    steps = f"{run.records[-1]['step']:,} steps"
+    steps = f"{run.records[-1].step:,} steps"
     if run.is_finished:
         return f"finished: {human_count(run.tokens)} tokens in {steps}"
     done = f"{human_count(run.tokens)} of {total} tokens ({tables.share(run):.0%}) in {steps}"
-    return f"not finished: {done}; in phase {run.records[-1]['phase']}"
+    return f"not finished: {done}; in phase {run.records[-1].phase}"
 
 
 def _tiles(run: Run) -> str:
-    """The answer in six numbers."""
+    """The answer in a few numbers."""
     first, last = run.records[0], run.records[-1]
     sums, closing = cost(run), tables.closing(run)
     tiles = [
         ("parameters", run.parameters(last), f"began with {run.parameters(first)}"),
-        ("FFN width", _mean_width(last), f"{_by_layer(last)}began with {_mean_width(first)}"),
+        *(_units(axis, first, last) for axis in run.axes),
     ]
     losses = run.evaluations()
     if losses:
@@ -106,24 +105,22 @@ def _tiles(run: Run) -> str:
     speeds = [row for row in closing.rows if row[0] == "training tokens/s"]
     if speeds:
         before = [cell for cell in speeds[0][1:-1] if cell]
-        note = f"at full width {before[0]}" if before else "of training steps"
+        note = f"at full size {before[0]}" if before else "of training steps"
         tiles.append(("tokens/s, median", speeds[0][-1] or "-", note))
     saved = 1 - sums.this_run[-1] / sums.masks_only[-1]
-    note = f"{saved:.0%} less than at full width" if saved > 0 else "all at full width"
-    tiles.append(("training compute", tables.flops(sums.this_run[-1]), note))
-    seconds = sum(record.get("step_s", 0.0) for record in run.records)
+    note = f"{saved:.0%} less than at full size" if saved > 0 else "all at full size"
+    tiles.append(("training compute", human_amount(sums.this_run[-1], "FLOPs"), note))
+    seconds = sum(record.step_s for record in run.records)
     if seconds:
         tiles.append(("time of training steps", human_duration(seconds), tables.on_processes(run)))
     return f'<dl class="tiles">{"".join(_tile(*tile) for tile in tiles)}</dl>'
 
 
-def _mean_width(record: dict[str, Any]) -> str:
-    return f"{statistics.fmean(record['ffn_live']):,.0f}"
-
-
-def _by_layer(record: dict[str, Any]) -> str:
-    live = record["ffn_live"]
-    return f"{spread(live)} by layer, " if min(live) < max(live) else ""
+def _units(axis: str, first: Record, last: Record) -> tuple[str, str, str]:
+    """Live units of an axis, now and at first."""
+    mean, live = mean_of("live", axis), last.live[axis]
+    by_layer = f"{spread(live)} by layer, " if min(live) < max(live) else ""
+    return named(axis), f"{mean(last):,.0f}", f"{by_layer}began with {mean(first):,.0f}"
 
 
 def _tile(name: str, value: str, note: str) -> str:
@@ -148,7 +145,7 @@ def _layers(run: Run) -> str:
     return (
         ("<h2>Layers</h2>" if figures or scores else "")
         + (_charts(figures) if figures else "")
-        + (f'<h2>Importance of neurons</h2><div class="charts slides">{row}</div>' if row else "")
+        + (f'<h2>Importance</h2><div class="charts slides">{row}</div>' if row else "")
     )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idea.config import Config, load
-from megatron_idea.course import parameter_count
 from megatron_idea.errors import UserError
 from megatron_idea.records.read import (
     EVENTS,
@@ -25,6 +24,8 @@ from megatron_idea.records.read import (
     read_scores,
 )
 from megatron_idea.records.readable import human_count
+from megatron_idea.records.record import Record
+from megatron_idea.shape import LAYER_AXES, UNITS
 
 # Points of a curve: about as many as a wide chart has columns of pixels.
 MOST_POINTS = 800
@@ -37,7 +38,7 @@ class Run:
 
     run_dir: Path
     config: Config
-    records: list[dict[str, Any]]
+    records: list[Record]
     events: list[dict[str, Any]]
     scores: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -51,7 +52,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Consumed so far."""
-        return self.records[-1]["tokens"]
+        return self.records[-1].tokens
 
     @property
     def is_finished(self) -> bool:
@@ -60,6 +61,11 @@ class Run:
     @property
     def prunes(self) -> bool:
         return self.config.prune.strategy != "none"
+
+    @property
+    def axes(self) -> list[str]:
+        """The axes that its records have counts of."""
+        return list(self.records[0].live)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] == kind]
@@ -74,8 +80,9 @@ class Run:
         by_step = {event["step"]: event for event in self.of_kind("compacted")}
         return [by_step[step] for step in sorted(by_step)]
 
-    def parameters(self, record: dict[str, Any]) -> str:
-        return human_count(parameter_count(self.config.model, record["ffn_width"]).total)
+    def parameters(self, record: Record) -> str:
+        model = self.config.model
+        return human_count(record.shape(model).parameters(model).total)
 
 
 def read_run(run_dir: Path) -> Run:
@@ -100,7 +107,10 @@ def _read_run(run_dir: Path, _stamp: tuple[tuple[int, int], ...]) -> Run:
     config = load(run_dir / "config.yaml")
     records = _in_order(read_metrics(run_dir, broken), config, broken)
     if not records:
-        raise UserError(f"{run_dir / METRICS} has no records: the run has not finished a step")
+        why = "the run has not finished a step"
+        if broken:
+            why = f"none of its {len(broken):,} lines is a record of this version"
+        raise UserError(f"{run_dir / METRICS} has no records: {why}")
     return Run(
         run_dir,
         config,
@@ -111,36 +121,30 @@ def _read_run(run_dir: Path, _stamp: tuple[tuple[int, int], ...]) -> Run:
             if event.keys() >= _OF_EVENTS.get(event["kind"], set())
         ],
         _score_records(read_scores(run_dir, broken)),
-        [one for one in read_samples(run_dir, broken) if one["step"] <= records[-1]["step"]],
+        [one for one in read_samples(run_dir, broken) if one["step"] <= records[-1].step],
         tuple(broken),
     )
 
 
-# What is drawn of a record; older ones lack some of the rest.
-_OF_RECORDS = {"phase", "loss", "ffn_live", "ffn_width"}
-_OF_EVENTS = {
-    "evaluated": {"step", "tokens", "val_loss"},
-    "compacted": {"step", "tokens", "widths_before", "widths_after"},
-}
+# What is drawn of an event.
+_OF_EVENTS = {"evaluated": {"step", "tokens", "val_loss"}, "compacted": {"step", "tokens"}}
 
 
-def _in_order(
-    records: Sequence[dict[str, Any]], config: Config, broken: list[str]
-) -> list[dict[str, Any]]:
+def _in_order(records: Sequence[Record], config: Config, broken: list[str]) -> list[Record]:
     """Records of this model that go forward; the others are added to ``broken``."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Record] = []
     step = tokens = 0
     for record in records:
         if (
-            record.keys() >= _OF_RECORDS
-            and len(record["ffn_live"]) == len(record["ffn_width"]) == config.model.num_layers
-            and record["step"] > step
-            and record["tokens"] > tokens
+            record.is_of(config.model)
+            and record.live.keys() == (kept or [record])[0].live.keys()
+            and record.step > step
+            and record.tokens > tokens
         ):
             kept.append(record)
-            step, tokens = record["step"], record["tokens"]
+            step, tokens = record.step, record.tokens
         else:
-            broken.append(f"{METRICS}, step {record['step']}")
+            broken.append(f"{METRICS}, step {record.step}")
     return kept
 
 
@@ -220,7 +224,7 @@ class Curve:
 
 def curve(
     run: Run,
-    value: Callable[[dict[str, Any]], float],
+    value: Callable[[Record], float],
     middle: Callable[[Sequence[float]], float] = statistics.fmean,
 ) -> Curve:
     """Thin a quantity of the records; values that are not finite are left out of their group."""
@@ -231,7 +235,7 @@ def curve(
     for end in range(first, len(run.records) + 1, size):
         group = run.records[max(0, end - size) : end]
         values = [v for v in map(value, group) if math.isfinite(v)]
-        thinned.tokens.append(group[-1]["tokens"])
+        thinned.tokens.append(group[-1].tokens)
         thinned.middle.append(middle(values) if values else math.nan)
         thinned.low.append(min(values, default=math.nan))
         thinned.high.append(max(values, default=math.nan))
@@ -255,30 +259,29 @@ def smooth(
     return result
 
 
-def mean_of(key: str) -> Callable[[dict[str, Any]], float]:
-    """The mean over layers of a recorded list."""
+def mean_of(which: str, axis: str) -> Callable[[Record], float]:
+    """Read the mean over layers of an axis' ``live`` or ``stored`` units."""
     seen: list[Any] = [None, 0.0]
 
-    def read(record: dict[str, Any]) -> float:
-        # Neighbouring records share their list, see read_metrics.
-        if record[key] is not seen[0]:
-            seen[:] = record[key], statistics.fmean(record[key])
+    def read(record: Record) -> float:
+        counts = getattr(record, which)[axis]
+        if counts is not seen[0]:  # neighbours share their lists, see Record.parse
+            seen[:] = counts, statistics.fmean(counts)
         return seen[1]
 
     return read
 
 
-def number(key: str) -> Callable[[dict[str, Any]], float]:
-    """A recorded number; a gap where it is missing."""
+def number(field: str) -> Callable[[Record], float]:
+    """Read a number; a gap where it is not known."""
 
-    def read(record: dict[str, Any]) -> float:
-        value = record.get(key)
+    def read(record: Record) -> float:
+        value = getattr(record, field)
         return math.nan if value is None else float(value)
 
     return read
 
 
-def spread(widths: Sequence[int]) -> str:
-    """Widths of all layers in a few characters."""
-    low, high = min(widths), max(widths)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+def named(axis: str) -> str:
+    """Name what an axis counts: neurons per layer, channels."""
+    return f"{UNITS[axis]}s per layer" if axis in LAYER_AXES else f"{UNITS[axis]}s"

@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from megatron_idea.records.readable import human_count
-from megatron_idea.report.run import Run
+from megatron_idea.report.run import Run, mean_of
+from megatron_idea.shape import UNITS
 
 # Prompts, those that were continued last, and texts of each, spread over the run: the first and
 # the last are among them.
@@ -86,10 +87,10 @@ def _when(run: Run, record: dict[str, Any]) -> str:
     tokens = record.get("tokens")
     when = [f"{human_count(tokens)} tokens" if isinstance(tokens, (int, float)) else ""]
     # A sample is written after its step's record.
-    index = bisect.bisect_right(run.records, record["step"], key=lambda one: one["step"]) - 1
+    index = bisect.bisect_right(run.records, record["step"], key=lambda one: one.step) - 1
     now = run.records[max(0, index)]
     when += [f"step {record['step']:,}"] if not when[0] else []
     if run.prunes:
-        live = sum(now["ffn_live"]) / len(now["ffn_live"])
-        when += [now["phase"], f"{live:,.0f} neurons"]
+        live = (f"{mean_of('live', axis)(now):,.0f} {UNITS[axis]}s" for axis in run.axes)
+        when += [now.phase, *live]
     return ", ".join(part for part in when if part)

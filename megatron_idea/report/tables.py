@@ -8,17 +8,25 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import rich.table
 from rich.console import Group
-from rich.text import Text
 
 from megatron_idea.config import Config
-from megatron_idea.records.readable import human_count, human_duration
-from megatron_idea.report.chart import Table, colours_of, scaled
+from megatron_idea.records.readable import (
+    human_amount,
+    human_count,
+    human_duration,
+    scaled,
+    spread,
+)
+from megatron_idea.records.record import Record
+from megatron_idea.records.terminal import table
+from megatron_idea.report.chart import Table, colours_of
 from megatron_idea.report.cost import cost
+from megatron_idea.report.events import describe
 from megatron_idea.report.recovery import WINDOW_STEPS, Removal, removals
-from megatron_idea.report.run import Run, labels, smooth, spread
+from megatron_idea.report.run import Run, labels, mean_of, named, smooth
 from megatron_idea.schedule import phase_ends
+from megatron_idea.shape import UNITS
 
 # Steps at the start of a stretch whose speed says nothing: warm-up, allocation, first compilation.
 SETTLING_STEPS = 5
@@ -31,9 +39,9 @@ def closing(run: Run) -> Table:
     """
     moments = _moments(run)
     rows = [
-        ("consumed tokens", [human_count(moment["tokens"]) for moment in moments.values()]),
+        ("consumed tokens", [human_count(moment.tokens) for moment in moments.values()]),
         ("parameters", [run.parameters(moment) for moment in moments.values()]),
-        ("FFN width", [_width(moment) for moment in moments.values()]),
+        *((named(axis), [_units(m, axis) for m in moments.values()]) for axis in run.axes),
         ("held-out loss", [_held_out(run, moment) for moment in moments.values()]),
         ("training tokens/s", _speeds(run, len(moments))),
     ]
@@ -41,54 +49,51 @@ def closing(run: Run) -> Table:
     return Table("At a glance", ("", *moments), shown, _compaction_check(run))
 
 
-def _moments(run: Run) -> dict[str, dict[str, Any]]:
+def _moments(run: Run) -> dict[str, Record]:
     """The records a reader wants side by side, by the name of their column, oldest first."""
     ends = phase_ends(run.config.schedule)
-    moments = {"start": {**run.records[0], "step": 0, "tokens": 0}}
+    moments = {"start": dataclasses.replace(run.records[0], step=0, tokens=0)}
     for phase, name in (("enlarged", "enlarged"), ("prune", "pruned")) if run.prunes else ():
-        index = bisect.bisect_left(run.records, ends[phase], key=lambda record: record["tokens"])
+        index = bisect.bisect_left(run.records, ends[phase], key=lambda record: record.tokens)
         for record in run.records[index : index + 1]:
             # One that began from another run's checkpoint may have been there before.
-            if record["tokens"] - run.config.batch_tokens < ends[phase]:
+            if record.tokens - run.config.batch_tokens < ends[phase]:
                 moments[name] = record
     moments["end" if run.is_finished else "so far"] = run.records[-1]
     return moments
 
 
-def _width(moment: dict[str, Any]) -> str:
-    width, live = _range(moment["ffn_width"]), _range(moment["ffn_live"])
-    return width if live == width else f"{width} (live {live})"
+def _units(moment: Record, axis: str) -> str:
+    stored, live = _range(moment.stored[axis]), _range(moment.live[axis])
+    return stored if live == stored else f"{stored} (live {live})"
 
 
-def _range(widths: Sequence[int]) -> str:
-    """One width, or the mean over layers and the extremes."""
-    low, high = min(widths), max(widths)
-    return str(low) if low == high else f"{statistics.fmean(widths):.0f} [{low}-{high}]"
+def _range(counts: Sequence[int]) -> str:
+    """One count, or the mean over layers and the extremes."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{statistics.fmean(counts):.0f} [{low}-{high}]"
 
 
-def _held_out(run: Run, moment: dict[str, Any]) -> str:
+def _held_out(run: Run, moment: Record) -> str:
     for event in run.evaluations():
-        if event["step"] == moment["step"]:
+        if event["step"] == moment.step:
             return f"{event['val_loss']:.4f}"
     return ""
 
 
 def _speeds(run: Run, columns: int) -> list[str]:
-    """Median tokens/s at the full width under the column in which it ends, and at the last one."""
+    """Median tokens/s at full size under the column in which it ends, and at the last size."""
+    first, last = run.records[0], run.records[-1]
     cells = [""] * columns
-    cells[-1] = speed(run, run.records[-1]["ffn_width"])
-    if run.records[0]["ffn_width"] != run.records[-1]["ffn_width"]:
-        cells[1] = speed(run, run.records[0]["ffn_width"])
+    cells[-1] = speed(run, last)
+    if first.stored != last.stored:
+        cells[1] = speed(run, first)
     return cells
 
 
-def speed(run: Run, ffn_width: Sequence[int]) -> str:
-    """Median tokens/s at these widths; nothing when they were not held for long enough."""
-    speeds = [
-        r["tokens_per_s"]
-        for r in run.records
-        if r["ffn_width"] == ffn_width and "tokens_per_s" in r
-    ]
+def speed(run: Run, like: Record) -> str:
+    """Median tokens/s in the shape of ``like``; nothing when it was not held for long enough."""
+    speeds = [record.tokens_per_s for record in run.records if record.stored == like.stored]
     settled = speeds[SETTLING_STEPS:]
     return human_count(statistics.median(settled)) if settled else ""
 
@@ -112,7 +117,7 @@ def removed(run: Run) -> Table | None:
             f"{removal.what}, step {removal.step:,}",
             _jump(removal),
             _recovery(removal),
-            f"{spread(removal.before)} → {spread(removal.after)}",
+            _gone(removal),
             human_count(removal.tokens),
             *_effort(removal),
         )
@@ -122,14 +127,24 @@ def removed(run: Run) -> Table | None:
         return None
     return Table(
         "Removals, and how the loss took them",
-        ("event", "loss jump (nats)", "tokens to recover", "FFN neurons per layer", "at tokens",
-         "time", "moved neurons", "peak memory"),
+        ("event", "loss jump (nats)", "tokens to recover", "removed", "at tokens",
+         "time", "moved units", "peak memory"),
         rows,
         f"Loss jump: mean training loss of {WINDOW_STEPS} steps after minus {WINDOW_STEPS} before, "
         "± its standard error; it includes the loss's own fall. Recovered: as many steps are on "
         "average no worse than those before. ~ where the jump is within two standard errors of 0: "
         "there both say more about noise than about the removal.",
     )  # fmt: skip
+
+
+def _gone(removal: Removal) -> str:
+    """Units before and after, along the axes that changed."""
+    pairs = ((axis, removal.before[axis], after) for axis, after in removal.after.items())
+    return ", ".join(
+        f"{spread(before)} → {spread(after)} {named(axis)}"
+        for axis, before, after in pairs
+        if before != after
+    )
 
 
 def _jump(removal: Removal) -> str:
@@ -152,19 +167,9 @@ def _effort(removal: Removal) -> tuple[str, str, str]:
     event = removal.compaction or {}
     return (
         f"{event['seconds']:.2f} s" if "seconds" in event else "",
-        f"{event['moved_neurons']:,}" if "moved_neurons" in event else "",
-        _bytes(event["peak_bytes"]) if "peak_bytes" in event else "",
+        f"{event['moved_units']:,}" if "moved_units" in event else "",
+        human_amount(event["peak_bytes"], "B") if event.get("peak_bytes") else "",
     )
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
-
-
-def flops(number: float) -> str:
-    """FLOPs with a prefix: 12.4 TFLOPs."""
-    divisor, unit = scaled(number, "FLOPs")
-    return f"{number / divisor:.3g} {unit}"
 
 
 def spent(run: Run) -> Table:
@@ -175,10 +180,10 @@ def spent(run: Run) -> Table:
     if run.prunes:
         lines += [
             ("masks only, nothing compacted", sums.masks_only[-1]),
-            ("ideal: masked is not computed", sums.ideal[-1]),
-            ("target width from scratch", scratch),
+            ("ideal: removed is not computed", sums.ideal[-1]),
+            ("target from scratch", scratch),
         ]
-    rows = [(name, flops(value), f"{value / scratch:.2f}") for name, value in lines]
+    rows = [(name, human_amount(value, "FLOPs"), f"{value / scratch:.2f}") for name, value in lines]
     return Table(
         f"Compute for {human_count(run.tokens)} tokens",
         ("training run", "FLOPs", "x from scratch"),
@@ -189,7 +194,7 @@ def spent(run: Run) -> Table:
 
 def _time(run: Run) -> str:
     """Of what is recorded: evaluations are not."""
-    seconds = sum(record.get("step_s", 0.0) for record in run.records)
+    seconds = sum(record.step_s for record in run.records)
     if not seconds:
         return ""
     parts = [f"Training steps took {human_duration(seconds)} {on_processes(run)}".rstrip()]
@@ -226,40 +231,16 @@ def environment(run: Run) -> Table | None:
 
 def incidents(run: Run) -> Table | None:
     """What did not go by plan: stops, resumes, spikes, rollbacks, skipped steps."""
-    rows = [
-        (_INCIDENTS[event["kind"]], f"{event['step']:,}" if "step" in event else "", _said(event))
-        for event in run.events
-        if event["kind"] in _INCIDENTS
-    ]
-    skipped = run.records[-1].get("skipped")
-    if skipped:
-        rows.append(("steps skipped in all", "", f"{skipped:,d}"))
+    rows = [(describe(event),) for event in run.events if event["kind"] in INCIDENTS]
+    if skipped := run.records[-1].skipped:
+        rows.append((f"{skipped:,} steps skipped in all",))
     left_out = len(rows) - MOST_INCIDENTS
-    return None if not rows else Table(
-        "Incidents",
-        ("what", "step", ""),
-        rows[-MOST_INCIDENTS:],
-        f"The last {MOST_INCIDENTS}; {left_out:,} more in events.jsonl." if left_out > 0 else "",
-    )  # fmt: skip
+    note = f"The last {MOST_INCIDENTS}; {left_out:,} more in events.jsonl." if left_out > 0 else ""
+    return Table("Incidents", ("",), rows[-MOST_INCIDENTS:], note) if rows else None
 
 
+INCIDENTS = {"resumed", "signal", "spike", "rolled_back", "damaged"}
 MOST_INCIDENTS = 20
-
-_INCIDENTS = {
-    "resumed": "resumed",
-    "signal": "stopped by a signal",
-    "spike": "loss spike",
-    "rolled_back": "rolled back to",
-    "damaged": "damaged checkpoint",
-}
-
-
-def _said(event: dict[str, Any]) -> str:
-    if "loss" in event and "average" in event:
-        return f"loss {event['loss']:.3f}, usual {event['average']:.3f}"
-    if "from_step" in event:
-        return f"from {event['from_step']:,}"
-    return str(event.get("name", event.get("reason", "")))
 
 
 def compared(runs: Sequence[Run]) -> Table:
@@ -269,39 +250,33 @@ def compared(runs: Sequence[Run]) -> Table:
     divisor, unit = scaled(max(totals), "FLOPs")
     # One unit for all makes them comparable at a glance; not where it would leave nothing of some.
     alike = max(totals) < 1e4 * min(totals)
+    axes = list(dict.fromkeys(axis for run in runs for axis in run.axes))
     rows = []
     for run, name, total in zip(runs, labels(runs), totals, strict=True):
         last = run.records[-1]
         losses = [event["val_loss"] for event in run.evaluations()]
         done = "" if run.is_finished else f" ({share(run):.0%})"
-        training = smooth([record["loss"] for record in run.records[-200:]], window=99)[-1]
+        training = smooth([record.loss for record in run.records[-200:]], window=99)[-1]
         rows.append(
             (
                 name,
                 human_count(run.tokens) + done,
                 run.parameters(last),
-                f"{statistics.fmean(last['ffn_live']):.0f}",
+                *(f"{mean_of('live', a)(last):.0f}" if a in last.live else "-" for a in axes),
                 f"{losses[-1]:.4f}" if losses else "-",
                 f"{training:.4f}",
-                speed(run, last["ffn_width"]) or "-",
-                f"{total / divisor:.3g}" if alike else flops(total),
+                speed(run, last) or "-",
+                f"{total / divisor:.3g}" if alike else human_amount(total, "FLOPs"),
             )
         )
+    columns = ("run", "tokens", "params", *(f"{UNITS[axis]}s" for axis in axes))
+    columns += ("held-out", "training", "tokens/s", unit if alike else "compute")
     return Table(
         "Runs side by side",
-        (
-            "run",
-            "tokens",
-            "params",
-            "FFN",
-            "held-out",
-            "training",
-            "tokens/s",
-            unit if alike else "compute",
-        ),
+        columns,
         rows,
-        "As the runs are now. FFN: live neurons, mean over layers. Held-out and training loss in "
-        "nats per token; training: mean of the last 100 steps.",
+        "As the runs are now. Units are those alive, mean over layers. Held-out and training loss "
+        "in nats per token; training: mean of the last 100 steps.",
         colours_of(len(runs)),
     )
 
@@ -344,19 +319,6 @@ def share(run: Run) -> float:
     return min(1.0, run.tokens / run.config.schedule.total_tokens)
 
 
-def in_terminal(table: Table) -> Group:
-    """For a console: without a title, the first column to the left; its note below."""
-    drawn = rich.table.Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(table.columns):
-        # A long name of a run gives way, numbers do not.
-        drawn.add_column(
-            Text(name),
-            justify="right" if number else "left",
-            no_wrap=bool(number),
-            overflow="ellipsis" if number else "fold",
-            min_width=10 if number == 0 else None,
-        )
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))  # a string would be read as rich's markup
-    # Not the table's caption: that would be broken where the cells end.
-    return Group(drawn, Text(table.note, style="dim")) if table.note else Group(drawn)
+def in_terminal(given: Table) -> Group:
+    """Lay a table out for a console, without its title."""
+    return table(given.columns, given.rows, note=given.note)
