@@ -308,7 +308,7 @@ class PruneConfig:
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 
     def __post_init__(self) -> None:
-        _one_of("prune.strategy", self.strategy, ("idea", "magnitude", "random", "none"))
+        _one_of("prune.strategy", self.strategy, ("idea", "random", "magnitude", "none"))
         _one_of("prune.element", self.element, ("abs", "squared", "signed"))
         _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
         _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))
@@ -456,11 +456,6 @@ class Config:
         if self.prune.strategy == "none":
             return self.model.ffn_hidden_size
         return self.prune.target.ffn_hidden_size
-
-    @property
-    def final_keep_ratio(self) -> float:
-        """Share of FFN neurons alive at the end, in (0, 1]."""
-        return self.target_ffn_hidden_size / self.model.ffn_hidden_size
 
     @property
     def ffn_multiple(self) -> int:

@@ -9,8 +9,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from megatron_idea.config import Config
-from megatron_idea.schedule import keep_count, keep_ratio, removal_window, removed
-from megatron_idea.shape import Shape, due_counts
+from megatron_idea.schedule import removal_window, removed
+from megatron_idea.shape import Shape, due_counts, live_count
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def live_at_step(config: Config, step: int) -> dict[str, int]:
     if tokens < removal_window(config.schedule)[1]:
         tokens -= step % config.prune.mask_interval_steps * config.batch_tokens
     return {
-        axis: keep_count(keep_ratio(config.schedule, tokens, gone.target / gone.full), gone.full)
+        axis: live_count(gone.full, gone.target, removed(config.schedule, tokens))
         for axis, gone in _removals(config).items()
     }
 

@@ -84,16 +84,6 @@ def removed(schedule: ScheduleConfig, tokens: int) -> float:
     return 1.0 - (1.0 - (tokens - start) / (end - start)) ** 3
 
 
-def keep_ratio(schedule: ScheduleConfig, tokens: int, final_keep_ratio: float) -> float:
-    """Share of FFN neurons alive once ``tokens`` tokens are consumed, in [final_keep_ratio, 1]."""
-    return 1.0 - removed(schedule, tokens) * (1.0 - final_keep_ratio)
-
-
-def keep_count(ratio: float, ffn_hidden_size: int) -> int:
-    """Neurons kept in one layer of the enlarged width: ``ratio`` x width, rounded to nearest."""
-    return round(ratio * ffn_hidden_size)
-
-
 def gathers_scores(schedule: ScheduleConfig, tokens: int) -> bool:
     """Whether importance is observed in the step that ends at ``tokens``: the prune phase."""
     ends = phase_ends(schedule)

@@ -161,6 +161,11 @@ class Shape:
         return Shape(values["hidden_size"], layers)
 
 
+def live_count(full: int, target: int, removed: float) -> int:
+    """Count the units alive when ``removed`` of all that is to go has gone, rounded to nearest."""
+    return round(full - removed * (full - target))
+
+
 def round_up(count: int, multiple: int) -> int:
     """Return the smallest multiple of ``multiple`` that is at least ``count``; never zero."""
     return max(1, -(-count // multiple)) * multiple

@@ -236,7 +236,6 @@ def test_interleaving_needs_whole_rounds_of_micro_batches() -> None:
 def test_plain_training_ignores_the_target_width() -> None:
     config = replace(Config(), prune={"strategy": "none", "target": {"ffn_hidden_size": 7}})
     validate(config, 1)
-    assert config.final_keep_ratio == 1.0
     assert config.target_ffn_hidden_size == config.model.ffn_hidden_size
 
 

@@ -56,7 +56,9 @@ def test_a_second_writer_is_told_who_is_first(tmp_path: Path) -> None:
 def test_a_killed_process_is_replaced_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    code = f"import time; from megatron_idea.lock import RunLock; RunLock({str(tmp_path)!r})"
+    code = (
+        f"import time; from megatron_idea.records.lock import RunLock; RunLock({str(tmp_path)!r})"
+    )
     code += ".acquire(); print('held', flush=True); time.sleep(60)"
     environment = os.environ | {"SLURM_JOB_ID": "77"}
     with subprocess.Popen(

@@ -183,8 +183,9 @@ def test_a_run_ends_at_the_target(workers: Workers, tiny: Config, strategy: str)
     config = replace(tiny, prune={"strategy": strategy})
     assert workers.run(_train, 1, config) == [24]
     records = read_metrics(Path(config.run_dir))
-    live = [record["ffn_live"] for record in records]
-    assert live[0] == [64, 64] and live[-1] == records[-1]["ffn_width"] == [24, 24]
+    axis = "ffn_hidden_size"
+    live = [record.live[axis] for record in records]
+    assert live[0] == [64, 64] and live[-1] == records[-1].stored[axis] == [24, 24]
     assert live == sorted(live, reverse=True)
-    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1].loss < records[0].loss
     assert any(event["kind"] == "compacted" for event in read_events(Path(config.run_dir)))

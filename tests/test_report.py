@@ -46,7 +46,7 @@ from megatron_idea.report.page import page
 from megatron_idea.report.recovery import WINDOW_STEPS, removals
 from megatron_idea.report.run import Run, read_run
 from megatron_idea.report.svg import figure
-from megatron_idea.schedule import keep_ratio, learning_rate, phase, phase_ended
+from megatron_idea.schedule import learning_rate, phase, phase_ended, removed
 from megatron_idea.shape import Shape
 
 BATCH = 8 * 256
@@ -86,8 +86,8 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
     with open(run_dir / "metrics.jsonl", "w") as file:
         for step in range(1, (steps or num_steps(config)) + 1):
             before, tokens = (step - 1) * config.batch_tokens, step * config.batch_tokens
-            keep = keep_ratio(schedule, tokens, config.final_keep_ratio)
-            loss = 2.4 + 5.2 * math.exp(-step / 40) + 0.12 * (1 - keep) - 0.4 * step / 400
+            gone = removed(schedule, tokens) * 0.625
+            loss = 2.4 + 5.2 * math.exp(-step / 40) + 0.12 * gone - 0.4 * step / 400
             speed = 9.0e6 / (400 + stored[0]) * rng.uniform(0.94, 1.06)
             if tokens in changes:
                 evaluated(step, loss, "compaction_before")

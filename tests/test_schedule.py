@@ -11,8 +11,6 @@ from megatron_idea.schedule import (
     PHASES,
     crossed,
     gathers_scores,
-    keep_count,
-    keep_ratio,
     learning_rate,
     phase,
     phase_ended,
@@ -20,6 +18,7 @@ from megatron_idea.schedule import (
     removal_window,
     removed,
 )
+from megatron_idea.shape import live_count
 
 TOTAL = 2_000_000
 PAPER = ScheduleConfig(total_tokens=TOTAL, lr=0.01, min_lr=5e-5, lr_warmup_fraction=0.0)
@@ -119,27 +118,17 @@ def test_what_is_removed_is_a_share_that_never_falls(
     assert gone == sorted(gone) and 0.0 <= gone[0] <= gone[-1] <= 1.0
 
 
-def test_the_keep_ratio_falls_from_one_to_its_target_as_removal_goes_on() -> None:
-    start, end = removal_window(PAPER)
-    halfway = round((start + end) / 2)
-    assert keep_ratio(PAPER, int(start), R) == 1.0
-    assert keep_ratio(PAPER, halfway, R) == pytest.approx(1.0 - 0.875 * (1.0 - R), abs=1e-5)
-    assert keep_ratio(PAPER, end, R) == R
-
-
-def test_the_last_keep_count_is_the_target_width() -> None:
+def test_the_last_live_count_is_the_target() -> None:
     for full, target in ((16384, 6144), (1024, 384), (8192, 3072), (1000, 333)):
-        assert keep_count(keep_ratio(PAPER, TOTAL, target / full), full) == target
+        assert live_count(full, target, removed(PAPER, TOTAL)) == target
 
 
-@given(schedules(), st.floats(0.01, 1.0), st.lists(st.floats(0, 1), min_size=2, max_size=20))
-def test_keep_counts_never_grow(
-    schedule: ScheduleConfig, final: float, shares: list[float]
-) -> None:
+@given(schedules(), st.integers(1, 16384), st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_live_counts_never_grow(schedule: ScheduleConfig, target: int, shares: list[float]) -> None:
     tokens = sorted(int(share * schedule.total_tokens) for share in shares)
-    counts = [keep_count(keep_ratio(schedule, t, final), 16384) for t in tokens]
+    counts = [live_count(16384, target, removed(schedule, t)) for t in tokens]
     assert counts == sorted(counts, reverse=True)
-    assert all(round(final * 16384) <= count <= 16384 for count in counts)
+    assert all(target <= count <= 16384 for count in counts)
 
 
 @given(schedules(), st.floats(0, 1))

@@ -14,7 +14,7 @@ import pytest
 from megatron_idea.config import validate
 from megatron_idea.course import flops_between
 from megatron_idea.records.read import read_events, read_metrics
-from megatron_idea.schedule import keep_ratio
+from megatron_idea.schedule import removed as share_removed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STEPS = 20
@@ -59,7 +59,7 @@ def test_the_loss_is_measured_right_after_a_one_shot_removal(
     config = signs.arm_config(name, 0, steps, str(dataset), tmp_path)
     batch = config.batch_tokens
     removed = next(
-        step for step in range(steps) if keep_ratio(config.schedule, step * batch, 0.375) < 1
+        step for step in range(steps) if share_removed(config.schedule, step * batch) > 0
     )
     assert removed * batch % config.evaluation.every_tokens == 0
     assert removed % config.prune.mask_interval_steps == 0

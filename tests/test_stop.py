@@ -138,7 +138,7 @@ def test_an_echo_of_a_signal_is_not_a_second_one(monkeypatch: pytest.MonkeyPatch
 
 DEAF = """
 import ctypes, threading
-from megatron_idea.launcher import PassOn
+from megatron_idea.engine.launcher import PassOn
 with PassOn("no worker"):
     print("waiting", flush=True)
     mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)

@@ -58,7 +58,7 @@ def train_once(rendezvous: str, config: Config, signal_at: int = 0) -> tuple[int
 def computed(config: Config) -> list[dict[str, Any]]:
     """The records without what the clock and the machine put in."""
     records = read_metrics(Path(config.run_dir))
-    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
+    return [{k: v for k, v in r.as_dict().items() if k not in MEASURED} for r in records]
 
 
 def kinds(config: Config) -> list[str]:

@@ -38,8 +38,6 @@ class Axis:
 
     name: str
     """As in the model's configuration."""
-    unit: str
-    """What one is called."""
     is_per_layer: bool
     """Whether every layer has units of its own; else they belong to the model."""
     is_split: bool
@@ -53,20 +51,18 @@ AXES = {
     for axis in (
         Axis(
             "ffn_hidden_size",
-            "neuron",
             is_per_layer=True,
             is_split=True,
             matrices=("gate", "up", "down"),
         ),
         Axis(
             "num_query_groups",
-            "KV group",
             is_per_layer=True,
             is_split=True,
             matrices=("query", "key", "value", "projection"),
         ),
-        Axis("hidden_size", "channel", is_per_layer=False, is_split=False),
-        Axis("num_layers", "layer", is_per_layer=False, is_split=False),
+        Axis("hidden_size", is_per_layer=False, is_split=False),
+        Axis("num_layers", is_per_layer=False, is_split=False),
     )
 }
 

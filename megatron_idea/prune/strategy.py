@@ -18,6 +18,7 @@ from megatron_idea.config import PruneConfig
 from megatron_idea.engine.distributed import on_device
 from megatron_idea.guard import DivergedError
 from megatron_idea.prune.plan import Units, live_counts
+from megatron_idea.shape import live_count
 
 Counts = Mapping[str, list[int]]
 """Axis -> units to keep: one number a layer, or one for an axis of the model."""
@@ -61,8 +62,8 @@ class Goal:
     """Counts at the end of the run are multiples of this."""
 
     def live(self, removed: float) -> int:
-        """Units alive when ``removed`` of all that is to go has gone, rounded to nearest."""
-        return round(self.full - removed * (self.full - self.target))
+        """Count the units alive when ``removed`` of all that is to go has gone."""
+        return live_count(self.full, self.target, removed)
 
 
 class Strategy(Protocol):

@@ -15,9 +15,10 @@ from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.engine.passes import at_least, through
 from megatron_idea.engine.shards import MOMENTS, slot
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.axis import AXES, Share
+from megatron_idea.prune.axis import Share
 from megatron_idea.prune.plan import StoredUnits
 from megatron_idea.prune.units import named_shares
+from megatron_idea.shape import UNITS
 
 # Mean absolute change of a token's loss, in nats. Leaving masked neurons out changes nothing but
 # the order of summation: at most 2e-7 (fp32) and 3e-4 (bf16) at the quickstart's shape, where a
@@ -99,7 +100,7 @@ def check(before: Fingerprint, after: Fingerprint, trainable: Trainable) -> floa
             if wrong:
                 raise CompactionError(
                     f"compaction changed the state of {len(wrong)} of {len(sums)} "
-                    f"{AXES[axis].unit}s in layer {layer}, the first is {min(wrong)}"
+                    f"{UNITS[axis]}s in layer {layer}, the first is {min(wrong)}"
                 )
         if not change <= limit:
             raise CompactionError(
