@@ -57,7 +57,7 @@ def test_the_quickstart_ends_with_a_pruned_model_and_can_be_called_again(tmp_pat
     assert len(shown) == 4  # at the start and at the end of each phase
     prompts = [sample["prompt"] for sample in read_samples(run_dir)]
     assert prompts == ["def ", "import "] * 4
-    for name in ("enlarged", "pruned", "FFN width", "parameters"):
+    for name in ("enlarged", "pruned", "neurons", "parameters"):
         assert name in first.stdout
     picture = run_dir / "report" / "run.png"
     assert str(picture) in first.stdout
