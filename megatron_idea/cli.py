@@ -385,9 +385,9 @@ def compact(
     ] = "",
 ) -> None:
     """Remove masked or unimportant neurons from a checkpoint on disk, optimizer state included."""
-    from megatron_idea.checkpoint.compact import compact_checkpoint, read_widths
+    from megatron_idea.checkpoint.compact import compact_checkpoint, read_sizes
 
-    say(str(compact_checkpoint(path, out, read_widths(to))))
+    say(str(compact_checkpoint(path, out, read_sizes(to))))
 
 
 @app.command()

@@ -183,6 +183,11 @@ class ParallelConfig:
         """Processes that hold one copy of the model: TP x PP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
+    @property
+    def num_stages(self) -> int:
+        """Model chunks over all pipeline ranks: PP x virtual PP."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
     def resolved(self, cuda: bool) -> ParallelConfig:
         """The same with every null decided, for a machine with or without CUDA."""
         reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
@@ -270,25 +275,62 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PruneTarget:
-    """The model that is shipped, in the words of the ``model`` section."""
+    """The model that is shipped, in the words of the ``model`` section; null: as the enlarged one.
 
-    ffn_hidden_size: int = 384
+    A configuration that has a target at all says all of it: what it leaves out is not pruned.
+    """
+
+    ffn_hidden_size: int | None = None
     """FFN width (mean over layers when ``prune.scope`` is global)."""
+    num_query_groups: int | None = None
+    """Key/value heads of a layer, each with its query heads (likewise a mean)."""
+    hidden_size: int | None = None
+    """Channels of the residual stream; ``kv_channels`` and the number of heads stay."""
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.counts.items():
+            _require(value > 0, f"prune.target.{name} is {value}; it must be positive")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is given, by axis."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class AxisGoal:
+    """Where an axis begins and where it is to end; per layer for neurons and KV groups."""
+
+    full: int
+    target: int
+    multiple: int
+    """Stored counts are multiples of this."""
+    final_multiple: int
+    """Those of the shipped model are multiples of this."""
+    block: int
+    """Units that are removed from memory together, but for the last."""
+    begin: float = 0.0
+    end: float = 1.0
+    """The part of the removal window in which the axis shrinks, in shares of the window."""
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Which neurons go. Defaults are our reading of IDEA Prune; docs/method.md argues each."""
+    """Which units go. Defaults are our reading of IDEA Prune; docs/method.md argues each."""
 
     strategy: str = "idea"
     """``idea``; ``random`` or ``magnitude``, to compare with; ``none``: train at full width."""
-    target: PruneTarget = field(default_factory=PruneTarget)
+    target: PruneTarget = field(default_factory=lambda: PruneTarget(ffn_hidden_size=384))
+    order: list[str] = field(default_factory=list)
+    """Axes one after the other, in equal parts of the removal window, as in ``[ffn_hidden_size,
+    num_query_groups+num_layers]``: axes with a plus between them shrink together. Empty: all do."""
     element: str = "abs"
     """Importance of one weight: ``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g."""
     row_reduce: str = "mean"
-    """Over the hidden_size weights of a neuron in a matrix: ``mean``, ``sum``, ``l2``, ``max``."""
+    """Over the weights of a unit in a matrix: ``mean``, ``sum``, ``l2``, ``max``."""
     matrix_reduce: str = "max"
-    """Over gate, up and down: ``max``, ``mean``, ``sum``."""
+    """Over the matrices that a unit has weights in: ``max``, ``mean``, ``sum``."""
     ema: float = 0.5
     """Coefficient of the moving average; which term it multiplies is ``ema_on``."""
     ema_on: str = "history"
@@ -297,13 +339,22 @@ class PruneConfig:
     mask_interval_steps: int = 1
     """Optimizer steps between mask updates; importance is averaged inside the interval."""
     compact: bool = True
-    """Remove masked neurons physically in blocks; False keeps masks to the end of the run."""
+    """Cut zeroed units out of memory in blocks; False keeps them, as zeros, to the end."""
     compaction_block: int = 0
     """Neurons per layer and compaction; 0: a sixteenth of the enlarged width, made legal."""
     alignment: int = 8
-    """Physical widths are multiples of TP x alignment (8 for bf16 GEMMs, 16 for FP8)."""
+    """Stored FFN widths are multiples of TP x alignment (8 for bf16 GEMMs, 16 for FP8)."""
+    channel_alignment: int = 64
+    """Stored hidden sizes are multiples of this."""
     serve_tensor_model_parallel_size: int = 0
-    """TP size of the servers: final widths are multiples of that x 128, too; 0 asks for nothing."""
+    """TP size of the servers: final FFN widths are multiples of that x 128, and final KV groups of
+    that, too; 0 asks for nothing."""
+    layer_candidates: int = 4
+    """Layers of the lowest scores, of which the one goes that raises the loss of the step's batch
+    least when it is left out; each costs a forward pass whenever a layer goes. 0: scores decide."""
+    norm_rescale: str = "none"
+    """When channels go: ``mean_square`` rescales each norm's gain so that its output keeps its
+    mean square on the step's batch, for a forward pass whenever channels go."""
     placement: str = "min"
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 
@@ -319,15 +370,23 @@ class PruneConfig:
         _one_of("prune.ema_on", self.ema_on, ("history", "new"))
         _one_of("prune.scope", self.scope, ("layer", "global"))
         _one_of("prune.placement", self.placement, ("min", "ordered"))
+        _one_of("prune.norm_rescale", self.norm_rescale, ("none", "mean_square"))
         _require(0 <= self.ema <= 1, f"prune.ema is {self.ema}; it must be in [0, 1]")
         _require(self.history < 1, "prune.ema keeps only history: scores would stay 0 for ever")
         _require(self.mask_interval_steps >= 1, "prune.mask_interval_steps must be at least 1")
-        _require(self.alignment >= 1, "prune.alignment must be at least 1")
-        _require(self.compaction_block >= 0, "prune.compaction_block must not be negative")
-        _require(
-            self.serve_tensor_model_parallel_size >= 0,
-            "prune.serve_tensor_model_parallel_size must not be negative",
-        )
+        for name in ("alignment", "channel_alignment"):
+            _require(getattr(self, name) >= 1, f"prune.{name} must be at least 1")
+        for name in ("compaction_block", "serve_tensor_model_parallel_size", "layer_candidates"):
+            _require(getattr(self, name) >= 0, f"prune.{name} must not be negative")
+        if self.order:
+            ordered = [axis for part in self.order for axis in part.split("+")]
+            for axis in ordered:
+                _one_of("an axis of prune.order", axis, tuple(self.target.counts))
+            _require(
+                sorted(ordered) == sorted(self.target.counts),
+                f"prune.order must name each axis of prune.target once: "
+                f"{', '.join(self.target.counts)}",
+            )
 
     @property
     def history(self) -> float:
@@ -451,15 +510,44 @@ class Config:
         return self.training.global_batch_size * self.training.seq_length
 
     @property
-    def target_ffn_hidden_size(self) -> int:
-        """FFN width at the end of the run (mean over layers when ``prune.scope`` is global)."""
+    def goals(self) -> dict[str, AxisGoal]:
+        """The axes that pruning shrinks, in the order of the table of axes; none without it."""
         if self.prune.strategy == "none":
-            return self.model.ffn_hidden_size
-        return self.prune.target.ffn_hidden_size
+            return {}
+        prune, tp = self.prune, self.parallel.tensor_model_parallel_size
+        servers = prune.serve_tensor_model_parallel_size or 1
+        multiples = {
+            "ffn_hidden_size": (self.ffn_multiple, self.final_ffn_multiple),
+            "num_query_groups": (tp, math.lcm(tp, servers)),
+            "hidden_size": (prune.channel_alignment, prune.channel_alignment),
+            "num_layers": (1, 1),
+        }
+        parts = [part.split("+") for part in prune.order]
+        goals = {}
+        for axis, target in prune.target.counts.items():
+            full, (multiple, final) = getattr(self.model, axis), multiples[axis]
+            if axis == "num_layers":
+                wanted = 1  # one of zeros costs as much as any other until it is gone
+            elif axis == "ffn_hidden_size":
+                wanted = prune.compaction_block or full // 16
+            else:
+                wanted = full // 16
+            place = next((i for i, part in enumerate(parts) if axis in part), 0)
+            share = 1 / max(1, len(parts))
+            goals[axis] = AxisGoal(
+                full,
+                target,
+                multiple,
+                final,
+                max(1, wanted // multiple) * multiple,
+                place * share,
+                (place + 1) * share if place + 1 < len(parts) else 1.0,
+            )
+        return goals
 
     @property
     def ffn_multiple(self) -> int:
-        """Physical FFN widths are multiples of this: TP x alignment."""
+        """Stored FFN widths are multiples of this: TP x alignment."""
         return self.parallel.tensor_model_parallel_size * self.prune.alignment
 
     @property
@@ -467,12 +555,6 @@ class Config:
         """FFN widths of the shipped model are multiples of this: what servers need included."""
         servers = self.prune.serve_tensor_model_parallel_size
         return math.lcm(self.ffn_multiple, 128 * servers) if servers else self.ffn_multiple
-
-    @property
-    def compaction_block(self) -> int:
-        """Neurons per layer between two compactions, a multiple of ``ffn_multiple``."""
-        wanted = self.prune.compaction_block or self.model.ffn_hidden_size // 16
-        return max(1, wanted // self.ffn_multiple) * self.ffn_multiple
 
 
 def load(
@@ -697,7 +779,7 @@ def validate(config: Config, world_size: int) -> None:
     Raises: ConfigError, saying what was given, what is legal and how to mend it.
     """
     validate_layout(config, world_size)
-    _validate_widths(config)
+    _validate_pruning(config)
 
 
 def validate_layout(config: Config, world_size: int) -> None:
@@ -740,46 +822,67 @@ def validate_layout(config: Config, world_size: int) -> None:
     )
 
 
-def require_multiple(name: str, width: int, multiple: int, what: str) -> None:
-    """Raises: ConfigError that names the nearest legal widths, unless ``width`` is one."""
-    below = width // multiple * multiple
+def require_multiple(name: str, count: int, multiple: int, what: str) -> None:
+    """Raises: ConfigError that names the nearest legal counts, unless ``count`` is one."""
+    below = count // multiple * multiple
     _require(
-        width % multiple == 0 and width > 0,
-        f"{name} ({width}) must be a multiple of {what}; nearest legal widths: "
-        f"{', '.join(str(w) for w in (below, below + multiple) if w > 0)}",
+        count % multiple == 0 and count > 0,
+        f"{name} ({count}) must be a multiple of {what}; nearest legal values: "
+        f"{', '.join(str(n) for n in (below, below + multiple) if n > 0)}",
     )
 
 
-def _validate_widths(config: Config) -> None:
-    full, target = config.model.ffn_hidden_size, config.target_ffn_hidden_size
-    multiple = config.ffn_multiple
-    what = f"TP x prune.alignment = {multiple}"
-    require_multiple("model.ffn_hidden_size", full, multiple, what)
-    if config.prune.strategy == "none":
-        return
-    final = config.final_ffn_multiple
-    servers = " and of prune.serve_tensor_model_parallel_size x 128, together"
+def _validate_pruning(config: Config) -> None:
+    prune, schedule = config.prune, config.schedule
+    what = f"TP x prune.alignment = {config.ffn_multiple}"
     require_multiple(
-        "prune.target.ffn_hidden_size",
-        target,
-        final,
-        what if final == multiple else f"{what}{servers} {final}",
+        "model.ffn_hidden_size", config.model.ffn_hidden_size, config.ffn_multiple, what
     )
+    if prune.strategy == "none":
+        return
     _require(
-        target < full,
-        f"prune.target.ffn_hidden_size ({target}) must be below model.ffn_hidden_size ({full}); "
-        "to train without pruning set prune.strategy=none",
+        bool(config.goals),
+        "prune.target names nothing to prune: give it ffn_hidden_size, num_query_groups, "
+        "hidden_size or num_layers; to train without pruning set prune.strategy=none",
     )
-    schedule = config.schedule
+    for axis, goal in config.goals.items():
+        require_multiple(
+            f"prune.target.{axis}", goal.target, goal.final_multiple, _legal_because(axis, config)
+        )
+        _require(
+            goal.target < goal.full,
+            f"prune.target.{axis} ({goal.target}) must be below model.{axis} ({goal.full}); leave "
+            "it out to keep all, and to train without pruning set prune.strategy=none",
+        )
+    least = max(2, config.parallel.num_stages)
+    layers = config.goals.get("num_layers")
+    _require(
+        layers is None or layers.target >= least,
+        f"prune.target.num_layers is below {least}: at least two layers stay, and one for each of "
+        f"the {config.parallel.num_stages} stages of PP x virtual PP",
+    )
     observed = schedule.prune_fraction * schedule.prune_warmup_fraction * schedule.total_tokens
     _require(
         observed >= config.batch_tokens,
-        f"neurons would be removed before any importance is known: the prune warm-up is "
+        f"units would be removed before any importance is known: the prune warm-up is "
         f"{observed:,.0f} tokens (total_tokens x prune_fraction x prune_warmup_fraction), one step "
         f"is {config.batch_tokens:,}; make it at least one step",
     )
-    block = config.prune.compaction_block
     _require(
-        block % multiple == 0,
-        f"prune.compaction_block ({block}) must be a multiple of {what}",
+        prune.compaction_block % config.ffn_multiple == 0,
+        f"prune.compaction_block ({prune.compaction_block}) must be a multiple of {what}",
     )
+
+
+def _legal_because(axis: str, config: Config) -> str:
+    """Say what the final counts of an axis are multiples of, and why."""
+    goal, servers = config.goals[axis], config.prune.serve_tensor_model_parallel_size
+    of_servers = "prune.serve_tensor_model_parallel_size"
+    if axis == "ffn_hidden_size":
+        what = f"TP x prune.alignment = {config.ffn_multiple}"
+        of_servers += " x 128"
+    elif axis == "num_query_groups":
+        what = f"the TP size ({config.parallel.tensor_model_parallel_size})"
+    else:
+        return f"prune.channel_alignment = {config.prune.channel_alignment}"
+    return f"{what} and of {of_servers}, together {goal.final_multiple}" if servers else what

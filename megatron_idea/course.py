@@ -9,8 +9,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from megatron_idea.config import Config
-from megatron_idea.schedule import removal_window, removed
-from megatron_idea.shape import Shape, due_counts, live_count
+from megatron_idea.schedule import part_of_window, removal_window, removed
+from megatron_idea.shape import Shape, due_shape, live_count
 
 
 @dataclass(frozen=True)
@@ -21,34 +21,11 @@ class ShapeChange:
     shape: Shape
 
 
-@dataclass(frozen=True)
-class _Removal:
-    """What a run removes along one axis: units of a layer, or of the model."""
-
-    full: int
-    target: int
-    multiple: int
-    """Stored counts are multiples of this."""
-    block: int
-    """Units that are removed from memory together."""
-
-
-def _removals(config: Config) -> dict[str, _Removal]:
-    """Look up the axes that a run's configuration gives a target for."""
-    neurons = _Removal(
-        config.model.ffn_hidden_size,
-        config.target_ffn_hidden_size,
-        config.ffn_multiple,
-        config.compaction_block,
-    )
-    return {"ffn_hidden_size": neurons}
-
-
 def target_shape(config: Config) -> Shape:
     """Return the shape that the run ends with."""
     shape = Shape.full(config.model)
-    for axis, removal in _removals(config).items():
-        shape = shape.with_counts(axis, removal.target)
+    for axis, goal in config.goals.items():
+        shape = shape.with_counts(axis, goal.target)
     return shape
 
 
@@ -64,48 +41,71 @@ def removed_at(config: Config, tokens: int) -> float:
     return removed(config.schedule, tokens)
 
 
-def live_at_step(config: Config, step: int) -> dict[str, int]:
-    """Count the units alive, by axis, once ``step`` optimizer steps are done.
+def removed_by_axis(config: Config, tokens: int) -> dict[str, float]:
+    """Return each axis's share of its removal that is due by ``tokens`` consumed tokens."""
+    return {
+        axis: removed(config.schedule, tokens, goal.begin, goal.end)
+        for axis, goal in config.goals.items()
+    }
+
+
+def finished_axes(config: Config, tokens: int) -> list[str]:
+    """List the axes of which nothing more is to be removed after ``tokens`` consumed tokens."""
+    return [
+        axis
+        for axis, goal in config.goals.items()
+        if tokens >= part_of_window(config.schedule, goal.begin, goal.end)[1]
+    ]
+
+
+def planned_tokens(config: Config, step: int) -> int:
+    """Consumed tokens by which the last plan was made once ``step`` optimizer steps are done.
 
     Units go every ``prune.mask_interval_steps`` and in any step past the removal window.
     """
     tokens = step * config.batch_tokens
     if tokens < removal_window(config.schedule)[1]:
         tokens -= step % config.prune.mask_interval_steps * config.batch_tokens
+    return tokens
+
+
+def live_at_step(config: Config, step: int) -> dict[str, int]:
+    """Count the units alive, by axis, once ``step`` optimizer steps are done."""
+    shares = removed_by_axis(config, planned_tokens(config, step))
     return {
-        axis: live_count(gone.full, gone.target, removed(config.schedule, tokens))
-        for axis, gone in _removals(config).items()
+        axis: live_count(goal.full, goal.target, shares[axis])
+        for axis, goal in config.goals.items()
     }
 
 
 def shape_plan(config: Config) -> list[ShapeChange]:
-    """Predict the compactions of a run, by the rule that the run follows: ``shape.due_counts``.
+    """Predict the compactions of a run, by the rule that the run follows: ``shape.due_shape``.
 
-    Live counts never grow, so each compaction is found by bisection over steps.
+    Live counts never grow, so each compaction is found by bisection over steps. Which layers go
+    is not known: the last ones stand for them.
     """
     if not config.prune.compact:
         return []
-    removals = _removals(config)
-    window_end = removal_window(config.schedule)[1]
-    shape = Shape.full(config.model)
-    stored = {axis: gone.full for axis, gone in removals.items()}
+    goals, full = config.goals, Shape.full(config.model)
+    shape = full
 
-    def due(step: int) -> dict[str, int]:
-        live, final = live_at_step(config, step), step * config.batch_tokens >= window_end
-        return {
-            axis: due_counts([stored[axis]], [live[axis]], gone.multiple, gone.block, final)[0]
-            for axis, gone in removals.items()
-        }
+    def due(step: int) -> Shape:
+        live = live_at_step(config, step)
+        return due_shape(
+            shape,
+            {axis: [count] * full.num_layers for axis, count in live.items()},
+            range(live.get("num_layers", full.num_layers)),
+            goals,
+            finished_axes(config, planned_tokens(config, step)),
+        )
 
     changes: list[ShapeChange] = []
     steps, index = range(1, num_steps(config) + 1), 0
     while True:
-        index = bisect_left(steps, True, lo=index, key=lambda step: due(step) != stored)
+        index = bisect_left(steps, True, lo=index, key=lambda step: due(step) != shape)
         if index == len(steps):
             return changes
-        stored = due(steps[index])
-        for axis, count in stored.items():
-            shape = shape.with_counts(axis, count)
+        shape = due(steps[index])
         changes.append(ShapeChange(steps[index] * config.batch_tokens, shape))
 
 

@@ -1,4 +1,4 @@
-"""Learning rate, keep ratio and phase: pure functions of consumed tokens.
+"""Learning rate, share of the removal and phase: pure functions of consumed tokens.
 
 Tokens are the clock of a run. Nothing here is stored, so a resume, another parallel layout or a
 compaction cannot bend a curve. An optimizer step is governed by the tokens that are consumed once
@@ -66,22 +66,31 @@ def removal_window(schedule: ScheduleConfig) -> tuple[float, int]:
     return ends["enlarged"] + schedule.prune_warmup_fraction * length, ends["prune"]
 
 
-def removed(schedule: ScheduleConfig, tokens: int) -> float:
+def part_of_window(
+    schedule: ScheduleConfig, begin: float = 0.0, end: float = 1.0
+) -> tuple[float, float]:
+    """Tokens at which a part of the removal window begins and ends, given in shares of it."""
+    first, last = removal_window(schedule)
+    return first + begin * (last - first), last if end == 1 else first + end * (last - first)
+
+
+def removed(schedule: ScheduleConfig, tokens: int, begin: float = 0.0, end: float = 1.0) -> float:
     """Share of all that is to be removed that is gone once ``tokens`` tokens are consumed.
 
-    1 - (1 - (t - start) / (end - start))^3 in the removal window; 0 before, 1 after.
+    1 - (1 - (t - start) / (stop - start))^3 in the removal window, or in the part of it from
+    ``begin`` to ``end``; 0 before, 1 after.
 
     Returns: in [0, 1]; never decreases with ``tokens``.
     Source: Zhu and Gupta 2017, eq. 1; the window is our reading of IDEA Prune.
     """
-    start, end = removal_window(schedule)
-    if tokens >= end:
+    start, stop = part_of_window(schedule, begin, end)
+    if tokens >= stop:
         return 1.0
     if tokens < start:
         return 0.0
     if schedule.removal == "one_shot":
         return 1.0
-    return 1.0 - (1.0 - (tokens - start) / (end - start)) ** 3
+    return 1.0 - (1.0 - (tokens - start) / (stop - start)) ** 3
 
 
 def gathers_scores(schedule: ScheduleConfig, tokens: int) -> bool:

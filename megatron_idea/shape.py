@@ -13,11 +13,11 @@ No torch here: planning, training and reports count parameters and FLOPs with th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_idea.config import ModelConfig
+from megatron_idea.config import AxisGoal, ModelConfig
 
 UNITS = {
     "ffn_hidden_size": "neuron",
@@ -80,12 +80,27 @@ class Shape:
             return tuple(getattr(layer, axis) for layer in self.layers)
         return (getattr(self, axis),)
 
+    def by_number(self, num_layers: int) -> dict[str, list[int]]:
+        """Return the stored units of all axes, 0 for layers of the enlarged model that are gone."""
+        layers = {layer.number: layer for layer in self.layers}
+        counts = {
+            axis: [getattr(layers[n], axis) if n in layers else 0 for n in range(num_layers)]
+            for axis in LAYER_AXES
+        }
+        return counts | {"hidden_size": [self.hidden_size], "num_layers": [self.num_layers]}
+
     def with_counts(self, axis: str, counts: int | Sequence[int]) -> Shape:
-        """Return a copy with other counts on ``axis``; an int stands for every layer."""
+        """Return a copy with other counts on ``axis``; an int stands for every layer.
+
+        Fewer layers are the first ones: which go is not known where layers are only counted.
+        """
+        if axis == "num_layers":
+            (num_layers,) = [counts] if isinstance(counts, int) else counts
+            return dataclasses.replace(self, layers=self.layers[:num_layers])
         if axis == "hidden_size":
             (hidden_size,) = [counts] if isinstance(counts, int) else counts
             return dataclasses.replace(self, hidden_size=hidden_size)
-        assert axis in LAYER_AXES, f"{axis} has no counts to set"
+        assert axis in LAYER_AXES, axis
         each = [counts] * self.num_layers if isinstance(counts, int) else counts
         layers = (
             dataclasses.replace(layer, **{axis: count})
@@ -171,19 +186,42 @@ def round_up(count: int, multiple: int) -> int:
     return max(1, -(-count // multiple)) * multiple
 
 
-def due_counts(
-    counts: Sequence[int], live: Sequence[int], multiple: int, block: int, final: bool
-) -> tuple[int, ...]:
-    """Return stored units per layer after this step: as now, or the next smaller legal counts.
+def due_shape(
+    shape: Shape,
+    live: Mapping[str, Sequence[int]],
+    layers: Sequence[int],
+    goals: Mapping[str, AxisGoal],
+    final: Collection[str],
+) -> Shape:
+    """Return what is to be stored after this step: ``shape``, or less where that is due.
 
-    A compaction is due when some layer could shed a whole block, and at the end of pruning when it
-    could shed anything. All layers then shrink to what their live units need, so that between
-    two compactions at most one block of units is computed in vain.
+    Shrinking is due when an axis could shed a whole block, and when one of ``final`` could shed
+    anything. All axes then shrink together to what their live units need, so that between two
+    compactions less than a block of each is computed in vain.
 
     A run that was resumed with more TP ranks may have counts that are no multiple any more; they
     stay until there is something to shed.
+
+    Args:
+        live: units by axis: one number for each layer of the enlarged model, or one.
+        layers: numbers of the live layers, ascending.
+        goals: of the axes that shrink.
+        final: axes of which no more will be removed.
     """
-    assert all(n <= w for n, w in zip(live, counts, strict=True)), (counts, live)
-    needed = tuple(min(round_up(n, multiple), w) for n, w in zip(live, counts, strict=True))
-    gain = max(w - n for w, n in zip(counts, needed, strict=True))
-    return needed if gain >= block or (final and gain > 0) else tuple(counts)
+    due, smaller = False, shape
+    for axis, goal in goals.items():
+        counts = shape.counts(axis)
+        if axis == "num_layers":
+            needed = (len(layers),)
+        elif axis in LAYER_AXES:
+            rows = [live[axis][layer.number] for layer in shape.layers]
+            needed = tuple(
+                min(round_up(n, goal.multiple), w) for n, w in zip(rows, counts, strict=True)
+            )
+        else:
+            needed = (min(round_up(live[axis][0], goal.multiple), counts[0]),)
+        gain = max(w - n for w, n in zip(counts, needed, strict=True))
+        due |= gain >= goal.block or (axis in final and gain > 0)
+        if axis != "num_layers":
+            smaller = smaller.with_counts(axis, needed)
+    return smaller.with_layers(layers) if due else shape

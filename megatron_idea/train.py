@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_idea import checkpoint, guard
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint.saving import Saving
-from megatron_idea.checkpoint.state import CheckpointError, TrainState
+from megatron_idea.checkpoint.state import TrainState
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.course import num_steps, removed_at
 from megatron_idea.data.batches import Batches
@@ -38,7 +38,8 @@ from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.evaluation.generate import sample_live
 from megatron_idea.evaluation.held_out import held_out_loss
 from megatron_idea.prune.compact import release
-from megatron_idea.prune.plan import Plan, live_counts
+from megatron_idea.prune.plan import Plan, live_by_axis
+from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.relocate import extension
 from megatron_idea.records.lock import RunLock
@@ -46,7 +47,6 @@ from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
 from megatron_idea.records.record import Record
 from megatron_idea.schedule import crossed, learning_rate, phase, phase_ended
-from megatron_idea.shape import LAYER_AXES
 
 
 @dataclass
@@ -196,10 +196,7 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
         done = state.consumed_tokens >= config.schedule.total_tokens
         progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
     run = Run(config, groups, trainable, pruner, data, held_out, words, log, progress, StopSignal())
-    if state.plan_due:
-        plan = pruner.plan(trainable, state.consumed_tokens)
-        if plan is None:
-            raise CheckpointError(checkpoint.NOTHING_DUE.format(path))
+    if plan := pruner.due_plan(trainable, state.consumed_tokens):
         apply(run, state, plan)
     return run, state
 
@@ -230,7 +227,8 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
         pausing = state.watch.in_spike and config.guard.on_spike == "pause_pruning"
         # A compaction would save this step, and the rollback that follows would go back to it.
         if not (guard.begins(watch, state.watch) and config.guard.on_spike == "rollback"):
-            plan = pruner.plan(trainable, tokens, pausing)
+            probe = Probe(trainable, run.data, next_samples(run, state))
+            plan = pruner.plan(trainable, tokens, probe, pausing)
     else:
         state.skipped += 1
     state.step += 1
@@ -242,8 +240,8 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
         loss=loss,
         lr=lr,
         removed=removed_at(config, tokens),
-        live={axis: live_counts((plan or pruner).alive[axis]) for axis in LAYER_AXES},
-        stored={axis: list((plan or trainable).shape.counts(axis)) for axis in LAYER_AXES},
+        live=live_by_axis((plan or pruner).alive),
+        stored=(plan or trainable).shape.by_number(config.model.num_layers),
         grad_norm=grad_norm if math.isfinite(loss) else math.nan,
         tokens_per_s=config.batch_tokens / step_s,
         step_s=step_s,
@@ -251,8 +249,11 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
         memory_bytes=memory_bytes(),
     )
     run.progress.update(run.log.write(record))
-    if run.groups.is_writer and (scores := pruner.score_record(tokens)) is not None:
-        run.log.scores({"step": state.step, "tokens": tokens, **scores})
+    if run.groups.is_writer:
+        for scores in pruner.score_records(tokens):
+            run.log.scores({"step": state.step, "tokens": tokens, **scores})
+    for trial in pruner.take_trials():
+        run.log.event("layer_removed", step=state.step, tokens=tokens, **vars(trial))
     if plan is not None:
         apply(run, state, plan)
     return record, stopping
@@ -305,11 +306,10 @@ def apply(run: Run, state: TrainState, plan: Plan) -> None:
     Before units go for good a checkpoint is made, unless we come from it.
     """
     compacts = plan.shape != run.trainable.shape
-    if run.config.checkpoint.before_compaction and compacts and not state.plan_due:
-        state.plan_due = True
+    if run.config.checkpoint.before_compaction and compacts and run.pruner.due is None:
+        run.pruner.decide(plan)
         save(run, state, wait=True)  # the compaction needs it complete, and its memory
     run.pruner.silence(run.trainable, plan)
-    state.plan_due = False
     if not compacts:
         return
     measured = run.config.evaluation.around_compaction

@@ -199,7 +199,7 @@ def test_plan_wants_to_know_how_many_gpus(config_path: Path) -> None:
     ("arguments", "parts"),
     [
         (["model.hiden_size=1"], ["did you mean 'model.hidden_size'?"]),
-        (["prune.target.ffn_hidden_size=390"], ["nearest legal widths: 384, 400"]),
+        (["prune.target.ffn_hidden_size=390"], ["nearest legal values: 384, 400"]),
         (["schedule.prune_fraction=0.3"], ["must be 1; they are"]),
         (["--nproc", "3"], ["3 processes cannot be split", "a multiple of 2"]),
     ],

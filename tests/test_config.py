@@ -192,9 +192,9 @@ def test_processes_must_be_a_multiple_of_the_model_parallel_size(world_size: int
         ({"model": {"num_query_groups": 1}}, "num_query_groups .1. must be a multiple of the TP"),
         ({"model": {"vocab_size": 4097}}, "vocab_size .4097. must be a multiple of the TP"),
         ({"model": {"num_layers": 3}}, "num_layers .3. must be a multiple of PP"),
-        ({"model": {"ffn_hidden_size": 1000}}, "nearest legal widths: 992, 1008"),
-        ({"prune": {"target": {"ffn_hidden_size": 390}}}, "nearest legal widths: 384, 400"),
-        ({"prune": {"target": {"ffn_hidden_size": 7}}}, "nearest legal widths: 16$"),
+        ({"model": {"ffn_hidden_size": 1000}}, "nearest legal values: 992, 1008"),
+        ({"prune": {"target": {"ffn_hidden_size": 390}}}, "nearest legal values: 384, 400"),
+        ({"prune": {"target": {"ffn_hidden_size": 7}}}, "nearest legal values: 16$"),
         ({"prune": {"target": {"ffn_hidden_size": 1024}}}, "set prune.strategy=none"),
         ({"prune": {"target": {"ffn_hidden_size": 2048}}}, "must be below model.ffn_hidden_size"),
         ({"prune": {"compaction_block": 24}}, "compaction_block .24. must be a multiple"),
@@ -236,14 +236,15 @@ def test_interleaving_needs_whole_rounds_of_micro_batches() -> None:
 def test_plain_training_ignores_the_target_width() -> None:
     config = replace(Config(), prune={"strategy": "none", "target": {"ffn_hidden_size": 7}})
     validate(config, 1)
-    assert config.target_ffn_hidden_size == config.model.ffn_hidden_size
+    assert not config.goals
 
 
 def test_the_default_block_is_a_legal_sixteenth_of_the_width() -> None:
-    assert Config().compaction_block == 64
-    assert replace(Config(), parallel={"tensor_model_parallel_size": 4}).compaction_block == 64
-    assert replace(Config(), prune={"alignment": 48}).compaction_block == 48
-    assert replace(Config(), prune={"alignment": 128}).compaction_block == 128
+    assert Config().goals["ffn_hidden_size"].block == 64
+    four = replace(Config(), parallel={"tensor_model_parallel_size": 4})
+    assert four.goals["ffn_hidden_size"].block == 64
+    assert replace(Config(), prune={"alignment": 48}).goals["ffn_hidden_size"].block == 48
+    assert replace(Config(), prune={"alignment": 128}).goals["ffn_hidden_size"].block == 128
 
 
 def test_the_moving_average_reads_its_coefficient_on_either_term() -> None:
@@ -287,12 +288,14 @@ def test_every_key_that_is_a_text_is_in_the_list() -> None:
             return texts(values[0], f"{name}[]")
         return {name} if isinstance(values, str) else set()
 
-    full = load(None, ["data.train=[{}]", "data.validation=[{}]", "evaluation.sample_prompts=['']"])
+    lists = {"data.train": "{}", "data.validation": "{}", "evaluation.sample_prompts": "''"}
+    lists["prune.order"] = "ffn_hidden_size"
+    full = load(None, [f"{key}=[{value}]" for key, value in lists.items()])
     choices = {
         "training.precision", "training.kernel_implementation", "optimizer.lr_scaling",
         "schedule.kind", "schedule.removal", "prune.strategy", "prune.element", "prune.row_reduce",
         "prune.matrix_reduce", "prune.ema_on", "prune.scope", "prune.placement",
-        "checkpoint.on_damage", "guard.on_spike",
+        "prune.norm_rescale", "prune.order[]", "checkpoint.on_damage", "guard.on_spike",
     }  # fmt: skip
     found = texts(dataclasses.asdict(full), "")
     assert found - choices == {*TEXT_KEYS, "data.validation[].prefix"}

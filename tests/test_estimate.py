@@ -13,6 +13,7 @@ from megatron_idea import config as configs
 from megatron_idea.config import Config, ConfigError, ModelConfig
 from megatron_idea.course import (
     ShapeChange,
+    finished_axes,
     flops_between,
     live_at_step,
     num_steps,
@@ -25,7 +26,7 @@ from megatron_idea.course import (
 from megatron_idea.planning.estimate import forecast, render
 from megatron_idea.records.readable import human_count
 from megatron_idea.schedule import removal_window
-from megatron_idea.shape import ParameterCount, Shape, due_counts
+from megatron_idea.shape import ParameterCount, Shape, due_shape
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -107,20 +108,20 @@ def test_an_untied_output_layer_costs_what_a_tied_one_costs() -> None:
 
 
 def simulated_plan(config: Config) -> list[ShapeChange]:
-    """What the pruner's own rule gives, step by step."""
-    changes, stored = [], (config.model.ffn_hidden_size,) * config.model.num_layers
+    """What the pruner's own rule gives, step by step, when the last layers go first."""
+    changes, shape = [], Shape.full(config.model)
+    full = shape.num_layers
     for step in range(1, num_steps(config) + 1):
         tokens = step * config.batch_tokens
-        new = due_counts(
-            stored,
-            [live_at_step(config, step)["ffn_hidden_size"]] * config.model.num_layers,
-            config.ffn_multiple,
-            config.compaction_block,
-            final=tokens >= removal_window(config.schedule)[1],
-        )
-        if new != stored:
-            stored = new
-            shape = Shape.full(config.model).with_counts("ffn_hidden_size", stored)
+        if step % config.prune.mask_interval_steps and tokens < removal_window(config.schedule)[1]:
+            continue
+        live = live_at_step(config, step)
+        layers = live.get("num_layers", full)
+        rows = {axis: [count] * layers + [0] * (full - layers) for axis, count in live.items()}
+        done = finished_axes(config, tokens)
+        new = due_shape(shape, rows, range(layers), config.goals, done)
+        if new != shape:
+            shape = new
             changes.append(ShapeChange(tokens, shape))
     return changes
 
@@ -154,6 +155,32 @@ def test_planned_shapes_are_those_of_the_pruner_step_by_step(
     for step in range(steps + 1):
         live = live_at_step(config, step)["ffn_hidden_size"]
         assert neurons(shape_at(config, step * 16)) >= live
+
+
+@pytest.mark.parametrize(
+    "order", [[], ["num_layers", "hidden_size+ffn_hidden_size", "num_query_groups"]], ids=len
+)
+@pytest.mark.parametrize("interval", [1, 3])
+def test_all_axes_are_planned_as_the_pruner_shrinks_them(order: list[str], interval: int) -> None:
+    target = {"ffn_hidden_size": 16, "num_query_groups": 1, "hidden_size": 64, "num_layers": 2}
+    config = small(
+        model={"num_layers": 4, "hidden_size": 128},
+        schedule={"total_tokens": 120 * 16},
+        prune={"order": order, "channel_alignment": 16, "mask_interval_steps": interval}
+        | {"target": target},
+    )
+    changes = shape_plan(config)
+    assert changes == simulated_plan(config)
+    assert changes[-1].shape == target_shape(config)
+    assert target_shape(config).by_number(4) == {
+        "ffn_hidden_size": [16, 16, 0, 0],
+        "num_query_groups": [1, 1, 0, 0],
+        "hidden_size": [64],
+        "num_layers": [2],
+    }
+    # Whatever comes first in the order is all gone before the next begins.
+    first = next(c.shape for c in changes if c.shape.num_layers == 2)
+    assert (first.hidden_size == 128) == bool(order)
 
 
 def test_shapes_change_at_the_steps_worked_out_by_hand() -> None:
@@ -260,4 +287,4 @@ def test_every_example_can_be_planned(name: str) -> None:
     assert plan.target.parameters.total < plan.enlarged.parameters.total
     last = plan.points[-1]
     assert last.removed == 1 and last.live == last.stored == plan.target.stored
-    assert last.stored["ffn_hidden_size"] == config.target_ffn_hidden_size
+    assert last.stored["ffn_hidden_size"] == config.goals["ffn_hidden_size"].target

@@ -211,8 +211,8 @@ def test_widths_that_cannot_be_are_refused(trained: Path, tmp_path: Path) -> Non
         assert result.exit_code == 2 and says in " ".join(result.stderr.split()), result.output
         assert not checkpoint.complete(out)
 
-    refused(trained, "--out", out, "--to", "30", says="nearest legal widths: 28, 32")
-    refused(trained, "--out", out, "--to", "0", says="nearest legal widths: 4")
+    refused(trained, "--out", out, "--to", "30", says="nearest legal values: 28, 32")
+    refused(trained, "--out", out, "--to", "0", says="nearest legal values: 4")
     refused(trained, "--out", out, "--to", "68", says="the layer has 64 neurons")
     refused(trained, "--out", out, "--to", "28,28,28", says="--to has 3 widths")
     refused(trained, "--out", out, "--to", "small", says="give whole numbers")

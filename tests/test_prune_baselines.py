@@ -12,10 +12,10 @@ import torch
 from jobs import backward, live_run, run_job, small, whole
 from torch import Tensor
 
-from megatron_idea.config import Config, PruneConfig, replace
+from megatron_idea.config import AxisGoal, Config, PruneConfig, replace
 from megatron_idea.prune.magnitude import Magnitude
 from megatron_idea.prune.random import RandomPrune
-from megatron_idea.prune.strategy import Goal, Measure, Stats, select
+from megatron_idea.prune.strategy import Measure, Stats, select
 from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from megatron_idea.engine.distributed import ProcessGroups
 
 NEURONS = "ffn_hidden_size"
-GOALS = {NEURONS: Goal(24, 12, 4), "num_query_groups": Goal(4, 2, 1)}
+GOALS = {
+    NEURONS: AxisGoal(24, 12, 4, 4, 4),
+    "num_query_groups": AxisGoal(4, 2, 1, 1, 1),
+}
 ALIVE = {
     NEURONS: torch.ones(2, 24, dtype=torch.bool),
     "num_query_groups": torch.ones(2, 4, dtype=torch.bool),

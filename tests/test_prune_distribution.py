@@ -23,8 +23,8 @@ def decision(importance: torch.Tensor, keep: int) -> Decision:
 
 def test_quantiles_and_cut_are_of_each_layer() -> None:
     importance = torch.stack([torch.arange(101.0), torch.arange(101.0).flip(0) * 10])
-    record = Distribution(SCHEDULE).record(decision(importance, 40), 1)
-    assert record is not None
+    (record,) = Distribution(SCHEDULE).records({"neurons": decision(importance, 40)}, 1)
+    assert record["axis"] == "neurons"
     assert record["quantiles"][0] == [0, 5, 25, 50, 75, 95, 100]
     assert record["quantiles"][1] == [0, 50, 250, 500, 750, 950, 1000]
     assert record["cut"] == [61, 610]
@@ -35,12 +35,15 @@ def test_removed_neurons_do_not_count() -> None:
     importance = torch.tensor([[0.0, 5.0, 7.0, 9.0]])
     alive = torch.tensor([[False, True, True, True]])
     distribution = Distribution(SCHEDULE)
-    distribution.record(Decision(importance, alive, alive), 1)
+    distribution.records({"a": Decision(importance, alive, alive)}, 1)
     # The removed one moves from the last place to the first: nobody minds.
     moved = torch.tensor([[99.0, 5.0, 7.0, 9.0]])
-    record = distribution.record(Decision(moved, alive, alive), 500_000)
-    assert record is not None
+    other = Decision(torch.zeros(1, 3), *[torch.zeros(1, 3, dtype=torch.bool)] * 2)
+    decisions = {"a": Decision(moved, alive, alive), "b": other}
+    record, of_nobody = distribution.records(decisions, 500_000)
     assert record["quantiles"][0][0] == 5 and record["rank_correlation"] == [1.0]
+    assert of_nobody["axis"] == "b"
+    assert of_nobody["quantiles"] == of_nobody["cut"] == of_nobody["rank_correlation"] == [None]
 
 
 def test_spearman_is_that_of_the_textbook() -> None:
@@ -56,7 +59,7 @@ def test_a_run_has_a_bounded_number_of_records(steps: int) -> None:
     prune = range(500_000, 650_001, 150_000 // steps)
     distribution = Distribution(SCHEDULE)
     values = decision(torch.rand(2, 8), 4)
-    count = sum(distribution.record(values, tokens) is not None for tokens in prune)
+    count = sum(len(distribution.records({"a": values}, tokens)) for tokens in prune)
     assert min(steps, MOST_RECORDS) <= count <= MOST_RECORDS + 1
 
 
@@ -71,7 +74,7 @@ def test_recording_changes_nothing(groups: Any, config: Any) -> None:
         records: list[dict[str, Any]] = []
         run.log.scores = records.append
         if not is_recorded:
-            run.pruner.score_record = lambda tokens: None
+            run.pruner.score_records = lambda tokens: []
         losses = [step(run, state)[0].loss for _ in range(20)]
         weights = [p.detach().clone() for chunk in run.trainable.chunks for p in chunk.parameters()]
         states.append((losses, run.pruner.alive["ffn_hidden_size"], weights))

@@ -10,19 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_idea.config import ConfigError, PruneConfig
+from megatron_idea.config import AxisGoal, ConfigError, PruneConfig
 from megatron_idea.guard import DivergedError
 from megatron_idea.prune.axis import AXES
 from megatron_idea.prune.idea import IdeaPrune
 from megatron_idea.prune.plan import live_counts
 from megatron_idea.prune.strategy import (
-    Goal,
     Measure,
+    Scheduled,
     Stats,
     drop_blocks,
     ranked,
-    scheduled_counts,
-    scheduled_removal_is_due,
     select,
 )
 from megatron_idea.testing import assert_close, assert_equal
@@ -31,8 +29,12 @@ NEURONS = "ffn_hidden_size"
 ROW_LENGTH = 4
 
 
+def goal(full: int, target: int, multiple: int) -> AxisGoal:
+    return AxisGoal(full, target, multiple, multiple, multiple)
+
+
 def strategy(**settings: str) -> IdeaPrune:
-    return IdeaPrune(PruneConfig(**settings), {NEURONS: Goal(24, 12, 1)})  # type: ignore[arg-type]
+    return IdeaPrune(PruneConfig(**settings), {NEURONS: goal(24, 12, 1)})  # type: ignore[arg-type]
 
 
 def measured(method: IdeaPrune, sums: Tensor) -> Tensor:
@@ -51,10 +53,9 @@ def importance(sums: list[float], **settings: str) -> float:
 
 def equal_counts(scores: Tensor, alive: Tensor, keep: int) -> list[int]:
     """What the schedule leaves of each layer when it wants ``keep`` on average."""
-    goal = Goal(scores.shape[1], keep, 1)
-    return scheduled_counts({NEURONS: scores}, {NEURONS: alive}, {NEURONS: goal}, 1.0, "layer")[
-        NEURONS
-    ]
+    method = Scheduled(PruneConfig(), {NEURONS: goal(scores.shape[1], keep, 1)})
+    counts, _ = method.budget({NEURONS: scores}, {NEURONS: alive}, {NEURONS: 1.0}, torch.empty(0))
+    return counts[NEURONS]
 
 
 def one_ranking(multiple: int, scores: Tensor, alive: Tensor, keep: int) -> list[int]:
@@ -262,21 +263,35 @@ def test_blocks_are_ranked_by_their_mean() -> None:
 
 
 def test_the_schedule_says_how_many_go_and_when() -> None:
-    goals = {NEURONS: Goal(24, 12, 4), "num_query_groups": Goal(4, 4, 1)}
+    goals = {NEURONS: goal(24, 12, 4), "hidden_size": goal(32, 16, 8), "num_layers": goal(2, 1, 1)}
     alive = {
         NEURONS: torch.ones(2, 24, dtype=torch.bool),
-        "num_query_groups": torch.ones(2, 4, dtype=torch.bool),
+        "hidden_size": torch.ones(32, dtype=torch.bool),
+        "num_layers": torch.ones(2, dtype=torch.bool),
     }
     scores = {axis: torch.rand(live.shape) for axis, live in alive.items()}
-    assert [goals[NEURONS].live(removed) for removed in (0.0, 0.3, 0.5, 1.0)] == [24, 20, 18, 12]
+    method = Scheduled(PruneConfig(), goals)
+    nothing = dict.fromkeys(goals, 0.0)
     for removed, due in ((0.0, False), (0.04, False), (0.05, True), (1.0, True)):
-        assert scheduled_removal_is_due(alive, goals, removed) is due
+        assert method.is_due(alive, nothing | {NEURONS: removed}) is due
+    for removed, due in ((0.02, False), (0.04, True)):
+        assert method.is_due(alive, nothing | {"hidden_size": removed}) is due
     for scope, halfway in (("layer", [18, 18]), ("global", None)):
-        counts = scheduled_counts(scores, alive, goals, 0.5, scope)
-        assert counts["num_query_groups"] == [4, 4]
+        method = Scheduled(PruneConfig(scope=scope), goals)
+        due_shares = {NEURONS: 0.5, "hidden_size": 0.25, "num_layers": 1.0}
+        counts, memory = method.budget(scores, alive, due_shares, torch.tensor([7.0]))
+        assert memory.tolist() == [7.0]
+        assert counts["hidden_size"] == [28] and counts["num_layers"] == [1]
         assert sum(counts[NEURONS]) == 36 and counts[NEURONS] == (halfway or counts[NEURONS])
     alive[NEURONS][:, 18:] = False
-    assert not scheduled_removal_is_due(alive, goals, 0.5)
+    assert not method.is_due(alive, nothing | {NEURONS: 0.5})
+    # A layer that is gone has no neurons to give, and the others need not give them for it.
+    alive[NEURONS][0] = False
+    for scope in ("layer", "global"):
+        method = Scheduled(PruneConfig(scope=scope), goals)
+        assert not method.is_due(alive, nothing | {NEURONS: 0.5})
+        counts, _ = method.budget(scores, alive, nothing | {NEURONS: 1.0}, torch.empty(0))
+        assert counts[NEURONS] == [0, 12]
 
 
 def test_importance_needs_no_scale() -> None:

@@ -268,7 +268,7 @@ def test_what_is_read_back_goes_on_as_what_was_saved(groups: ProcessGroups, conf
     folded(trainable, pruner)
     observe(trainable, pruner, seed=1)
     saved = {name: tensor.clone() for name, tensor in pruner.state(trainable).items()}
-    sizes = {name: (t.shape, t.dtype) for name, t in pruner.blank_state(trainable).items()}
+    sizes = {name: (t.shape, t.dtype) for name, t in pruner.blank_state(due=False).items()}
     assert sizes == {name: (t.shape, t.dtype) for name, t in saved.items()}
     expected = folded(trainable, pruner)
 
@@ -277,30 +277,104 @@ def test_what_is_read_back_goes_on_as_what_was_saved(groups: ProcessGroups, conf
     assert_equal(folded(again, other), expected)
 
 
-@on_ranks(1)
-def test_every_axis_of_the_layers_is_measured_alike(groups: ProcessGroups, config: Config) -> None:
-    """KV groups by the same function as neurons: query, key, value and projection apart."""
-    from megatron_idea.prune.measures import unit_sizes, unit_sums
-    from megatron_idea.prune.strategy import Measure
+MODEL_AXES = ("ffn_hidden_size", "num_query_groups", "hidden_size", "num_layers")
 
-    trainable, _ = tracked(groups, config)
+
+def _by_hand(trainable: Any) -> dict[str, torch.Tensor]:
+    """Sums of |w g| over each matrix of each unit, fp64, from the whole tensors of one process."""
+    from megatron_idea.engine.model import named_parameters
+
+    e = {
+        name: (whole(trainable, p, "main") * whole(trainable, p, "grad")).double().abs().view_as(p)
+        for name, p in named_parameters(trainable.chunks)
+    }
+    model = trainable.model
+    groups = model.num_query_groups
+    q = model.num_attention_heads // groups
+    neurons, heads, layers = [], [], []
+    channels = {"linear_qkv": 0, "linear_proj": 0, "linear_fc1": 0, "linear_fc2": 0}
+    for n in range(model.num_layers):
+        at = f"decoder.layers.{n}."
+        qkv, proj = (e[f"{at}self_attention.linear_{m}.weight"] for m in ("qkv", "proj"))
+        fc1, fc2 = (e[f"{at}mlp.linear_{m}.weight"] for m in ("fc1", "fc2"))
+        gate, up = fc1.chunk(2)
+        neurons.append(torch.stack([gate.sum(1), up.sum(1), fc2.sum(0)]))
+        of_group = qkv.view(groups, q + 2, -1)
+        parts = [of_group[:, :q].sum((1, 2)), of_group[:, q].sum(1), of_group[:, q + 1].sum(1)]
+        heads.append(torch.stack([*parts, proj.T.reshape(groups, -1).sum(1)]))
+        layers.append(torch.stack([qkv.sum(), proj.sum(), fc1.sum(), fc2.sum()]))
+        for name, sums in (
+            ("linear_qkv", qkv.sum(0)), ("linear_proj", proj.sum(1)),
+            ("linear_fc1", fc1.sum(0)), ("linear_fc2", fc2.sum(1)),
+        ):  # fmt: skip
+            channels[name] = channels[name] + sums
+    embedding = e["embedding.word_embeddings.weight"].sum(0)
+    output = e["output_layer.weight"].sum(0) if "output_layer.weight" in e else 0 * embedding
+    return {
+        "ffn_hidden_size": torch.stack(neurons),
+        "num_query_groups": torch.stack(heads),
+        "hidden_size": torch.stack([embedding, output, *channels.values()]),
+        "num_layers": torch.stack(layers, dim=1),
+    }
+
+
+def _all_axes(groups: ProcessGroups, config: Config) -> dict[str, Any]:
+    """Tables of every axis as a job of any layout has them, and of one process by hand."""
+    from megatron_idea.engine.trainable import assemble
+    from megatron_idea.prune.pruner import Pruner
+    from megatron_idea.shape import Shape
+
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
+    pruner = Pruner(config, trainable)
     backward(trainable)
-    found = unit_sums(trainable, ["num_query_groups"], Measure("abs", "sum"))
-    model = config.model
-    q, kv = model.num_attention_heads // model.num_query_groups, model.kv_channels
-    sizes = unit_sizes(model, trainable.shape, ["num_query_groups"])["num_query_groups"]
-    assert sizes.flatten().tolist() == [q * kv * 16, kv * 16, kv * 16, q * kv * 16]
-    for layer in range(2):
-        attention = trainable.chunks[0].module.decoder.layers[layer].self_attention
-        e_qkv, e_proj = (
-            (whole(trainable, w, "main") * whole(trainable, w, "grad")).double().abs().view_as(w)
-            for w in (attention.linear_qkv.weight, attention.linear_proj.weight)
-        )
-        of_group = e_qkv.view(model.num_query_groups, q + 2, -1)
-        expected = torch.stack(
-            [
-                of_group[:, :q].sum((1, 2)), of_group[:, q].sum(1), of_group[:, q + 1].sum(1),
-                e_proj.T.reshape(model.num_query_groups, -1).sum(1),
-            ]
-        )  # fmt: skip
-        assert_scores_close(found["num_query_groups", layer], expected, 2e-6)
+    pruner.record(pruner.scores.observe(trainable))
+    pruner.scores.fold(trainable, pruner.stored)
+    (average,) = pruner.scores.average.values()
+    found = {axis: table.double().numpy() for axis, table in average.items()}
+    if groups.world.size() == 1:
+        found["by hand"] = {axis: table.numpy() for axis, table in _by_hand(trainable).items()}
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_units_of_every_axis_are_measured_and_alike_in_every_layout(
+    workers: Workers, tied: bool
+) -> None:
+    target = {"ffn_hidden_size": 12, "num_query_groups": 2, "hidden_size": 8, "num_layers": 2}
+    config = replace(
+        LOUD,
+        model={
+            "num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4,
+            "share_embeddings_and_output_weights": tied,
+        },
+        prune={"target": target, "channel_alignment": 8, "ema": 0.0},
+    )  # fmt: skip
+    (alone,) = run_job(workers, _all_axes, 1, config)
+    expected = {axis: torch.from_numpy(alone["by hand"][axis]) for axis in MODEL_AXES}
+    for axis in MODEL_AXES:
+        assert_scores_close(torch.from_numpy(alone[axis]), expected[axis], 2e-6)
+    for layout in ("tp2", "pp2", "dp2"):
+        world_size, parallel = LAYOUTS[layout]
+        for found in run_job(workers, _all_axes, world_size, replace(config, parallel=parallel)):
+            for axis in MODEL_AXES:
+                assert_scores_close(torch.from_numpy(found[axis]), expected[axis], 1e-5)
+
+
+def test_sizes_are_those_of_living_units_alone() -> None:
+    from megatron_idea.prune.measures import unit_sizes
+
+    model = small(model={"num_layers": 3}).model  # hidden 16, 24 neurons, 2 groups of 2 heads of 4
+    alive = {
+        "ffn_hidden_size": torch.arange(24) < torch.tensor([24, 10, 0])[:, None],
+        "num_query_groups": torch.arange(2) < torch.tensor([2, 1, 0])[:, None],
+        "hidden_size": torch.arange(16) < 12,
+        "num_layers": torch.tensor([True, True, False]),
+    }
+    sizes = {axis: size.tolist() for axis, size in unit_sizes(model, alive, MODEL_AXES).items()}
+    assert sizes == {
+        "ffn_hidden_size": [[12], [12], [12]],
+        "num_query_groups": [[8 * 12], [4 * 12], [4 * 12], [8 * 12]],
+        # Embedding, no output layer of its own; 3 groups and 34 neurons over both layers.
+        "hidden_size": [[32], [1], [3 * 16], [3 * 8], [68], [34]],
+        "num_layers": [[384, 192, 1], [192, 96, 1], [576, 240, 1], [288, 120, 1]],
+    }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import live_run, neuron_rows, on_ranks, whole
+from jobs import live_run, on_ranks, whole
 
 from megatron_idea.config import Config, replace
 
@@ -49,37 +49,60 @@ def test_checksums_do_not_depend_on_the_optimizers_shards(groups: Any, config: C
 
 
 def _equal_to_one_process(groups: Any, config: Config) -> None:
-    """The distributed checksums, and those of whole tensors by the formula."""
+    """The distributed checksums, and those of whole tensors by the definition."""
     from megatron_idea.prune.verify import unit_checksums
 
-    trainable = trained(groups, config).trainable
-    axes = ("ffn_hidden_size", "num_query_groups")
-    neurons, groups_of_heads = (unit_checksums(trainable, axis) for axis in axes)
+    run = trained(groups, config)
+    trainable, model, tp = run.trainable, config.model, groups.tp
+    tables = unit_checksums(trainable, run.pruner.stored)
+    assert all(table.any() for table in tables.values())
+    f, g, kv = 24 // tp.size(), model.num_query_groups // tp.size(), model.kv_channels
+    q = model.num_attention_heads // model.num_query_groups
+    neurons = tp.rank() * f + torch.arange(f)
+    heads = tp.rank() * g + torch.arange(g)
+    channels = torch.arange(model.hidden_size)
+
+    def lines(units: torch.Tensor, inner: int) -> torch.Tensor:
+        return (units[:, None] * inner + torch.arange(inner)).flatten()
+
     for layer, mlp in trainable.mlps:
-        fc1 = neuron_rows("linear_fc1", states(trainable, mlp.linear_fc1.weight))
-        fc2 = neuron_rows("linear_fc2", states(trainable, mlp.linear_fc2.weight))
-        _check(torch.cat([fc1, fc2], dim=2), neurons[layer])
         attention = trainable.chunks[0].module.decoder.layers[layer].self_attention
-        count = config.model.num_query_groups // groups.tp.size()
-        qkv = states(trainable, attention.linear_qkv.weight).unflatten(1, (count, -1))
-        proj = states(trainable, attention.linear_proj.weight).unflatten(2, (count, -1))
-        parts = [proj.movedim(2, 0).flatten(2), qkv.movedim(1, 0).flatten(2)]
-        _check(torch.cat(parts, dim=2), groups_of_heads[layer])
+        fc1 = states(trainable, mlp.linear_fc1.weight)
+        fc2 = states(trainable, mlp.linear_fc2.weight)
+        qkv = states(trainable, attention.linear_qkv.weight)
+        proj = states(trainable, attention.linear_proj.weight)
+        gate_up = torch.cat([neurons, 24 + neurons])
+        expected = torch.zeros(24, dtype=torch.int64)
+        expected.index_add_(0, neurons.repeat(2), _defined(fc1, gate_up, channels).sum(1))
+        expected.index_add_(0, neurons, _defined(fc2, channels, neurons).sum(0))
+        _agree(expected, tables["ffn_hidden_size"][layer], groups)
+        expected = torch.zeros(model.num_query_groups, dtype=torch.int64)
+        of_qkv = _defined(qkv, lines(heads, (q + 2) * kv), channels).sum(1)
+        expected.index_add_(0, heads.repeat_interleave((q + 2) * kv), of_qkv)
+        of_proj = _defined(proj, channels, lines(heads, q * kv)).sum(0)
+        expected.index_add_(0, heads.repeat_interleave(q * kv), of_proj)
+        _agree(expected, tables["num_query_groups"][layer], groups)
+
+
+def _defined(owned: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[R, C] products of [3, R, C] main weight and moments, with places of rows and columns."""
+    bits = owned.contiguous().view(torch.int32).long()
+    states = 777_767_777 * torch.arange(3)[:, None, None]
+    places = rows[:, None] * 1_000_003 + columns + states
+    products = (bits * (2 * places + 1) + 2**31) % 2**32 - 2**31
+    return products.sum(0)
+
+
+def _agree(expected: torch.Tensor, table: torch.Tensor, groups: Any) -> None:
+    torch.distributed.all_reduce(expected, group=groups.tp)
+    assert torch.equal(expected, table)
+    assert len(set(table.tolist())) == len(table)
 
 
 def states(trainable: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     """[3, *shape] of main weight and moments, unsharded."""
     names = ("main", "exp_avg", "exp_avg_sq")
     return torch.stack([whole(trainable, parameter, name).view_as(parameter) for name in names])
-
-
-def _check(owned: torch.Tensor, sums: torch.Tensor) -> None:
-    """Compare with the definition: ``owned`` is [units, states, ...], in the order of places."""
-    bits = owned.contiguous().view(torch.int32).flatten(1).long()
-    factors = 2 * torch.arange(bits.shape[1]) + 1
-    products = (bits * factors + 2**31) % 2**32 - 2**31
-    assert torch.equal(products.sum(1), sums)
-    assert len(set(sums.tolist())) == len(sums)
 
 
 def damages(run: Any) -> dict[str, Any]:
@@ -119,15 +142,15 @@ def test_damage_on_one_rank_stops_all_of_them(groups: Any, config: Config, what:
 
     config = replace(config, training={"precision": "bf16"} if what % 2 else {})
     run = trained(groups, config)
-    trainable, stored = run.trainable, run.pruner.stored
+    trainable, stored, alive = run.trainable, run.pruner.stored, run.pruner.alive
     before = fingerprint(trainable, stored)
-    assert check(before, fingerprint(trainable, stored), trainable) == 0.0
+    assert check(before, fingerprint(trainable, stored), alive, trainable) == 0.0
     kinds = damages(run)
     assert len(kinds) == 8
     if groups.tp.rank() == 1:
         list(kinds.values())[what]()
     with pytest.raises(RuntimeError, match="compaction changed the"):
-        check(before, fingerprint(trainable, stored), trainable)
+        check(before, fingerprint(trainable, stored), alive, trainable)
 
 
 @on_ranks(2, pipeline_model_parallel_size=2)
@@ -135,14 +158,14 @@ def test_the_check_works_over_pipeline_stages(groups: Any, config: Config) -> No
     from megatron_idea.prune.verify import check, fingerprint
 
     run = trained(groups, config)
-    trainable, stored = run.trainable, run.pruner.stored
+    trainable, stored, alive = run.trainable, run.pruner.stored, run.pruner.alive
     before = fingerprint(trainable, stored)
     assert float(before.losses.abs().min()) > 0 and before.losses.numel() == 8
-    assert check(before, fingerprint(trainable, stored), trainable) == 0.0
+    assert check(before, fingerprint(trainable, stored), alive, trainable) == 0.0
     if groups.pp.rank() == 0:
         damages(run)["a mask"]()
     with pytest.raises(RuntimeError, match="nats per token"):
-        check(before, fingerprint(trainable, stored), trainable)
+        check(before, fingerprint(trainable, stored), alive, trainable)
 
 
 @on_ranks(2, tensor_model_parallel_size=2)
@@ -155,10 +178,10 @@ def test_what_rounding_may_change_is_measured_and_the_model_stays_as_it_was(
     from megatron_idea.prune.verify import LAST_BITS, TOLERANCE, check, fingerprint
 
     run = trained(groups, replace(config, training={"precision": "bf16"}))
-    trainable, stored = run.trainable, run.pruner.stored
+    trainable, stored, alive = run.trainable, run.pruner.stored, run.pruner.alive
     before = fingerprint(trainable, stored, last_bit=True)
     assert 0 < before.last_bit < 0.1
-    assert check(before, fingerprint(trainable, stored), trainable) == 0.0
+    assert check(before, fingerprint(trainable, stored), alive, trainable) == 0.0
 
     deep = dataclasses.replace(before, last_bit=0.03)
     for factor, fits in ((0.9, True), (1.1, False)):
@@ -166,7 +189,7 @@ def test_what_rounding_may_change_is_measured_and_the_model_stays_as_it_was(
         assert change > TOLERANCE["bf16"]
         after = dataclasses.replace(before, losses=before.losses + change)
         if fits:
-            assert check(deep, after, trainable) == pytest.approx(change, rel=1e-4)
+            assert check(deep, after, alive, trainable) == pytest.approx(change, rel=1e-4)
         else:
             with pytest.raises(RuntimeError, match="nats per token"):
-                check(deep, after, trainable)
+                check(deep, after, alive, trainable)

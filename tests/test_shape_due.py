@@ -5,7 +5,20 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idea.shape import due_counts, round_up
+from megatron_idea.config import AxisGoal
+from megatron_idea.shape import LayerShape, Shape, due_shape, round_up
+
+
+def due_counts(
+    widths: tuple[int, ...], live: list[int], multiple: int, block: int, final: bool
+) -> tuple[int, ...]:
+    """FFN widths after a step, where nothing but neurons goes."""
+    axis = "ffn_hidden_size"
+    shape = Shape(64, tuple(LayerShape(n, width, 2, 2) for n, width in enumerate(widths)))
+    goals = {axis: AxisGoal(max(widths), multiple, multiple, multiple, block)}
+    left = due_shape(shape, {axis: live}, range(len(widths)), goals, goals if final else ())
+    assert left.with_counts(axis, widths) == shape, "another axis has changed"
+    return left.counts(axis)
 
 
 @st.composite
@@ -95,6 +108,33 @@ def test_by_hand() -> None:
     # 24 is no multiple of 16, as TP = 2 wants it after TP = 1: it waits for 16.
     assert due_counts((24,), [22], 16, 16, final=False) == (24,)
     assert due_counts((24,), [16], 16, 16, final=True) == (16,)
+
+
+def test_all_axes_shrink_when_one_is_due() -> None:
+    shape = Shape(64, tuple(LayerShape(n, 32, 4, 2) for n in range(3)))
+    goals = {
+        "ffn_hidden_size": AxisGoal(32, 16, 8, 8, 16),
+        "num_query_groups": AxisGoal(4, 2, 2, 2, 2),
+        "hidden_size": AxisGoal(64, 32, 8, 8, 16),
+        "num_layers": AxisGoal(3, 2, 1, 1, 1),
+    }
+
+    def due(neurons: int, groups: int, channels: int, layers: list[int], *final: str) -> Shape:
+        rows = {axis: [0, 0, 0] for axis in ("ffn_hidden_size", "num_query_groups")}
+        for layer in layers:
+            rows["ffn_hidden_size"][layer], rows["num_query_groups"][layer] = neurons, groups
+        return due_shape(shape, {**rows, "hidden_size": [channels]}, layers, goals, final)
+
+    everyone = [0, 1, 2]
+    assert due(17, 3, 49, everyone) == shape  # each has less than a block to shed
+    assert due(17, 3, 49, everyone, "num_query_groups") == shape  # of which 3 need all 4
+    neurons = due(24, 3, 56, everyone, "ffn_hidden_size")
+    assert neurons == Shape(56, tuple(LayerShape(n, 24, 4, 2) for n in range(3)))
+    groups = due(17, 2, 49, everyone)
+    assert groups == Shape(56, tuple(LayerShape(n, 24, 2, 2) for n in range(3)))
+    assert due(17, 3, 48, everyone).counts("hidden_size") == (48,)
+    # A layer that is gone does not wait, and the others shrink with it.
+    assert due(17, 3, 49, [0, 2]) == Shape(56, (LayerShape(0, 24, 4, 2), LayerShape(2, 24, 4, 2)))
 
 
 @given(prunings(), st.integers(2, 4))

@@ -24,11 +24,10 @@ from megatron_idea.checkpoint.folder import (
     tokenizer_beside,
 )
 from megatron_idea.checkpoint.saving import Saving, save
-from megatron_idea.checkpoint.state import NOTHING_DUE, CheckpointError, TrainState, read_state
+from megatron_idea.checkpoint.state import CheckpointError, TrainState, read_state
 from megatron_idea.checkpoint.tensors import load, load_weights
 
 __all__ = [
-    "NOTHING_DUE",
     "ONE_PROCESS",
     "TOKENIZER",
     "CheckpointError",

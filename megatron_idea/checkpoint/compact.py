@@ -6,7 +6,9 @@ plain indexing, nothing is exchanged between ranks and nothing is freed on the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
-from megatron_idea.checkpoint.state import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError, require_multiple, validate
 from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.engine.distributed import joined
@@ -23,28 +24,29 @@ from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import finish_main_update, set_state
 from megatron_idea.engine.shards import MOMENTS
 from megatron_idea.engine.trainable import Trainable, assemble
-from megatron_idea.prune.axis import cut
+from megatron_idea.prune.axis import Share
 from megatron_idea.prune.compact import kept
-from megatron_idea.prune.plan import Plan
+from megatron_idea.prune.plan import Plan, StoredUnits, live_counts
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.units import named_shares
 from megatron_idea.records.lock import RunLock
-from megatron_idea.shape import due_counts
+from megatron_idea.shape import AXES, LAYER_AXES, Shape
 
-AXIS = "ffn_hidden_size"
+Sizes = Mapping[str, Sequence[int]]
+"""What ``--to`` asks for: axis -> one count, or one for each stored layer."""
 
 
-def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Path:
+def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Path:
     """Write the checkpoint ``path`` (or a run's latest) compacted as the first of run ``out``.
 
-    Without ``widths`` the run's own plan is carried out: what is due goes, and masked neurons leave
-    as far as widths stay legal. With them (one for all layers, or one a layer) the most important
-    neurons stay, by the checkpoint's scores, as many as fit.
+    Without ``sizes`` the run's own plan is carried out: what is due goes, and zeroed units leave
+    as far as counts stay legal. With them the most important units stay, by the checkpoint's
+    scores, as many as fit.
 
     Holds the model and its optimizer twice in this process's memory.
 
     Returns: the new checkpoint; ``train`` with ``run_dir=<out>`` goes on from it.
-    Raises: ConfigError for an illegal width and for an ``out`` that has checkpoints,
+    Raises: ConfigError for an illegal size and for an ``out`` that has checkpoints,
         CheckpointError for a checkpoint that cannot be read, RunFolderError for an ``out`` that
         another process writes to.
     """
@@ -55,7 +57,7 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
     config = checkpoint.read_config(found, overrides)
     validate(config, world_size=1)
     state = checkpoint.read_state(found, config)
-    wanted = _legal(widths, state.shape.counts(AXIS), saved)
+    wanted = _legal(sizes or {}, state.shape, saved)
     with RunLock(out), joined(config.parallel, config.training.seed) as groups:
         if checkpoint.complete(out):
             raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
@@ -63,23 +65,23 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         trainable = assemble(config.sections, groups, state.shape, initialize=False)
         pruner = Pruner(config, trainable)
         checkpoint.load(trainable, pruner, found)
-        if state.plan_due and not wanted:
-            plan = pruner.plan(trainable, state.consumed_tokens)
-            if plan is None:
-                raise CheckpointError(checkpoint.NOTHING_DUE.format(found))
-        else:
-            plan = _plan(trainable, pruner, wanted or _needed(pruner, state, saved))
+        plan = pruner.due_plan(trainable, state.consumed_tokens)
+        if wanted:
+            plan = _plan(trainable, pruner, wanted)
+        if plan is None:
+            every = list(config.goals)
+            shape = pruner.due_shape(trainable.shape, pruner.alive, every)
+            plan = Plan.of(pruner.alive, shape, pruner.memory)
         if plan.shape == state.shape:
             raise ConfigError(
-                f"{found} has nothing to compact: its widths are "
-                f"{sorted(set(state.shape.counts(AXIS)))} and at most {max(pruner.live[AXIS])} "
-                "neurons of a layer live; --to asks for smaller ones"
+                f"{found} has nothing to compact: it stores {_brief(state.shape)}, and that is "
+                "what its live units need; --to asks for less"
             )
         pruner.silence(trainable, plan)
-        state.shape, state.plan_due = plan.shape, False
+        state.shape = plan.shape
         carried = pruner.state(trainable)
-        fresh = _cut(trainable, pruner, plan, state.adam_step)
-        carried |= {f"stored.{axis}": torch.cat(pruner.stored[axis]) for axis in pruner.stored}
+        fresh, stored = _cut(trainable, pruner, plan, state.adam_step)
+        carried |= {f"stored.{axis}": torch.cat(stored[axis]) for axis in stored}
         pruner.load_state(fresh, carried, pruner.pending_steps, pruner.memory.tolist())
         if tokenizer := checkpoint.tokenizer_beside(found):
             copy_tokenizer(tokenizer, out / checkpoint.TOKENIZER)
@@ -87,81 +89,147 @@ def compact_checkpoint(path: Path, out: Path, widths: Sequence[int] = ()) -> Pat
         return checkpoint.save(new_run, fresh, pruner, state)
 
 
-def read_widths(text: str) -> list[int]:
-    """Read the numbers of ``--to``: 384, or 384,256 for two layers; none when it is empty.
+def read_sizes(text: str) -> dict[str, list[int]]:
+    """Read ``--to``: 384 neurons, 384,256 for two layers, or ``hidden_size=256 num_layers=3``.
 
-    Raises: ConfigError for anything but whole numbers.
+    Axes are parted by blanks or semicolons; a number without an axis is a width of FFNs.
+
+    Raises: ConfigError for anything but known axes and whole numbers.
     """
-    try:
-        return [int(width) for width in text.split(",")] if text else []
-    except ValueError as error:
-        raise ConfigError(f"--to is {text!r}; give whole numbers, as in 384 or 384,256") from error
+    sizes = {}
+    for part in text.replace(";", " ").split():
+        axis, equals, counts = part.rpartition("=")
+        axis = axis if equals else "ffn_hidden_size"
+        try:
+            numbers = [int(count) for count in counts.split(",")]
+        except ValueError as error:
+            raise ConfigError(
+                f"--to is {text!r}; give whole numbers, as in 384 or 384,256, or axes, "
+                "as in num_query_groups=4 num_layers=20"
+            ) from error
+        if axis not in AXES:
+            raise ConfigError(f"--to names {axis!r}; axes are {', '.join(AXES)}")
+        if axis in sizes:
+            raise ConfigError(f"--to names {axis} twice")
+        sizes[axis] = numbers
+    return sizes
 
 
-def _legal(widths: Sequence[int], present: Sequence[int], config: Config) -> tuple[int, ...]:
-    """One width for each layer, all legal for the run's own layout; empty when none are given."""
-    if not widths:
-        return ()
-    each = tuple(widths) if len(widths) > 1 else tuple(widths) * len(present)
-    if len(each) != len(present):
-        raise ConfigError(f"--to has {len(each)} widths; give one, or one for each of the "
-                          f"{len(present)} layers")  # fmt: skip
-    what = f"TP x prune.alignment = {config.ffn_multiple}"
-    for layer, (width, now) in enumerate(zip(each, present, strict=True)):
-        require_multiple(f"--to for layer {layer}", width, config.ffn_multiple, what)
-        if width > now:
-            raise ConfigError(f"--to for layer {layer} is {width}, and the layer has {now} neurons")
-    return each
+def _legal(sizes: Sizes, shape: Shape, config: Config) -> dict[str, tuple[int, ...]]:
+    """Return one count for each stored layer, or one, all legal for the run's own layout."""
+    tp = config.parallel.tensor_model_parallel_size
+    align = config.prune.channel_alignment
+    multiples = {
+        "ffn_hidden_size": (
+            config.ffn_multiple,
+            f"TP x prune.alignment = {config.ffn_multiple}",
+        ),
+        "num_query_groups": (tp, f"the TP size ({tp})"),
+        "hidden_size": (align, f"prune.channel_alignment = {align}"),
+        "num_layers": (1, ""),
+    }
+    legal = {}
+    for axis, counts in sizes.items():
+        present = shape.counts(axis)
+        each = tuple(counts) if len(counts) > 1 else tuple(counts) * len(present)
+        if len(each) != len(present):
+            raise ConfigError(
+                f"--to has {len(each)} values for {axis}; give one"
+                + (f", or one for each of the {len(present)} layers" if axis in LAYER_AXES else "")
+            )
+        for layer, (count, now) in enumerate(zip(each, present, strict=True)):
+            what = f"--to {axis}" + (f" of layer {layer}" if axis in LAYER_AXES else "")
+            require_multiple(what, count, *multiples[axis])
+            if count > now:
+                raise ConfigError(f"{what} is {count}, and there are {now}")
+            if axis == "num_layers" and count < 2:
+                raise ConfigError(f"{what} is {count}; at least two layers stay")
+        legal[axis] = each
+    return legal
 
 
-def _needed(pruner: Pruner, state: TrainState, config: Config) -> tuple[int, ...]:
-    """Return the smallest legal widths that hold the live neurons."""
-    present, live = state.shape.counts(AXIS), pruner.live[AXIS]
-    return due_counts(present, live, config.ffn_multiple, block=1, final=True)
+def _brief(shape: Shape) -> str:
+    counts = {axis: sorted(set(shape.counts(axis))) for axis in AXES}
+    return ", ".join(f"{axis} {'/'.join(map(str, each))}" for axis, each in counts.items())
 
 
-def _plan(trainable: Trainable, pruner: Pruner, widths: tuple[int, ...]) -> Plan:
-    """Keep the most important live neurons, as many as ``widths`` hold."""
-    alive, live = pruner.alive, pruner.live[AXIS]
-    counts = [min(n, w) for n, w in zip(live, widths, strict=True)]
-    if counts != live:
+def _plan(trainable: Trainable, pruner: Pruner, wanted: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Keep the most important live units, as many as ``wanted`` holds; scores choose layers."""
+    alive, shape = pruner.alive, trainable.shape
+    numbers = [layer.number for layer in shape.layers]
+    counts = {}
+    for axis, sizes in wanted.items():
+        if axis != "num_layers":
+            shape = shape.with_counts(axis, sizes)
+        due = dict(zip(numbers, sizes, strict=True)) if axis in LAYER_AXES else {0: sizes[0]}
+        live = live_counts(alive[axis])
+        counts[axis] = [min(n, due.get(row, 0)) for row, n in enumerate(live)]
+    if any(counts[axis] != live_counts(alive[axis]) for axis in counts):
         if pruner.scores is None or pruner.strategy is None:
-            raise ConfigError("prune.strategy is none: nothing says which neurons matter")
+            raise ConfigError("prune.strategy is none: nothing says which units matter")
+        unknown = [axis for axis in counts if axis not in pruner.strategy.axes]
+        if unknown:
+            raise ConfigError(
+                f"this checkpoint has no scores of {unknown[0]}: it is no axis of its prune.target"
+            )
         pruner.scores.fold(trainable, pruner.stored)
         stats = pruner.stats(trainable)
-        if any(not bool(units[AXIS].any()) for units in stats.sums.values()):
+        if any(not bool(units[axis].any()) for units in stats.sums.values() for axis in counts):
             raise ConfigError(
                 "this checkpoint has no scores: it was written before the prune phase, so which "
-                "neurons matter is not known yet"
+                "units matter is not known yet"
             )
-        alive = pruner.keep(pruner.strategy.importance(stats), {AXIS: counts})
-    return Plan.of(alive, trainable.shape.with_counts(AXIS, widths), pruner.memory)
+        alive = pruner.keep(pruner.strategy.importance(stats), counts)
+    layers = alive["num_layers"].nonzero().view(-1).tolist()
+    return Plan.of(alive, shape.with_layers(layers), pruner.memory)
 
 
-def _cut(trainable: Trainable, pruner: Pruner, plan: Plan, step: int) -> Trainable:
+def _cut(
+    trainable: Trainable, pruner: Pruner, plan: Plan, step: int
+) -> tuple[Trainable, StoredUnits]:
     """Make a second model and optimizer with the survivors of the first."""
-    places = {}
-    after = []
-    for layer, (ids, count) in enumerate(
-        zip(pruner.stored[AXIS], plan.shape.counts(AXIS), strict=True)
-    ):
-        places[layer] = kept(plan.alive[AXIS][layer], ids, count).nonzero().view(-1)
-        after.append(ids[places[layer]])
+    old, new = trainable.shape, plan.shape
+    position = {layer.number: n for n, layer in enumerate(new.layers)}
+    places: dict[tuple[str, int | None], Tensor] = {}
+    stored: dict[str, tuple[Tensor, ...]] = {
+        "num_layers": (torch.tensor([layer.number for layer in new.layers]),)
+    }
+    for axis in ("ffn_hidden_size", "num_query_groups", "hidden_size"):
+        after = []
+        for n, ids in enumerate(pruner.stored[axis]):
+            number = old.layers[n].number if axis in LAYER_AXES else None
+            if number is not None and number not in position:
+                continue
+            alive = plan.alive[axis] if number is None else plan.alive[axis][number]
+            count = new.counts(axis)[0 if number is None else position[number]]
+            keep = kept(alive, ids, count).nonzero().view(-1)
+            places[axis, None if number is None else n] = keep
+            after.append(ids[keep])
+        stored[axis] = tuple(after)
     wholes = _survivors(trainable, places)
-    fresh = assemble(trainable.sections, trainable.groups, plan.shape, initialize=False)
+    fresh = assemble(trainable.sections, trainable.groups, new, initialize=False)
+    originals = [layer.number for layer in old.layers]
     with torch.no_grad():
         for name, parameter in named_parameters(fresh.chunks):
+            layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+            if layer:
+                before = originals.index(new.layers[int(layer[1])].number)
+                name = f"decoder.layers.{before}.{name[layer.end() :]}"
             main, *moments = wholes.pop(name).flatten(1)
             state = dict(zip(MOMENTS, moments, strict=True))
             set_state(fresh.optimizer, parameter, step, main, state)
         finish_main_update(fresh.optimizer, fresh.chunks)
-    pruner.stored = {**pruner.stored, AXIS: tuple(after)}
-    return fresh
+    return fresh, stored
 
 
 @torch.no_grad()
-def _survivors(trainable: Trainable, places: dict[int, Tensor]) -> dict[str, Tensor]:
-    """Return main weight, exp_avg and exp_avg_sq, [3, *shape], of every parameter by its name."""
+def _survivors(
+    trainable: Trainable, places: Mapping[tuple[str, int | None], Tensor]
+) -> dict[str, Tensor]:
+    """Return main weight, exp_avg and exp_avg_sq, [3, *shape], of every parameter by its name.
+
+    By plain indexing of a tensor's dimensions; what goes with a layer stays here whole.
+    """
     shards = trainable.exchange()
     wholes = {}
     for name, parameter, shares in named_shares(trainable):
@@ -169,7 +237,16 @@ def _survivors(trainable: Trainable, places: dict[int, Tensor]) -> dict[str, Ten
         assert gathered is not None, "one process has all"
         whole = gathered.view(3, *parameter.shape)
         for share in shares:
-            if share.axis == AXIS and share.layer is not None:
-                whole = torch.stack([cut(state, share, places[share.layer]) for state in whole])
+            place = (share.axis, None if share.axis == "hidden_size" else share.layer)
+            if place in places:
+                whole = whole.index_select(1 + share.dim, _lines(share, parameter, places[place]))
         wholes[name] = whole
     return wholes
+
+
+def _lines(share: Share, parameter: torch.nn.Parameter, units: Tensor) -> Tensor:
+    """Return the indices, along the dimension that gets shorter, of what ``units`` have there."""
+    length = parameter.shape[share.dim]
+    inner = share.stride // math.prod(parameter.shape[share.dim + 1 :])
+    indices = torch.arange(length).view(-1, share.count, inner)
+    return indices[:, units].reshape(-1)

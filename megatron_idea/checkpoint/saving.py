@@ -74,6 +74,7 @@ class Saving:
             adam_step=adam_step(trainable.optimizer, groups),
             pending_steps=pruner.pending_steps,
             memory=pruner.memory.tolist(),
+            plan_due=pruner.due is not None,
             layout=layout_of(groups),
         )
         self.path = checkpoints_of(self.config.run_dir) / f"step_{state.step:08d}"

@@ -21,9 +21,6 @@ from megatron_idea.shape import AXES, LAYER_AXES, LayerShape, Shape
 FORMAT = 3  # 1 had no manifest, 2 kept masks in the model and widths of FFNs alone
 
 
-NOTHING_DUE = "{} is damaged: state.json says that a compaction is due, and none is"
-
-
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or used; the message says why and what stands."""
 
@@ -49,7 +46,7 @@ class TrainState:
     memory: list[float] = field(default_factory=list)
     """What the pruning strategy wants to be told next time."""
     plan_due: bool = False
-    """Saved right before a compaction: whoever goes on from here plans and compacts first."""
+    """Saved right before a compaction, with its plan: whoever goes on from here compacts first."""
     layout: dict[str, int] = field(default_factory=dict)
     """TP, PP and DP of the job that wrote it, and whether it had CUDA."""
 
@@ -104,7 +101,7 @@ def _check_model(path: Path, state: TrainState, config: Config) -> None:
     """
     model, stored = config.model, state.shape
     # Layers are counted first: a shape with as many as a stranger likes takes memory.
-    if stored.num_layers != model.num_layers or not _is_cut_from(stored, Shape.full(model)):
+    if stored.num_layers > model.num_layers or not stored.is_within(Shape.full(model)):
         raise CheckpointError(
             f"{path} says in state.json that it stores {stored.num_layers} layers of "
             f"{_brief(stored)}; its configuration is of a model of {model.num_layers} layers of "
@@ -124,12 +121,6 @@ def _check_model(path: Path, state: TrainState, config: Config) -> None:
                 f"{path} does not hold the model of its configuration: {name} is {has}, wanted "
                 f"{list(size)}"
             )
-
-
-def _is_cut_from(shape: Shape, full: Shape) -> bool:
-    """Say whether pruning can have made ``shape``; of all axes it cuts neurons alone today."""
-    widths = shape.counts("ffn_hidden_size")
-    return shape.is_within(full) and full.with_counts("ffn_hidden_size", widths) == shape
 
 
 def _brief(shape: Shape) -> str:

@@ -44,7 +44,7 @@ def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
     state = read_state(path)
     groups = trainable.groups
     assert state.shape == trainable.shape, (state.shape, trainable.shape)
-    wanted = tensors_of(trainable, pruner.blank_state(trainable), state.adam_step, empty=True)
+    wanted = tensors_of(trainable, pruner.blank_state(state.plan_due), state.adam_step, empty=True)
     if state.layout != layout_of(groups):
         wanted.pop("rng")
     loaded = _load_tensors(wanted, path, groups)

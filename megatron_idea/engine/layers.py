@@ -41,6 +41,30 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class ResidualNorm(RMSNorm):
+    """The norm of a residual stream from which channels may be gone.
+
+    It goes on dividing by the number H of the enlarged model's channels, whose zeros added nothing:
+
+        x / sqrt(sum(x^2) / H + eps) * weight
+
+    so cutting zeroed channels away changes no activation, no gradient and no weight. Over h stored
+    channels that is RMSNorm with weight * sqrt(H / h) and eps * H / h, which export writes.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__(config, hidden_size, eps)
+        self._ratio = config.enlarged_hidden_size / hidden_size  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._ratio == 1:
+            return super().forward(x)
+        weight = self.weight * self._ratio**0.5
+        return F.rms_norm(x, weight.shape, weight, self.eps * self._ratio)
+
+
 class ScaledDotProductAttention(MegatronModule):
     """Causal attention core on ``torch.nn.functional.scaled_dot_product_attention``.
 

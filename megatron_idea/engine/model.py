@@ -40,7 +40,12 @@ from torch import Tensor
 
 from megatron_idea.config import ConfigError, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_idea.engine.distributed import ProcessGroups
-from megatron_idea.engine.layers import PrunableMLP, RMSNorm, ScaledDotProductAttention
+from megatron_idea.engine.layers import (
+    PrunableMLP,
+    ResidualNorm,
+    RMSNorm,
+    ScaledDotProductAttention,
+)
 from megatron_idea.kernels.dispatch import uses_triton
 from megatron_idea.shape import Shape
 
@@ -72,6 +77,8 @@ class ShapedTransformerConfig(TransformerConfig):
     """
 
     shape: Shape = field(kw_only=True)
+    enlarged_hidden_size: int = field(kw_only=True)
+    """Channels of the enlarged model, which norms divide by; ``hidden_size`` are stored."""
 
     def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
         """Return the configuration of one layer; layers count from 1, over all pipeline stages.
@@ -87,6 +94,28 @@ class ShapedTransformerConfig(TransformerConfig):
         return config
 
 
+def pipeline_layout(num_layers: int, stages: int) -> list[list[str]] | None:
+    """Deal layers out to pipeline stages where they do not divide; None where they do.
+
+    Stages in the middle get one more before those at the ends, which have the embedding or the
+    output layer.
+
+    Args:
+        stages: model chunks over all pipeline ranks, in the order in which a token meets them.
+    """
+    if num_layers % stages == 0:
+        return None
+    counts = [num_layers // stages] * stages
+    for stage in sorted(range(stages), key=lambda n: (n in (0, stages - 1), n == stages - 1))[
+        : num_layers % stages
+    ]:
+        counts[stage] += 1
+    layout = [["decoder"] * count for count in counts]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
 def transformer_config(
     model: ModelConfig, training: TrainingConfig, parallel: ParallelConfig, shape: Shape
 ) -> ShapedTransformerConfig:
@@ -97,6 +126,7 @@ def transformer_config(
     fused = uses_transformer_engine()
     return ShapedTransformerConfig(
         shape=shape,
+        enlarged_hidden_size=model.hidden_size,
         heterogeneous_block_specs=True,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -118,6 +148,7 @@ def transformer_config(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(shape.num_layers, pp * vpp),
         sequence_parallel=parallel.sequence_parallel and tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -142,7 +173,9 @@ def transformer_config(
     )
 
 
-def _mlp_class(groups: ProcessGroups, kernel_implementation: str) -> type[PrunableMLP]:
+def _mlp_class(
+    groups: ProcessGroups, kernel_implementation: str, fused_norm: bool
+) -> type[PrunableMLP]:
     """Return a PrunableMLP class that needs a layer's configuration only.
 
     megatron-core 0.16 and 0.17 build an MLP of ours from a class or a ModuleSpec and tell it no
@@ -150,12 +183,14 @@ def _mlp_class(groups: ProcessGroups, kernel_implementation: str) -> type[Prunab
     """
     if uses_transformer_engine():
         from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
             TELayerNormColumnParallelLinear,
             TERowParallelLinear,
         )
 
         linears = MLPSubmodules(
-            linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear
+            linear_fc1=TELayerNormColumnParallelLinear if fused_norm else TEColumnParallelLinear,
+            linear_fc2=TERowParallelLinear,
         )
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -167,15 +202,25 @@ def _mlp_class(groups: ProcessGroups, kernel_implementation: str) -> type[Prunab
     return LayerMLP
 
 
-def _layer_spec(qk_layernorm: bool, mlp: type[PrunableMLP]) -> ModuleSpec:
-    """Describe a decoder layer; its sizes come from the configuration that it is built with."""
+def _layer_spec(qk_layernorm: bool, mlp: type[PrunableMLP], fused_norm: bool) -> ModuleSpec:
+    """Describe a decoder layer; its sizes come from the configuration that it is built with.
+
+    ``fused_norm``: with Transformer Engine norms are part of the linear layers behind them. Those
+    divide by what is stored, so channels that are gone need norms of our own.
+    """
     if uses_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
         from megatron.core.models.gpt.gpt_layer_specs import (
             get_gpt_layer_with_transformer_engine_spec,
         )
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         spec.submodules.mlp = mlp
+        if not fused_norm:
+            spec.submodules.input_layernorm = ResidualNorm
+            spec.submodules.pre_mlp_layernorm = ResidualNorm
+            spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+            spec.submodules.sharded_state_dict_keys_map = dict(FUSED_NORMS)
         return spec
     qk_norm = RMSNorm if qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -192,10 +237,10 @@ def _layer_spec(qk_layernorm: bool, mlp: type[PrunableMLP]) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=ResidualNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=ResidualNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(FUSED_NORMS),  # one name in checkpoints
@@ -203,12 +248,12 @@ def _layer_spec(qk_layernorm: bool, mlp: type[PrunableMLP]) -> ModuleSpec:
     )
 
 
-def _final_norm() -> type:
-    if uses_transformer_engine():
+def _final_norm(fused_norm: bool) -> type:
+    if uses_transformer_engine() and fused_norm:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    return RMSNorm
+    return ResidualNorm
 
 
 def build_model(
@@ -233,12 +278,16 @@ def build_model(
         raise ConfigError(f"training.kernel_implementation: {error}") from error
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     vpp = core.virtual_pipeline_model_parallel_size or 1
-    layer = _layer_spec(model.qk_layernorm, _mlp_class(groups, training.kernel_implementation))
+    fused_norm = core.hidden_size == model.hidden_size
+    mlp_class = _mlp_class(groups, training.kernel_implementation, fused_norm)
+    layer = _layer_spec(model.qk_layernorm, mlp_class, fused_norm)
     chunks: list[torch.nn.Module] = []
     for chunk in range(vpp):
         vp_stage = chunk if vpp > 1 else None
         count = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
-        block = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm())
+        block = TransformerBlockSubmodules(
+            layer_specs=[layer] * count, layer_norm=_final_norm(fused_norm)
+        )
         gpt = GPTModel(
             config=core,
             transformer_layer_spec=block,

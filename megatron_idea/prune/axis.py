@@ -42,9 +42,12 @@ class Axis:
     """Whether every layer has units of its own; else they belong to the model."""
     is_split: bool
     """Whether a unit lives on one tensor-parallel rank; else every rank has a piece of it."""
-    matrices: tuple[str, ...] = ()
-    """What a method may tell apart of a unit, in the order of every table of measurements."""
+    matrices: tuple[str, ...]
+    """What is measured of a unit, in the order of every table of measurements. Norms are not: a
+    gain is one weight, and would drown any mean over a matrix."""
 
+
+LAYER_MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 AXES = {
     axis.name: axis
@@ -61,11 +64,19 @@ AXES = {
             is_split=True,
             matrices=("query", "key", "value", "projection"),
         ),
-        Axis("hidden_size", is_per_layer=False, is_split=False),
-        Axis("num_layers", is_per_layer=False, is_split=False),
+        Axis(
+            "hidden_size",
+            is_per_layer=False,
+            is_split=False,
+            # Those of the layers are one matrix each, over all layers.
+            matrices=("word_embeddings", "output_layer", *LAYER_MATRICES),
+        ),
+        Axis("num_layers", is_per_layer=False, is_split=False, matrices=LAYER_MATRICES),
     )
 }
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""Also the name of the output layer where the two are tied."""
 LAYER_TENSORS = (
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
@@ -115,13 +126,13 @@ def shares_of(name: str, model: ModelConfig, shape: Shape, tp: int) -> tuple[Sha
     layer = shape.layers[position]
     dims = _layer_tensor(tensor, layer, shape.hidden_size, model.kv_channels, tp)
     numel = math.prod(dim.size for dim in dims)
-    whole = Share("num_layers", position, 0, numel, 1, ((tensor, numel),))
+    whole = Share("num_layers", position, 0, numel, 1, ((_plain(tensor), numel),))
     return (*_shares(tensor, dims, position), whole)
 
 
 def whole_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name every parameter of a model with its shape over all tensor-parallel ranks."""
-    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
+    names = [EMBEDDING, "decoder.final_layernorm.weight"]
     if not model.share_embeddings_and_output_weights:
         names.append("output_layer.weight")
     for name in names:
@@ -225,9 +236,14 @@ class _Dim:
         return self.outer * self.count * self.inner
 
 
+def _plain(tensor: str) -> str:
+    """Return the last word of a parameter's name."""
+    return tensor.removesuffix(".weight").rpartition(".")[2]
+
+
 def _model_tensor(name: str, vocabulary: int, hidden_size: int) -> list[_Dim]:
     channels = _Dim("hidden_size", hidden_size)
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    if name in (EMBEDDING, "output_layer.weight"):
         return [_Dim(None, vocabulary), channels]
     assert name == "decoder.final_layernorm.weight", f"who owns {name}?"
     return [channels]
@@ -261,7 +277,7 @@ def _shares(name: str, dims: list[_Dim], layer: int | None) -> tuple[Share, ...]
         if dim.axis is None:
             continue
         stride = dim.inner * math.prod(later.size for later in dims[index + 1 :])
-        parts = dim.parts or ((name, 1),)
+        parts = dim.parts or ((_plain(name), 1),)
         unit = numel // dim.count // sum(size for _, size in parts)
         matrices = tuple((part, size * unit) for part, size in parts)
         shares.append(Share(dim.axis, layer, index, stride, dim.count, matrices))

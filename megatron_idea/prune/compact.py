@@ -1,15 +1,17 @@
-"""Apply a plan physically: removed neurons leave weights, main weights, moments and buffers.
+"""Apply a plan physically: removed units leave weights, main weights, moments and buffers.
 
-The model, its gradient buffers and its optimizer are rebuilt at the new widths from a staged copy
-of the survivors' state. Every survivor's main weight and moments arrive bit for bit; Adam's step
-count, the learning rate, the data position and the random-number streams do not notice. All checks
-of the plan come before the first tensor is dropped, and the result is checked against what there
-was: an error ends the job, and the last checkpoint stands.
+The model, its gradient buffers and its optimizer are rebuilt at the new shape from a staged copy
+of the survivors' state. Neurons and KV groups are spread evenly over tensor-parallel ranks, layers
+over pipeline stages; channels are the same on every rank. Every survivor's main weight and moments
+arrive bit for bit; Adam's step count, the learning rate, the data position and the random-number
+streams do not notice. All checks of the plan come before the first tensor is dropped, and the
+result is checked against what there was: an error ends the job, and the last checkpoint stands.
 """
 
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_idea.config import ModelConfig
 from megatron_idea.engine.distributed import (
     PeakMemory,
     ProcessGroups,
@@ -29,15 +32,16 @@ from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import adam_step, finish_main_update, set_state
 from megatron_idea.engine.shards import MOMENTS, has_main_copy, slot
 from megatron_idea.engine.trainable import Trainable, assemble, forget_data_parallel
-from megatron_idea.prune.axis import AXES, Share
+from megatron_idea.prune.axis import AXES, Share, shares_of
 from megatron_idea.prune.plan import Plan, StoredUnits
 from megatron_idea.prune.relocate import Relocation, move, relocate
 from megatron_idea.prune.units import named_shares
 from megatron_idea.prune.verify import check, fingerprint
-from megatron_idea.shape import Shape
+from megatron_idea.shape import LAYER_AXES, Shape
 
-Relocations = Mapping[tuple[str, int], Relocation]
-"""By axis and layer's position."""
+Relocations = Mapping[tuple[str, int | None], Relocation]
+"""By axis and layer's position in the old model, None for channels. Those of a layer that goes are
+not there."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,10 @@ class CompactReport:
     after: dict[str, list[int]]
     moved_units: int
     """Survivors that went to another tensor-parallel rank, over all layers."""
+    moved_layers: int
+    """Survivors that went to another pipeline stage."""
     moved_bytes: int
-    """What they own of main weights and moments."""
+    """What they own of main weights and moments, before anything is cut."""
     seconds: float
     peak_bytes: int
     """Highest memory in use on one rank: on a GPU at any moment, on a CPU between phases."""
@@ -76,30 +82,53 @@ def relocations_of(
     plan: Plan, stored: StoredUnits, shape: Shape, tp: int, placement: str
 ) -> Relocations:
     """Decide where units go, for every layer of the whole model on the axes that shrink."""
-    found: dict[tuple[str, int], Relocation] = {}
-    for axis in shrinking(shape, plan.shape):
-        assert AXES[axis].is_split, f"{axis} cannot be cut from a live model yet"
-        for layer, (ids, count) in enumerate(
-            zip(stored[axis], plan.shape.counts(axis), strict=True)
-        ):
-            keep = kept(plan.alive[axis][shape.layers[layer].number], ids, count)
-            parts = ids.chunk(tp), keep.chunk(tp)
-            found[axis, layer] = relocate(*parts, placement)
+    found: dict[tuple[str, int | None], Relocation] = {}
+    after = {layer.number: layer for layer in plan.shape.layers}
+    for axis in LAYER_AXES:
+        for position, layer in enumerate(shape.layers):
+            if layer.number not in after:
+                continue
+            count = getattr(after[layer.number], axis)
+            if count < getattr(layer, axis):
+                ids = stored[axis][position]
+                keep = kept(plan.alive[axis][layer.number], ids, count)
+                parts = ids.chunk(tp), keep.chunk(tp)
+                found[axis, position] = relocate(*parts, placement)
+    if plan.shape.hidden_size < shape.hidden_size:
+        (ids,) = stored["hidden_size"]
+        keep = kept(plan.alive["hidden_size"], ids, plan.shape.hidden_size)
+        found["hidden_size", None] = relocate([ids], [keep], placement)
     return found
 
 
 def shrinking(old: Shape, new: Shape) -> list[str]:
     """List the axes on which two shapes differ."""
-    return [axis for axis in AXES if old.counts(axis) != new.counts(axis)]
+    still = old.with_layers(layer.number for layer in new.layers)
+    shrunk = [axis for axis in AXES if still.counts(axis) != new.counts(axis)]
+    return shrunk + (["num_layers"] if still != old else [])
 
 
-def stored_after(stored: StoredUnits, relocations: Relocations) -> StoredUnits:
+def layers_after(old: Shape, new: Shape) -> dict[int, int]:
+    """Map the position of every layer that stays to that in the new model."""
+    position = {layer.number: n for n, layer in enumerate(new.layers)}
+    return {
+        n: position[layer.number] for n, layer in enumerate(old.layers) if layer.number in position
+    }
+
+
+def stored_after(
+    stored: StoredUnits, relocations: Relocations, old: Shape, new: Shape
+) -> StoredUnits:
     """Return the units in memory once they have been relocated."""
     after = {axis: list(ids) for axis, ids in stored.items()}
     for (axis, layer), relocation in relocations.items():
+        place = layer or 0
         home, index = torch.cat(relocation.sources).unbind(1)
-        per_rank = len(stored[axis][layer]) // len(relocation.sources)
-        after[axis][layer] = stored[axis][layer][home * per_rank + index]
+        per_rank = len(stored[axis][place]) // len(relocation.sources)
+        after[axis][place] = stored[axis][place][home * per_rank + index]
+    for axis in LAYER_AXES:
+        after[axis] = [after[axis][position] for position in layers_after(old, new)]
+    after["num_layers"] = [torch.tensor([layer.number for layer in new.layers])]
     return {axis: tuple(ids) for axis, ids in after.items()}
 
 
@@ -161,35 +190,40 @@ def compact(
         return relocations_of(plan, stored, old, groups.tp.size(), placement)
 
     relocations: Relocations = together(decide, groups)
-    after = stored_after(stored, relocations)
+    after = stored_after(stored, relocations, old, plan.shape)
     moved_bytes = _moved_bytes(trainable, relocations)
     before = fingerprint(trainable, stored, last_bit=True)
     peak = PeakMemory()
-    attributes = {name: _attributes(p) for name, p in named_parameters(trainable.chunks)}
+    attributes = {tensor_of(name): _attributes(p) for name, p in named_parameters(trainable.chunks)}
 
     # The order keeps the peak down: gradients go first and come back last, old shards go one by
     # one while survivors are staged, and all of the old is gone before the new is built.
     free_gradients(trainable)
-    staged, owners = stage(trainable, relocations)
+    staged, owners = stage(trainable, relocations, plan.shape)
     release(trainable)
 
     fresh = assemble(trainable.sections, groups, plan.shape, initialize=False, gradients=False)
     for name, parameter in named_parameters(fresh.chunks):
-        assert _attributes(parameter) == attributes[name], (
+        known = attributes.get(tensor_of(name))  # unknown where a stage has its first layer now
+        assert known is None or _attributes(parameter) == known, (
             f"{name} lost an attribute in the rebuild"
         )
+    moved_layers = 0
+    if plan.shape.num_layers < old.num_layers:
+        moved_layers = move_layers(staged, owners, fresh)
     restore(fresh, staged, owners, step)
     for chunk in fresh.chunks:
         chunk.restore_grad_buffers()
     trainable.core, trainable.chunks = fresh.core, fresh.chunks
     trainable.optimizer, trainable.shape = fresh.optimizer, fresh.shape
     peak_bytes = peak.bytes
-    loss_change = check(before, fingerprint(trainable, after), trainable)
+    loss_change = check(before, fingerprint(trainable, after), plan.alive, trainable)
     shrunk = shrinking(old, plan.shape)
     report = CompactReport(
         {axis: list(old.counts(axis)) for axis in shrunk},
         {axis: list(plan.shape.counts(axis)) for axis in shrunk},
         sum(relocation.moved for relocation in relocations.values()),
+        moved_layers,
         moved_bytes,
         time.perf_counter() - begin,
         _highest(peak_bytes, groups),
@@ -215,8 +249,17 @@ def _moved_bytes(trainable: Trainable, relocations: Relocations) -> int:
 
 def _relocated(shares: Sequence[Share], relocations: Relocations) -> list[tuple[Share, Relocation]]:
     """Pair the shares whose units are relocated with how."""
-    found = ((share, relocations.get((share.axis, share.layer or 0))) for share in shares)
-    return [(share, how) for share, how in found if how is not None and share.layer is not None]
+    found = ((share, relocations.get(_place(share))) for share in shares)
+    return [(share, how) for share, how in found if how is not None]
+
+
+def _place(share: Share) -> tuple[str, int | None]:
+    return share.axis, None if share.axis == "hidden_size" else share.layer
+
+
+def tensor_of(name: str) -> str:
+    """Return a parameter's name without the number of its layer."""
+    return re.sub(r"layers\.\d+\.", "layers.", name)
 
 
 def _highest(peak_bytes: int, groups: ProcessGroups) -> int:
@@ -250,29 +293,111 @@ def _attributes(parameter: torch.nn.Parameter) -> dict[str, object]:
 
 
 @torch.no_grad()
-def stage(trainable: Trainable, relocations: Relocations) -> tuple[dict[str, Tensor], list[int]]:
-    """The whole [3, numel] of the parameters that this rank owns, survivors only.
+def stage(
+    trainable: Trainable, relocations: Relocations, shape: Shape
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Take the whole [3, numel] of the parameters that this rank owns, survivors only.
 
     One parameter is in transit at a time; its old shards are freed then.
 
-    Returns: the state by parameter name, and the data-parallel rank that owns each parameter.
+    Args:
+        shape: of the new model.
+    Returns: by the name that a parameter will have, its state, and the data-parallel rank that owns
+        it.
     """
-    shards = trainable.exchange()
+    groups, model, old = trainable.groups, trainable.model, trainable.shape
+    exchange = trainable.exchange()
+    stays = layers_after(old, shape)
     work = []
-    for name, parameter, shares in named_shares(trainable):
+    for (name, parameter, shares), owner in zip(
+        named_shares(trainable), exchange.owners, strict=True
+    ):
         leaving = _relocated(shares, relocations)
-        work.append((name, parameter, leaving))
+        work.append((name, parameter, leaving, owner))
     staged: dict[str, Tensor] = {}
+    owners: dict[str, int] = {}
     # What is cut comes first: two copies of it are there meanwhile, and most is still free then.
-    for name, parameter, leaving in sorted(work, key=lambda item: not item[2]):
-        whole = shards.gather(parameter)
+    for name, parameter, leaving, owner in sorted(work, key=lambda item: not item[2]):
+        new_name = _renamed(name, stays)
+        whole = None if new_name is None else exchange.gather(parameter)
         _drop(trainable, parameter)
+        if new_name is None:  # its layer goes
+            continue
+        owners[new_name] = owner
         if whole is None:  # another rank owns it
             continue
+        present = old
         for share, relocation in leaving:
-            whole = move(whole, share, relocation, trainable.groups.tp)
-        staged[name] = whole
-    return staged, shards.owners
+            # What was cut on one axis is shorter on it for the next.
+            now = _share_of(name, share.axis, model, present, groups.tp.size())
+            group = groups.tp if AXES[share.axis].is_split else None
+            whole = move(whole, now, relocation, group)
+            present = _shrunk(present, share, relocation)
+        staged[new_name] = whole
+    return staged, owners
+
+
+def _share_of(name: str, axis: str, model: ModelConfig, shape: Shape, tp: int) -> Share:
+    return next(share for share in shares_of(name, model, shape, tp) if share.axis == axis)
+
+
+def _shrunk(shape: Shape, share: Share, relocation: Relocation) -> Shape:
+    """Return the shape with one axis cut, in one layer where layers have units of their own."""
+    count = sum(map(len, relocation.sources))
+    if share.axis == "hidden_size":
+        return shape.with_counts(share.axis, count)
+    counts = list(shape.counts(share.axis))
+    assert share.layer is not None
+    counts[share.layer] = count
+    return shape.with_counts(share.axis, counts)
+
+
+def _renamed(name: str, stays: Mapping[int, int]) -> str | None:
+    """Return the name of a parameter in the new model; None when its layer is not there."""
+    found = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if found is None:
+        return name
+    position = stays.get(int(found[1]))
+    return None if position is None else f"decoder.layers.{position}.{name[found.end() :]}"
+
+
+@torch.no_grad()
+def move_layers(staged: dict[str, Tensor], owners: dict[str, int], fresh: Trainable) -> int:
+    """Send staged layers to the pipeline stages that have them now; collective over the stages.
+
+    Every rank sends to, and receives from, ranks that differ from it in their stage alone, in one
+    order of names. ``staged`` and ``owners`` become those of this rank's new parameters.
+
+    Returns: how many layers have changed their stage.
+    """
+    pp = fresh.groups.pp
+    names = [name for name, _ in named_parameters(fresh.chunks)]
+    here = {
+        name: (owner, len(staged[name][0]) if name in staged else 0)
+        for name, owner in owners.items()
+    }
+    everyones: list[tuple[dict[str, tuple[int, int]], list[str]]] = [({}, [])] * pp.size()
+    dist.all_gather_object(everyones, (here, names), group=pp)
+    moved = set()
+    had = {name: stage for stage, (known, _) in enumerate(everyones) for name in known}
+    has = {name: stage for stage, (_, wanted) in enumerate(everyones) for name in wanted}
+    me = pp.rank()
+    for name in sorted(name for name in has if name.startswith("decoder.layers.")):
+        source, target = had[name], has[name]
+        if source == target:
+            continue
+        moved.add(int(name.split(".")[2]))
+        owner, numel = everyones[source][0][name]
+        if me == target:
+            owners[name] = owner
+            if numel:
+                staged[name] = torch.empty(3, numel, device=fresh.groups.device)
+                dist.recv(staged[name], group=pp, group_src=source)
+        elif me == source:
+            owners.pop(name)
+            if numel:
+                dist.send(staged.pop(name).contiguous(), group=pp, group_dst=target)
+    return len(moved)
 
 
 def _drop(trainable: Trainable, parameter: torch.nn.Parameter) -> None:
@@ -286,10 +411,12 @@ def _drop(trainable: Trainable, parameter: torch.nn.Parameter) -> None:
 
 
 @torch.no_grad()
-def restore(fresh: Trainable, staged: dict[str, Tensor], owners: list[int], step: int) -> None:
+def restore(
+    fresh: Trainable, staged: dict[str, Tensor], owners: Mapping[str, int], step: int
+) -> None:
     """Hand the staged state to the rebuilt optimizer and refresh the model's weights from it."""
-    # At the new widths ownership would be dealt out otherwise.
-    shards = fresh.exchange(owners)
+    # In the new shape ownership would be dealt out otherwise.
+    shards = fresh.exchange([owners[name] for name, _ in named_parameters(fresh.chunks)])
     for name, parameter in named_parameters(fresh.chunks):
         part = shards.scatter(parameter, staged.pop(name, None))
         if part is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,13 +14,15 @@ from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.shards import slot
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.kernels import MatrixShard, matrix_scores
-from megatron_idea.prune.axis import AXES, LAYER_TENSORS, Share, fold, shares_of
+from megatron_idea.prune.axis import AXES, EMBEDDING, Share, fold
+from megatron_idea.prune.plan import Units, live_counts
 from megatron_idea.prune.strategy import Measure
 from megatron_idea.prune.units import named_shares
-from megatron_idea.shape import Shape
+from megatron_idea.shape import LAYER_AXES
 
-Sums = dict[tuple[str, int], Tensor]
-"""By axis and layer, for the layers of this rank: fp32 [matrices, units on this rank]."""
+Sums = dict[tuple[str, int | None], Tensor]
+"""By axis and position of a layer on this rank, None for channels: fp32 [matrices, units on this
+rank]. What ranks have of the same units adds up."""
 
 
 @torch.no_grad()
@@ -28,41 +30,83 @@ def unit_sums(trainable: Trainable, axes: Sequence[str], measure: Measure) -> Su
     """Reduce a measure over every matrix of every unit, on this rank's optimizer shards.
 
     Measures of gradients: call between the reduction of gradients and the optimizer's step, weights
-    before their update, gradients before clipping. Results of data-parallel ranks add up.
+    before their update, gradients before clipping. Results of data-parallel ranks add up, and for
+    channels and layers, of which each tensor-parallel rank has a part, of those, too.
     """
     owned = [
         (parameter, share)
-        for _, parameter, shares in named_shares(trainable)
+        for name, parameter, shares in named_shares(trainable)
         for share in shares
-        if share.axis in axes
+        if _is_measured(share, axes) and not _is_copy(name, trainable)
     ]
+    # A matrix is read once by rows and once by columns, whatever axes come of it.
+    wanted = {(id(parameter), _per(share)): parameter for parameter, share in owned}
     totals = matrix_scores(
-        [_shard(parameter, share, measure, trainable) for parameter, share in owned],
+        [_shard(parameter, per, measure, trainable) for (_, per), parameter in wanted.items()],
         measure.element,
         measure.reduction,
         device=trainable.groups.device,
         implementation=trainable.training.kernel_implementation,
     )
-    rows: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for total, (_, share) in zip(totals, owned, strict=True):
-        assert share.layer is not None, "only axes of the layers are measured"
-        parts = fold(total, share, measure.reduction)
-        names = (name for name, _ in share.matrices)
-        rows.setdefault((share.axis, share.layer), {}).update(zip(names, parts, strict=True))
-    sums = {key: torch.stack([of[m] for m in AXES[key[0]].matrices]) for key, of in rows.items()}
-    if measure.reduction == "max":  # not linear: the shards of a row must meet at once
-        all_reduce(list(sums.values()), dist.ReduceOp.MAX, trainable.groups)
-        if trainable.groups.shards.rank() > 0:
-            sums = {key: torch.zeros_like(value) for key, value in sums.items()}
+    by_matrix = dict(zip(wanted, totals, strict=True))
+    merge = torch.maximum if measure.reduction == "max" else torch.add
+    rows: dict[tuple[str, int | None], dict[str, Tensor]] = {}
+    for parameter, share in owned:
+        place = None if share.axis == "hidden_size" else share.layer
+        found = rows.setdefault((share.axis, place), {})
+        parts = fold(by_matrix[id(parameter), _per(share)], share, measure.reduction)
+        for (name, _), part in zip(share.matrices, parts, strict=True):
+            found[name] = merge(found[name], part) if name in found else part
+    sums = {key: _stacked(found, AXES[key[0]].matrices) for key, found in rows.items()}
+    return _largest(sums, trainable.groups) if measure.reduction == "max" else sums
+
+
+def _stacked(found: Mapping[str, Tensor], matrices: Sequence[str]) -> Tensor:
+    """Bring vectors into the order of a table, zeros where this rank has no such matrix."""
+    nothing = torch.zeros_like(next(iter(found.values())))
+    return torch.stack([found.get(name, nothing) for name in matrices])
+
+
+def _is_measured(share: Share, axes: Sequence[str]) -> bool:
+    return share.axis in axes and share.matrices[0][0] in AXES[share.axis].matrices
+
+
+def _is_copy(name: str, trainable: Trainable) -> bool:
+    """Say whether it is the last pipeline stage's copy of a tied embedding, which counts once."""
+    return name == EMBEDDING and trainable.groups.pp.rank() > 0
+
+
+def _per(share: Share) -> str:
+    return "row" if share.dim == 0 else "column"
+
+
+def _largest(sums: Sums, groups: ProcessGroups) -> Sums:
+    """Take maxima over the ranks that have parts of a unit at once: they do not add up later."""
+    all_reduce(list(sums.values()), dist.ReduceOp.MAX, groups.shards)
+    split = [value for (axis, _), value in sums.items() if not AXES[axis].is_split]
+    all_reduce(split, dist.ReduceOp.MAX, groups.tp)
+    channels = [value for (axis, _), value in sums.items() if axis == "hidden_size"]
+    all_reduce(channels, dist.ReduceOp.MAX, groups.pp)
+    for (axis, _), value in sums.items():
+        if not carries(axis, groups):
+            value.zero_()
     return sums
 
 
+def carries(axis: str, groups: ProcessGroups) -> bool:
+    """Say whether this rank, of all that have parts of the same units, stands for the others."""
+    first = groups.shards.rank() == 0
+    if not AXES[axis].is_split:
+        first &= groups.tp.rank() == 0
+    return first and (axis != "hidden_size" or groups.pp.rank() == 0)
+
+
 def _shard(
-    parameter: torch.nn.Parameter, share: Share, measure: Measure, trainable: Trainable
+    parameter: torch.nn.Parameter, per: str, measure: Measure, trainable: Trainable
 ) -> MatrixShard:
-    """Describe what this rank's optimizer holds of a matrix, per row or column as its units lie."""
+    """Describe what this rank's optimizer holds of a matrix."""
     rows, columns = parameter.shape
-    whole = MatrixShard((rows, columns), "row" if share.dim == 0 else "column")
+    whole = MatrixShard((rows, columns), per)
     # Without shards every rank holds the whole: one of them counts.
     is_sharded = trainable.parallel.use_distributed_optimizer
     if not is_sharded and trainable.groups.shards.rank() > 0:
@@ -74,25 +118,46 @@ def _shard(
     return replace(whole, w=held.main.detach().view(-1), g=grad, lo=held.start)
 
 
-def unit_sizes(model: ModelConfig, shape: Shape, axes: Sequence[str]) -> dict[str, Tensor]:
-    """Count the weights that one unit has in each matrix: axis -> fp32 [matrices, 1]."""
-    sizes = {}
-    for axis in axes:
-        found: dict[str, int] = {}
-        for tensor in LAYER_TENSORS:
-            for share in shares_of(f"decoder.layers.0.{tensor}", model, shape, tp=1):
-                found |= dict(share.matrices) if share.axis == axis else {}
-        sizes[axis] = torch.tensor([[float(found[name])] for name in AXES[axis].matrices])
-    return sizes
+def unit_sizes(model: ModelConfig, alive: Units, axes: Sequence[str]) -> dict[str, Tensor]:
+    """Count the weights that one unit has in each matrix, those of living units alone.
+
+    Zeros that wait to be cut away do not count, so that cutting them changes no score.
+
+    Returns: axis -> fp32 [matrices, 1]; [matrices, layers of the enlarged model] for layers.
+    """
+    counts = {axis: torch.tensor(live_counts(alive[axis])) for axis in LAYER_AXES}
+    hidden = int(alive["hidden_size"].sum())
+    layers = alive["num_layers"]
+    q, kv = model.num_attention_heads // model.num_query_groups, model.kv_channels
+    embedding = model.vocab_size
+    # By one channel of one layer: rows of what reads the channel, columns of what writes it.
+    per_channel = torch.stack(
+        [
+            counts["num_query_groups"] * (q + 2) * kv,
+            counts["num_query_groups"] * q * kv,
+            counts["ffn_hidden_size"] * 2,
+            counts["ffn_hidden_size"],
+        ]
+    )
+    tied = model.share_embeddings_and_output_weights
+    channel = torch.tensor([embedding, 1 if tied else embedding])
+    of_groups = torch.tensor([q * kv, kv, kv, q * kv]) * hidden
+    sizes = {
+        "ffn_hidden_size": torch.full((3, 1), hidden),
+        "num_query_groups": of_groups[:, None],
+        "hidden_size": torch.cat([channel, (per_channel * layers).sum(dim=1)])[:, None],
+        "num_layers": (per_channel * hidden).clamp(min=1),
+    }
+    return {axis: sizes[axis].float() for axis in axes}
 
 
 def all_reduce(
-    values: Sequence[Tensor], op: dist.ReduceOp.RedOpType, groups: ProcessGroups
+    values: Sequence[Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup
 ) -> None:
-    """Reduce small tensors over data-parallel ranks in place, in one message."""
-    if groups.shards.size() == 1 or not values:
+    """Reduce small tensors over ``group`` in place, in one message."""
+    if group.size() == 1 or not values:
         return
     flat = torch.cat([v.flatten() for v in values])
-    dist.all_reduce(flat, op=op, group=groups.shards)
+    dist.all_reduce(flat, op=op, group=group)
     for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
         value.copy_(part.view_as(value))

@@ -34,16 +34,21 @@ class Plan:
     """Larger than the live units need where zeroed ones stay in memory for now."""
     memory: Tensor
     """What the strategy wants to be told next time."""
+    gains: Tensor
+    """fp32 [2 layers + 1]: what to multiply the gains of each norm with as channels go; two a layer
+    of the enlarged model, in their order, and the final one."""
     digest: str
     """SHA-256 of the above, compared over all ranks before anything is applied."""
 
     @staticmethod
-    def of(alive: Units, shape: Shape, memory: Tensor) -> Plan:
-        """Make a plan with its digest."""
-        digest = hashlib.sha256(repr(shape).encode() + memory.numpy().tobytes())
-        for axis in sorted(alive):
-            digest.update(axis.encode() + alive[axis].numpy().tobytes())
-        return Plan(alive, shape, memory, digest.hexdigest())
+    def of(alive: Units, shape: Shape, memory: Tensor, gains: Tensor | None = None) -> Plan:
+        """Make a plan with its digest; without ``gains`` norms stay as they are."""
+        if gains is None:
+            gains = torch.ones(2 * len(alive["num_layers"]) + 1)
+        digest = hashlib.sha256(repr(shape).encode())
+        for tensor in (memory, gains, *(alive[axis] for axis in sorted(alive))):
+            digest.update(tensor.numpy().tobytes())
+        return Plan(alive, shape, memory, gains, digest.hexdigest())
 
 
 def first_units(shape: Shape) -> dict[str, tuple[Tensor, ...]]:
@@ -93,6 +98,11 @@ def live_counts(alive: Tensor) -> list[int]:
     """Count the live units of an axis: one number a layer, or one."""
     counts: list[int] = alive.reshape(-1, alive.shape[-1]).sum(dim=1).tolist()
     return counts
+
+
+def live_by_axis(alive: Units) -> dict[str, list[int]]:
+    """Count the live units of every axis: for each layer of the enlarged model, or of it all."""
+    return {axis: live_counts(alive[axis]) for axis in AXES}
 
 
 def local_part(stored: Tensor, tp: dist.ProcessGroup) -> Tensor:

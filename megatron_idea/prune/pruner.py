@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_idea.config import Config
+from megatron_idea.course import finished_axes, removed_by_axis
 from megatron_idea.engine.distributed import assert_same_on_all_ranks, on_device
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.compact import CompactReport, compact
@@ -21,26 +23,31 @@ from megatron_idea.prune.plan import (
     StoredUnits,
     Units,
     first_units,
-    live_counts,
+    live_by_axis,
     misfit,
     present,
 )
+from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.random import RandomPrune
 from megatron_idea.prune.scores import Scores
-from megatron_idea.prune.silence import silence
-from megatron_idea.prune.strategy import Counts, Goal, Measure, Stats, Strategy, select
+from megatron_idea.prune.silence import rescale_norms, silence
+from megatron_idea.prune.strategy import (
+    Counts,
+    Measure,
+    Removed,
+    Stats,
+    Strategy,
+    ranked,
+    select,
+)
 from megatron_idea.prune.units import on_this_rank
-from megatron_idea.schedule import gathers_scores, removal_window, removed
-from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_counts
+from megatron_idea.schedule import gathers_scores, removal_window
+from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_shape
 
 
 def build_strategy(config: Config) -> Strategy | None:
     """Build the method that ``prune.strategy`` names; None for plain training."""
-    goals = {
-        "ffn_hidden_size": Goal(
-            config.model.ffn_hidden_size, config.target_ffn_hidden_size, config.final_ffn_multiple
-        )
-    }
+    goals = config.goals
     if config.prune.strategy == "none":
         return None
     if config.prune.strategy == "random":
@@ -48,6 +55,19 @@ def build_strategy(config: Config) -> Strategy | None:
     if config.prune.strategy == "magnitude":
         return Magnitude(config.prune, goals)
     return IdeaPrune(config.prune, goals)
+
+
+@dataclass(frozen=True)
+class LayerTrial:
+    """Why a layer went."""
+
+    layer: int
+    losses: dict[int, float]
+    """Loss of the step's batch without each of the candidates, in nats per token."""
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value.clone() for name, value in tensors.items()}
 
 
 class Pruner:
@@ -64,6 +84,9 @@ class Pruner:
     """Who is in memory, and where."""
     memory: Tensor
     """What the strategy wants to be told next time."""
+    due: tuple[Units, Tensor] | None
+    """Who lives on, and the gains, of a plan that is decided and not yet carried out: a checkpoint
+    made right before a compaction has it."""
 
     def __init__(self, config: Config, trainable: Trainable) -> None:
         """Begin with everything alive; ``load_state`` says otherwise."""
@@ -73,18 +96,15 @@ class Pruner:
         self.stored = first_units(trainable.shape)
         self.alive = present(self.stored, trainable.shape, self.full)
         self.memory = torch.empty(0)
+        self.due = None
+        self.trials: list[LayerTrial] = []
         self.scores = (
             Scores(self.strategy, self.full, config.prune.history, trainable.groups.device)
             if self.strategy is not None
             else None
         )
         self.distribution = Distribution(config.schedule)
-        self.decision: Decision | None = None
-
-    @property
-    def live(self) -> dict[str, list[int]]:
-        """Count the live units of every layer."""
-        return {axis: live_counts(self.alive[axis]) for axis in LAYER_AXES}
+        self.decisions: dict[str, Decision] = {}
 
     def observe(self, trainable: Trainable, tokens: int) -> dict[Measure, Sums] | None:
         """Measure this step's gradients; None outside the prune phase.
@@ -101,23 +121,43 @@ class Pruner:
             assert self.scores is not None
             self.scores.record(observed)
 
-    def plan(self, trainable: Trainable, tokens: int, pausing: bool = False) -> Plan | None:
+    def plan(
+        self,
+        trainable: Trainable,
+        tokens: int,
+        probe: Probe | None = None,
+        pausing: bool = False,
+    ) -> Plan | None:
         """Say what the consumed tokens ask for; None when that is what the model is already.
 
         ``pausing``: nothing is removed, until all must be. Collective over all ranks when something
-        is due, and every rank decides alike.
+        is due, and every rank decides alike. Without ``probe`` scores alone choose layers.
         """
         if self.scores is None or not self._plan_due(tokens):
             return None
         self.scores.fold(trainable, self.stored)
-        final = tokens >= removal_window(self.config.schedule)[1]
-        if pausing and not final:
+        if pausing and tokens < removal_window(self.config.schedule)[1]:
             return None
-        alive, memory = self._choose(trainable, removed(self.config.schedule, tokens))
-        shape = self.due_shape(trainable.shape, alive, final)
+        alive, memory = self._choose(trainable, removed_by_axis(self.config, tokens), probe)
+        shape = self.due_shape(trainable.shape, alive, finished_axes(self.config, tokens))
         if shape == trainable.shape and alive is self.alive:
             return None
-        return Plan.of(alive, shape, memory)
+        return Plan.of(alive, shape, memory, self._gains(alive, probe))
+
+    def due_plan(self, trainable: Trainable, tokens: int) -> Plan | None:
+        """Return the plan that a checkpoint had decided on, as it is in this layout; None if none.
+
+        Who lives on is decided; the shape follows from that and from how the model is split now.
+        """
+        if self.due is None:
+            return None
+        alive, gains = self.due
+        shape = self.due_shape(trainable.shape, alive, finished_axes(self.config, tokens))
+        return Plan.of(alive, shape, self.memory, gains)
+
+    def decide(self, plan: Plan) -> None:
+        """Let a plan be part of what is saved, until ``silence`` carries it out."""
+        self.due, self.memory = (plan.alive, plan.gains), plan.memory
 
     def _plan_due(self, tokens: int) -> bool:
         """Every ``mask_interval_steps`` steps, and whenever the prune phase is over."""
@@ -125,20 +165,35 @@ class Pruner:
         step = -(-tokens // self.config.batch_tokens)
         return tokens >= removal_window(self.config.schedule)[1] or step % interval == 0
 
-    def _choose(self, trainable: Trainable, share: float) -> tuple[Units, Tensor]:
-        """Ask the strategy who lives on when ``share`` of the removal is due, and what to keep."""
+    def _choose(
+        self, trainable: Trainable, removed: Removed, probe: Probe | None
+    ) -> tuple[Units, Tensor]:
+        """Ask the strategy who lives on when so much of the removal is due, and what to keep."""
         strategy = self.strategy
         assert strategy is not None
-        if not strategy.is_due(self.alive, share):
+        if not strategy.is_due(self.alive, removed):
             return self.alive, self.memory
         importance = strategy.importance(self.stats(trainable))
-        counts, memory = strategy.budget(importance, self.alive, share, self.memory)
-        return self.keep(importance, counts), memory
+        counts, memory = strategy.budget(importance, self.alive, removed, self.memory)
+        return self.keep(importance, counts, probe), memory
+
+    def _gains(self, alive: Units, probe: Probe | None) -> Tensor | None:
+        """Return what keeps the mean square of every norm's output as channels go.
+
+        sqrt(sum x^2 before / sum x^2 after): a norm divides by the root of the latter.
+        """
+        axis = "hidden_size"
+        before, after = self.alive[axis], alive[axis]
+        if self.config.prune.norm_rescale == "none" or probe is None or torch.equal(before, after):
+            return None
+        squares = probe.norm_inputs(self.stored, len(before))
+        share = squares[:, after].sum(dim=1) / squares[:, before].sum(dim=1)
+        return torch.where(share > 0, share, 1.0).sqrt().float()
 
     def stats(self, trainable: Trainable) -> Stats:
         """Return what is known of all units now; collective over all ranks."""
         assert self.scores is not None and self.strategy is not None
-        sizes = unit_sizes(self.config.model, trainable.shape, self.strategy.axes)
+        sizes = unit_sizes(self.config.model, self.alive, self.strategy.axes)
         device = trainable.groups.device
         return Stats(
             self.scores.now(trainable, self.stored),
@@ -146,35 +201,60 @@ class Pruner:
             self.alive,
         )
 
-    def keep(self, importance: Units, counts: Counts) -> Units:
+    def keep(self, importance: Units, counts: Counts, probe: Probe | None = None) -> Units:
         """Choose the most important units; ``alive`` itself when nobody goes."""
         chosen = {
-            axis: select(importance[axis], self.alive[axis], list(counts[axis])) for axis in counts
+            axis: select(importance[axis], self.alive[axis], list(counts[axis]))
+            for axis in counts
+            if axis != "num_layers"
         }
-        for axis, kept in chosen.items():  # recorded for axes that a picture can show
-            self.decision = Decision(importance[axis], self.alive[axis], kept)
+        if "num_layers" in counts:
+            (count,) = counts["num_layers"]
+            layers = self._keep_layers(importance["num_layers"], count, probe)
+            chosen["num_layers"] = layers
+            for axis in LAYER_AXES:  # what a layer has goes with it
+                chosen[axis] = chosen.get(axis, self.alive[axis]) & layers[:, None]
         if all(torch.equal(kept, self.alive[axis]) for axis, kept in chosen.items()):
             return self.alive
+        for axis, kept in chosen.items():
+            if axis in importance:
+                rows = (importance[axis], self.alive[axis], kept)
+                self.decisions[axis] = Decision(*map(torch.atleast_2d, rows))
         return {**self.alive, **chosen}
 
-    def due_shape(self, shape: Shape, alive: Units, final: bool) -> Shape:
-        """Return the shape to store from now on: as it is, or smaller when a block can be shed."""
-        config, axis = self.config, "ffn_hidden_size"
-        if not config.prune.compact:
-            return shape
-        counts = due_counts(
-            shape.counts(axis),
-            live_counts(alive[axis]),
-            config.ffn_multiple,
-            config.compaction_block,
-            final,
-        )
-        return shape.with_counts(axis, counts)
+    def _keep_layers(self, importance: Tensor, count: int, probe: Probe | None) -> Tensor:
+        """Choose layers one by one: of the least important the one that the loss misses least."""
+        assert self.strategy is not None
+        alive = self.alive["num_layers"].clone()
+        candidates = self.strategy.layer_candidates
+        if probe is None or candidates < 2:
+            return select(importance, alive, [count])
+        while int(alive.sum()) > count:
+            least = ranked(importance, alive)[: int(alive.sum())].tolist()[-candidates:]
+            gone = (~alive).nonzero().view(-1).tolist()
+            losses = {layer: probe.loss([*gone, layer]) for layer in sorted(least)}
+            layer = min(losses, key=lambda number: (losses[number], number))
+            alive[layer] = False
+            self.trials.append(LayerTrial(layer, losses))
+        return alive
 
-    def score_record(self, tokens: int) -> dict[str, Any] | None:
-        """Describe the last plan's importances, once a plan and at a bounded rate."""
-        decision, self.decision = self.decision, None
-        return self.distribution.record(decision, tokens) if decision else None
+    def due_shape(self, shape: Shape, alive: Units, final: Sequence[str]) -> Shape:
+        """Return the shape to store from now on: as it is, or smaller when a block can be shed."""
+        if not self.config.prune.compact:
+            return shape
+        live = live_by_axis(alive)
+        layers = alive["num_layers"].nonzero().view(-1).tolist()
+        return due_shape(shape, live, layers, self.config.goals, final)
+
+    def score_records(self, tokens: int) -> list[dict[str, Any]]:
+        """Describe the last plan's importances by axis, once a plan and at a bounded rate."""
+        decisions, self.decisions = self.decisions, {}
+        return self.distribution.records(decisions, tokens)
+
+    def take_trials(self) -> list[LayerTrial]:
+        """Return why layers went since the last call."""
+        trials, self.trials = self.trials, []
+        return trials
 
     def silence(self, trainable: Trainable, plan: Plan) -> None:
         """Zero what the plan removes.
@@ -183,8 +263,9 @@ class Pruner:
         """
         assert_same_on_all_ranks(plan.digest.encode(), "the pruning plan", trainable.groups)
         gone = {axis: self.alive[axis] & ~plan.alive[axis] for axis in AXES}
+        rescale_norms(trainable, plan.gains)
         silence(trainable, on_this_rank(gone, trainable, self.stored))
-        self.alive, self.memory = plan.alive, plan.memory
+        self.alive, self.memory, self.due = plan.alive, plan.memory, None
         self.tell_layers(trainable)
 
     def compact(self, trainable: Trainable, plan: Plan) -> CompactReport:
@@ -208,16 +289,20 @@ class Pruner:
     def state(self, trainable: Trainable) -> dict[str, Tensor]:
         """Return all of a pruner that is a tensor, whatever the layout; collective."""
         scores = self.scores.state(trainable, self.stored) if self.scores is not None else {}
-        return self._units() | {f"scores.{name}": value for name, value in scores.items()}
+        return self._units(self.due) | _prefixed("scores", scores)
 
-    def blank_state(self, trainable: Trainable) -> dict[str, Tensor]:
-        """Return tensors of the same names and sizes, to be read into."""
+    def blank_state(self, due: bool) -> dict[str, Tensor]:
+        """Return tensors of the same names and sizes, to be read into; ``due``: with a plan."""
         scores = self.scores.blank_state() if self.scores is not None else {}
-        return self._units() | {f"scores.{name}": value for name, value in scores.items()}
+        blank = (self.alive, torch.ones(2 * self.full.num_layers + 1)) if due else None
+        return self._units(blank) | _prefixed("scores", scores)
 
-    def _units(self) -> dict[str, Tensor]:
-        alive = {f"alive.{axis}": self.alive[axis].clone() for axis in AXES}
-        return alive | {f"stored.{axis}": torch.cat(self.stored[axis]) for axis in AXES}
+    def _units(self, due: tuple[Units, Tensor] | None) -> dict[str, Tensor]:
+        found = _prefixed("alive", self.alive)
+        found |= {f"stored.{axis}": torch.cat(self.stored[axis]) for axis in AXES}
+        if due is not None:
+            found |= _prefixed("due", due[0]) | {"gains": due[1].clone()}
+        return found
 
     def unfit(self, trainable: Trainable, tensors: Mapping[str, Tensor]) -> str:
         """Say in what way units of a checkpoint are none of this model's; empty if they are."""
@@ -231,7 +316,13 @@ class Pruner:
             )
             for axis in AXES
         )
-        return next(filter(None, found), "")
+        due = {axis: tensors.get(f"due.{axis}") for axis in AXES}
+        revived = (
+            f"its plan revives units of {axis}"
+            for axis, alive in due.items()
+            if alive is not None and bool((alive.cpu() & ~tensors[f"alive.{axis}"].cpu()).any())
+        )
+        return next(filter(None, (*found, *revived)), "")
 
     def load_state(
         self,
@@ -244,6 +335,8 @@ class Pruner:
         self.alive = {axis: tensors[f"alive.{axis}"].cpu() for axis in AXES}
         self.stored = self._split(trainable.shape, tensors)
         self.memory = torch.tensor(memory)
+        if "gains" in tensors:
+            self.due = {axis: tensors[f"due.{axis}"].cpu() for axis in AXES}, tensors["gains"].cpu()
         if self.scores is not None:
             of_scores = {
                 name.removeprefix("scores."): value

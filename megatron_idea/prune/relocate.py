@@ -134,7 +134,7 @@ def move(
     whole: Tensor,
     share: Share,
     relocation: Relocation,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Bring one tensor's surviving units to the ranks where the relocation wants them.
@@ -144,11 +144,14 @@ def move(
     Args:
         whole: [states, numel], contiguous, of 1 to 8 bytes an element; left as is.
         share: who owns what of each state.
+        group: None where every rank has its part of all units, and cuts for itself.
         chunk_bytes: limit of what a rank has in transit, sent and received; one unit may pass.
     Returns: new [states, numel t / n], units in the relocation's order, bit for bit.
     """
-    states, me = whole.shape[0], group.rank()
-    assert len(relocation.sources) == group.size(), "a relocation for another number of ranks"
+    states, me, ranks = whole.shape[0], 0, 1
+    if group is not None:
+        me, ranks = group.rank(), group.size()
+    assert len(relocation.sources) == ranks, "a relocation for another number of ranks"
     assert whole.shape[1] == share.count * share.unit_numel > 0, f"{share} of {whole.shape}"
     # As integers: not every op knows every float, and none may touch the bits.
     units = whole.detach().view(_BITS[whole.element_size()]).view(-1, share.count, share.stride)
@@ -157,7 +160,7 @@ def move(
     moved = _gather(units, index.where(home == me, 0))
 
     leaving = [s[s[:, 0] == me, 1] for s in relocation.sources]
-    arriving = [(home == rank).nonzero().view(-1) for rank in range(group.size())]
+    arriving = [(home == rank).nonzero().view(-1) for rank in range(ranks)]
     unit_bytes = units[:, 0].nbytes
     chunks = list(_chunks(relocation.moves, max(1, chunk_bytes // unit_bytes)))
     traffic = [(chunk[me], [row[me] for row in chunk]) for chunk in chunks]

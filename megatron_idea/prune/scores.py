@@ -11,11 +11,11 @@ from torch import Tensor
 from megatron_idea.engine.distributed import on_device
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import AXES
-from megatron_idea.prune.measures import Sums, all_reduce, unit_sums
-from megatron_idea.prune.plan import StoredUnits, local_part
+from megatron_idea.prune.measures import Sums, all_reduce, carries, unit_sums
+from megatron_idea.prune.plan import StoredUnits, local_part, table_size
 from megatron_idea.prune.strategy import Measure, Strategy
 from megatron_idea.prune.units import local_layers
-from megatron_idea.shape import Shape
+from megatron_idea.shape import LAYER_AXES, Shape
 
 
 class Scores:
@@ -42,14 +42,10 @@ class Scores:
         self.pending_steps = 0
 
     def _empty(self) -> dict[str, Tensor]:
+        sizes = {axis: table_size(axis, self._full) for axis in self._strategy.axes}
         return {
-            axis: torch.zeros(
-                self._full.num_layers,
-                len(AXES[axis].matrices),
-                self._full.counts(axis)[0],
-                device=self._device,
-            )
-            for axis in self._strategy.axes
+            axis: torch.zeros(*rows, len(AXES[axis].matrices), units, device=self._device)
+            for axis, (*rows, units) in sizes.items()
         }
 
     def observe(self, trainable: Trainable) -> dict[Measure, Sums]:
@@ -89,11 +85,9 @@ class Scores:
         """Return averages and pending sums in original numbering; collective over all ranks."""
         tensors = {}
         for number, measure in enumerate(self._averaged):
-            pending = self.pending.get(measure, {})
-            tables = self._collect(trainable, stored, pending)
-            if trainable.groups.shards.rank() > 0:  # reduced now: the first rank carries it on
-                for value in pending.values():
-                    value.zero_()
+            tables = self._collect(trainable, stored, self.pending.get(measure, {}))
+            if self.pending_steps:  # reduced now, as one that goes on from here will have it
+                self.pending[measure] = self._spread(tables, trainable, stored)
             for axis in self._strategy.axes:
                 tensors[f"average.{number}.{axis}"] = self.average[measure][axis].clone()
                 tensors[f"pending.{number}.{axis}"] = tables[axis]
@@ -125,33 +119,42 @@ class Scores:
                 self.pending[measure] = self._spread(tables, trainable, stored)
 
     def _collect(self, trainable: Trainable, stored: StoredUnits, sums: Sums) -> dict[str, Tensor]:
-        """Bring sums over local units to [layers, matrices, units] tables in original numbering."""
-        all_reduce(list(sums.values()), dist.ReduceOp.SUM, trainable.groups)
+        """Bring sums over local units to tables in original numbering, equal on every rank."""
+        all_reduce(list(sums.values()), dist.ReduceOp.SUM, trainable.groups.shards)
         tables = self._empty()
         for (axis, layer), value in sums.items():
-            row, ids = self._place(trainable, stored, axis, layer)
-            tables[axis][row][:, ids] = value
-        mp = trainable.groups.collection.mp
-        if mp.size() > 1:
-            for table in tables.values():
-                dist.all_reduce(table, group=mp)  # each entry is on one rank only
+            of_layer, ids = self._place(trainable, stored, axis, layer)
+            self._part(tables, axis, of_layer)[:, ids] = value
+        # Each entry of a split axis is on one rank only, the others have parts on several.
+        all_reduce(list(tables.values()), dist.ReduceOp.SUM, trainable.groups.collection.mp)
         return tables
 
     def _spread(
         self, tables: Mapping[str, Tensor], trainable: Trainable, stored: StoredUnits
     ) -> Sums:
-        """Cut tables down to this rank's units; the first data-parallel rank has their values."""
+        """Cut tables down to this rank's units; one of the ranks that share them has the values."""
         sums: Sums = {}
         for axis, layer in local_layers(trainable, self._strategy.axes):
-            row, ids = self._place(trainable, stored, axis, layer)
-            value = tables[axis][row][:, ids]
-            carries = trainable.groups.shards.rank() == 0
-            sums[axis, layer] = value if carries else torch.zeros_like(value)
+            of_layer, ids = self._place(trainable, stored, axis, layer)
+            value = self._part(tables, axis, of_layer)[:, ids]
+            sums[axis, layer] = (
+                value if carries(axis, trainable.groups) else torch.zeros_like(value)
+            )
         return sums
 
+    @staticmethod
+    def _part(tables: Mapping[str, Tensor], axis: str, layer: int) -> Tensor:
+        """View [matrices, units] of an axis, in a layer where layers have units of their own."""
+        return tables[axis][layer] if axis in LAYER_AXES else tables[axis]
+
     def _place(
-        self, trainable: Trainable, stored: StoredUnits, axis: str, layer: int
+        self, trainable: Trainable, stored: StoredUnits, axis: str, layer: int | None
     ) -> tuple[int, Tensor]:
-        """Return a layer's original number, and those of its units on this rank."""
-        ids = local_part(stored[axis][layer], trainable.groups.tp)
-        return trainable.shape.layers[layer].number, on_device(ids, self._device)
+        """Return a layer's original number, and those of the units on this rank."""
+        number = trainable.shape.layers[layer or 0].number
+        if axis == "num_layers":
+            return number, torch.tensor([number], device=self._device)
+        ids = stored[axis][layer or 0]
+        if AXES[axis].is_split:
+            ids = local_part(ids, trainable.groups.tp)
+        return number, on_device(ids, self._device)

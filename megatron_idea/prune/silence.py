@@ -42,6 +42,38 @@ def silence(trainable: Trainable, gone: LocalUnits) -> None:
                 _zero(states, share, shard.start, mask, device)
 
 
+@torch.no_grad()
+def rescale_norms(trainable: Trainable, gains: Tensor) -> None:
+    """Multiply the gains of the residual stream's norms, and bring their moments along.
+
+    Call as ``silence``. With f the factor, gradients of a gain become g / f: so do exp_avg, and
+    exp_avg_sq becomes v / f^2.
+
+    Args:
+        gains: as in ``Plan``.
+    """
+    final = len(gains) - 1
+    for name, parameter, shares in named_shares(trainable):
+        if parameter.dim() > 1 or not any(share.axis == "hidden_size" for share in shares):
+            continue
+        row = final
+        if (position := shares[0].layer) is not None:
+            number = trainable.shape.layers[position].number
+            row = 2 * number + ("pre_mlp" in name)
+        factor = float(gains[row])
+        if factor == 1.0:
+            continue
+        parameter.data.mul_(factor)
+        shard = slot(trainable.optimizer, parameter)
+        if shard is None:
+            continue
+        if has_main_copy(parameter):
+            shard.main.data.mul_(factor)
+        for moment, power in zip(MOMENTS, (1, 2), strict=True):
+            if moment in shard.state:
+                shard.state[moment].div_(factor**power)
+
+
 def _zero(
     states: list[Tensor], share: Share, start: int, gone: Tensor, device: torch.device
 ) -> None:

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_idea.config import PruneConfig
+from megatron_idea.config import AxisGoal, PruneConfig
 from megatron_idea.engine.distributed import on_device
 from megatron_idea.guard import DivergedError
 from megatron_idea.prune.plan import Units, live_counts
-from megatron_idea.shape import live_count
+from megatron_idea.shape import LAYER_AXES, live_count
 
 Counts = Mapping[str, list[int]]
-"""Axis -> units to keep: one number a layer, or one for an axis of the model."""
+"""Axis -> units to keep: one number for each layer of the enlarged model, or one."""
+
+Removed = Mapping[str, float]
+"""Axis -> share of its whole removal that is due by now, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +47,13 @@ class Stats:
     """What was measured, reduced over all ranks and equal on all of them."""
 
     sums: Mapping[Measure, Units]
-    """fp32 [layers, matrices, units] an axis; 0 for units that are gone. Measures of gradients are
-    moving averages over steps."""
+    """fp32 [layers, matrices, units] for neurons and KV groups, [matrices, units] for channels and
+    layers; 0 for units that are gone. Measures of gradients are moving averages over steps."""
     sizes: Mapping[str, Tensor]
-    """Axis -> fp32 [matrices, 1]: weights that a unit has in each matrix."""
+    """Axis -> fp32 [matrices, 1], for layers [matrices, units]: weights that a unit has in each
+    matrix, those of living units of the other axes alone."""
     alive: Units
     """bool; what a method says of units that are gone is not heard."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Where an axis begins and where it is to end; per layer for neurons and KV groups."""
-
-    full: int
-    target: int
-    multiple: int
-    """Counts at the end of the run are multiples of this."""
-
-    def live(self, removed: float) -> int:
-        """Count the units alive when ``removed`` of all that is to go has gone."""
-        return live_count(self.full, self.target, removed)
 
 
 class Strategy(Protocol):
@@ -73,8 +63,11 @@ class Strategy(Protocol):
     """What it prunes."""
     measures: tuple[Measure, ...]
     """What it has to know; nothing is measured for a method that asks for nothing."""
+    layer_candidates: int
+    """Of so many layers of the least importance that one goes which the loss misses least; 0: the
+    least important one."""
 
-    def is_due(self, alive: Units, removed: float) -> bool:
+    def is_due(self, alive: Units, removed: Removed) -> bool:
         """Say whether anything has to go by now; nothing is asked of the method before."""
         ...
 
@@ -83,13 +76,12 @@ class Strategy(Protocol):
         ...
 
     def budget(
-        self, importance: Units, alive: Units, removed: float, memory: Tensor
+        self, importance: Units, alive: Units, removed: Removed, memory: Tensor
     ) -> tuple[Counts, Tensor]:
         """Say how many units live on, never more than are alive.
 
         Args:
-            importance: where it was measured; ``alive`` is on the CPU.
-            removed: share of the whole removal that is due by now, in [0, 1].
+            importance: on the device that it was measured on; ``alive`` is on the CPU.
             memory: what the method returned last time; empty fp32 at the start of a run. It is
                 saved with the run.
         Returns: counts for ``axes``, and the new memory.
@@ -118,32 +110,60 @@ def reduction(config: PruneConfig) -> str:
     return {"l2": "sum_of_squares", "max": "max"}.get(config.row_reduce, "sum")
 
 
-def scheduled_removal_is_due(alive: Units, goals: Mapping[str, Goal], removed: float) -> bool:
-    """Say whether the schedule wants fewer units than live, on any axis."""
-    return any(
-        goal.live(removed) * len(live) < sum(live)
-        for axis, goal in goals.items()
-        for live in [live_counts(alive[axis])]
-    )
+class Scheduled:
+    """What the methods share that leave it to the schedule how many units go, on every axis.
 
-
-def scheduled_counts(
-    importance: Units, alive: Units, goals: Mapping[str, Goal], removed: float, scope: str
-) -> dict[str, list[int]]:
-    """Follow the schedule on every axis.
-
-    ``scope``: ``layer`` keeps the same number in every layer; ``global`` ranks all layers of an
-    axis against each other, and the mean over layers follows the schedule.
+    ``prune.scope``: ``layer`` keeps the same number in every layer; ``global`` ranks all layers of
+    an axis against each other, and the mean over layers follows the schedule.
     """
-    counts = {}
-    for axis, goal in goals.items():
-        live = live_counts(alive[axis])
-        if scope == "global" and len(live) > 1:
-            total = goal.live(removed) * len(live)
-            counts[axis] = drop_blocks(importance[axis], alive[axis], total, goal.multiple)
-        else:
-            counts[axis] = [min(goal.live(removed), n) for n in live]
-    return counts
+
+    measures: tuple[Measure, ...] = ()
+    layer_candidates = 0
+
+    def __init__(self, config: PruneConfig, goals: Mapping[str, AxisGoal]) -> None:
+        self.axes = tuple(goals)
+        self._config = config
+        self._goals = goals
+
+    def is_due(self, alive: Units, removed: Removed) -> bool:
+        """Say whether the schedule wants fewer units than live, on any axis."""
+        return any(self._wanted(axis, alive, removed) < int(alive[axis].sum()) for axis in removed)
+
+    def budget(
+        self, importance: Units, alive: Units, removed: Removed, memory: Tensor
+    ) -> tuple[Counts, Tensor]:
+        """Follow the schedule; equal counts in all layers, or one ranking over them."""
+        counts = {}
+        for axis, goal in self._goals.items():
+            live = live_counts(alive[axis])
+            if self._config.scope == "global" and axis in LAYER_AXES:
+                total = self._wanted(axis, alive, removed)
+                counts[axis] = drop_blocks(
+                    importance[axis], alive[axis], total, goal.final_multiple
+                )
+            else:
+                due = live_count(goal.full, goal.target, removed[axis])
+                counts[axis] = [min(due, n) for n in live]
+        return counts, memory
+
+    def _wanted(self, axis: str, alive: Units, removed: Removed) -> int:
+        """Count the units that shall live by now, over all layers that are left."""
+        goal = self._goals[axis]
+        layers = int(alive[axis].any(dim=1).sum()) if axis in LAYER_AXES else 1
+        return live_count(goal.full, goal.target, removed[axis]) * layers
+
+
+class Weighted(Scheduled):
+    """A scheduled method whose importance is one number a matrix of a unit, reduced to one."""
+
+    def __init__(self, config: PruneConfig, goals: Mapping[str, AxisGoal], element: str) -> None:
+        super().__init__(config, goals)
+        self.measures = (Measure(element, reduction(config)),)
+
+    def importance(self, stats: Stats) -> Units:
+        """Reduce over a unit's matrices; a maximum comes after averaging, which is linear."""
+        sums = stats.sums[self.measures[0]]
+        return {a: reduce_matrices(sums[a], stats.sizes[a], self._config) for a in self.axes}
 
 
 def drop_blocks(importance: Tensor, alive: Tensor, total: int, multiple: int) -> list[int]:

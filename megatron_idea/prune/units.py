@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_idea.config import ModelConfig
 from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.axis import AXES, Share, shares_of
+from megatron_idea.prune.axis import Share, shares_of
 from megatron_idea.prune.plan import StoredUnits, Units, local_part
 from megatron_idea.shape import LAYER_AXES, Shape
 
@@ -38,10 +38,12 @@ def _known_shares(model: ModelConfig, shape: Shape, tp: int) -> dict[str, tuple[
     return {}
 
 
-def local_layers(trainable: Trainable, axes: Sequence[str]) -> list[tuple[str, int]]:
-    """List (axis, position of a layer) for the layers that are on this rank."""
+def local_layers(trainable: Trainable, axes: Sequence[str]) -> list[tuple[str, int | None]]:
+    """List (axis, position of a layer) for the layers of this rank; position None for channels."""
     layers = sorted({n for n, _ in trainable.mlps})
-    return [(axis, layer) for axis in axes if axis in LAYER_AXES for layer in layers]
+    return [
+        (axis, layer) for axis in axes for layer in ([None] if axis == "hidden_size" else layers)
+    ]
 
 
 def on_this_rank(units: Units, trainable: Trainable, stored: StoredUnits) -> LocalUnits:
@@ -50,9 +52,8 @@ def on_this_rank(units: Units, trainable: Trainable, stored: StoredUnits) -> Loc
         "hidden_size": {None: units["hidden_size"][stored["hidden_size"][0]]}
     }
     for axis, layer in local_layers(trainable, LAYER_AXES):
-        ids = stored[axis][layer]
-        if AXES[axis].is_split:
-            ids = local_part(ids, trainable.groups.tp)
+        assert layer is not None
+        ids = local_part(stored[axis][layer], trainable.groups.tp)
         number = trainable.shape.layers[layer].number
         found.setdefault(axis, {})[layer] = units[axis][number][ids]
         found.setdefault("num_layers", {})[layer] = units["num_layers"][number : number + 1]

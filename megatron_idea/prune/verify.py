@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,9 @@ from megatron_idea.engine.passes import at_least, through
 from megatron_idea.engine.shards import MOMENTS, slot
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share
-from megatron_idea.prune.plan import StoredUnits
+from megatron_idea.prune.plan import StoredUnits, Units, local_part, table_size
 from megatron_idea.prune.units import named_shares
-from megatron_idea.shape import UNITS
+from megatron_idea.shape import AXES, LAYER_AXES, UNITS, Shape
 
 # Mean absolute change of a token's loss, in nats. Leaving masked neurons out changes nothing but
 # the order of summation: at most 2e-7 (fp32) and 3e-4 (bf16) at the quickstart's shape, where a
@@ -30,6 +31,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 # Of those changes rounding made at most 0.7 (bf16) and 1.3 (fp32) at 4 to 32 layers.
 LAST_BITS = 4
 _CHUNK = 1 << 22
+_STRIDE, _STATE = 1_000_003, 777_767_777  # places are apart for rows, and for states
 
 
 class CompactionError(RuntimeError):
@@ -40,9 +42,9 @@ class CompactionError(RuntimeError):
 class Fingerprint:
     """What a compaction must not change."""
 
-    checksums: dict[tuple[str, int], dict[int, int]]
-    """(Axis, layer's position) -> unit's number -> checksum of its main weight and moments, for the
-    layers of this pipeline stage."""
+    checksums: dict[str, Tensor]
+    """Axis -> int64, one for each unit of the enlarged model, as in ``Units``: of its main weight
+    and moments, those of all layers in one for channels; on the CPU, equal on every rank."""
     losses: Tensor
     """[tokens] loss of each token of a fixed text; on every rank."""
     last_bit: float = 0.0
@@ -54,14 +56,7 @@ def fingerprint(trainable: Trainable, stored: StoredUnits, last_bit: bool = Fals
 
     ``last_bit``: measure what rounding may change, too, where it may be much; wanted before.
     """
-    checksums = {}
-    for axis in ("ffn_hidden_size",):
-        for layer, sums in unit_checksums(trainable, axis).items():
-            assert layer is not None
-            everyones = sums.new_empty(trainable.groups.tp.size() * len(sums))
-            dist.all_gather_into_tensor(everyones, sums, group=trainable.groups.tp)
-            ids = stored[axis][layer].tolist()
-            checksums[axis, layer] = dict(zip(ids, everyones.tolist(), strict=True))
+    checksums = unit_checksums(trainable, stored)
     losses = _losses(trainable)
     return Fingerprint(checksums, losses, _last_bit(trainable, losses) if last_bit else 0.0)
 
@@ -84,23 +79,24 @@ def _last_bit(trainable: Trainable, losses: Tensor) -> float:
     return change
 
 
-def check(before: Fingerprint, after: Fingerprint, trainable: Trainable) -> float:
-    """Compare every neuron that is left, and the losses; collective over all ranks.
+def check(before: Fingerprint, after: Fingerprint, alive: Units, trainable: Trainable) -> float:
+    """Compare all that is left, and the losses; collective over all ranks.
 
     Returns: mean absolute change of a token's loss, in nats.
-    Raises: CompactionError on every rank, naming a neuron or the change.
+    Raises: CompactionError on every rank, naming a unit or the change.
     """
     change = float((after.losses - before.losses).abs().mean())
     limit = max(TOLERANCE[trainable.training.precision], LAST_BITS * before.last_bit)
 
     def compare() -> None:
-        for (axis, layer), sums in after.checksums.items():
-            known = before.checksums[axis, layer]
-            wrong = [n for n, value in sums.items() if known.get(n) != value]
+        for axis, sums in after.checksums.items():
+            wrong = ((sums != before.checksums[axis]) & alive[axis]).nonzero().tolist()
             if wrong:
+                *layer, unit = wrong[0]
+                where = f" of layer {layer[0]}" if layer else ""
                 raise CompactionError(
-                    f"compaction changed the state of {len(wrong)} of {len(sums)} "
-                    f"{UNITS[axis]}s in layer {layer}, the first is {min(wrong)}"
+                    f"compaction changed the state of {len(wrong)} of {int(alive[axis].sum())} "
+                    f"{UNITS[axis]}s, the first is {UNITS[axis]} {unit}{where}"
                 )
         if not change <= limit:
             raise CompactionError(
@@ -113,64 +109,102 @@ def check(before: Fingerprint, after: Fingerprint, trainable: Trainable) -> floa
 
 
 @torch.no_grad()
-def unit_checksums(trainable: Trainable, axis: str) -> dict[int | None, Tensor]:
-    """Add up all bits of each unit's main weights and moments, each times its odd place number.
+def unit_checksums(trainable: Trainable, stored: StoredUnits) -> dict[str, Tensor]:
+    """Add up all bits of main weights and moments, each times its odd place number, by unit.
 
-    Places are counted through what a unit owns, in the order (state, tensor, outer, inner).
-    Products are modulo 2^32. Taken on the optimizer's shards, added up over data-parallel ranks.
+    Every tensor counts for one axis: neurons or KV groups where they have a part in it, else
+    channels, else the layer. Places are those of the enlarged model, and removed units are zeros,
+    so cutting on any axis changes no sum. Products are modulo 2^32.
 
-    Args:
-        axis: one whose units belong to a layer.
-    Returns: by layer, [units on this rank] int64.
+    Returns: as in ``Fingerprint``; collective over all ranks.
     """
-    owned: dict[int | None, list[tuple[Share, torch.nn.Parameter]]] = {}
+    groups, full = trainable.groups, Shape.full(trainable.model)
+    tables = {
+        axis: torch.zeros(table_size(axis, full), dtype=torch.int64, device=groups.device)
+        for axis in AXES
+    }
     for _, parameter, shares in named_shares(trainable):
-        for share in shares:
-            if share.axis == axis:
-                owned.setdefault(share.layer, []).append((share, parameter))
-    return {layer: _layer_checksums(trainable, tensors) for layer, tensors in owned.items()}
-
-
-def _layer_checksums(
-    trainable: Trainable, tensors: Sequence[tuple[Share, torch.nn.Parameter]]
-) -> Tensor:
-    """[units] int64 from all tensors of one layer that its units own something of."""
-    groups = trainable.groups
-    sums = torch.zeros(tensors[0][0].count, dtype=torch.int64, device=groups.device)
-    per_state, first = sum(share.unit_numel for share, _ in tensors), 0
-    for share, parameter in tensors:
         part = slot(trainable.optimizer, parameter)
-        if part is not None:
-            for number, state in enumerate((part.main, *(part.state[m] for m in MOMENTS))):
-                bits = state.detach().view(-1).view(torch.int32)
-                _add_checksums(sums, bits, part.start, share, number * per_state + first)
-        first += share.unit_numel
-    if trainable.parallel.use_distributed_optimizer and groups.shards.size() > 1:
-        dist.all_reduce(sums, group=groups.shards)
-    return sums
+        if part is None:
+            continue
+        home = min(shares, key=lambda share: AXES.index(share.axis))
+        table = tables[home.axis]
+        if home.axis in LAYER_AXES:
+            assert home.layer is not None
+            table = table[trainable.shape.layers[home.layer].number]
+        # A vector is a row.
+        shape = (1, *parameter.shape)[-2:]
+        parts = [share for share in shares if share is home or share.axis != "num_layers"]
+        by_dim = {share.dim + 2 - parameter.dim(): share for share in parts}
+        places, own = [], None
+        for dim, length in enumerate(shape):
+            share = by_dim.get(dim)
+            ids, numbers = _along(dim, length, shape, share, trainable, stored)
+            places.append(numbers.to(groups.device))
+            if share is home:
+                own = (dim, ids.to(groups.device))
+        assert own is not None
+        states = (part.main, *(part.state[m] for m in MOMENTS if m in part.state))
+        for number, state in enumerate(states):
+            bits = state.detach().view(-1).view(torch.int32)
+            _add_checksums(table, bits, part.start, own, places, number)
+    for table in tables.values():
+        dist.all_reduce(table)
+    return {axis: table.cpu() for axis, table in tables.items()}
 
 
-def _add_checksums(sums: Tensor, bits: Tensor, start: int, share: Share, place: int) -> None:
-    """Add elements [start, start + len(bits)) of a tensor, whose slices begin at ``place``."""
-    count, stride, device = share.count, share.stride, sums.device
-    units_are_columns = stride == 1
-    row_length = count if units_are_columns else stride
-    end = start + bits.numel()
-    for begin, row, column, rows, columns in _blocks(start, end, row_length):
+def _along(
+    dim: int,
+    length: int,
+    shape: tuple[int, ...],
+    share: Share | None,
+    trainable: Trainable,
+    stored: StoredUnits,
+) -> tuple[Tensor, Tensor]:
+    """Say of each index of a tensor's dimension, [length] int64, whose it is, and its place.
+
+    Returns: original numbers of units; places in the enlarged model, local ones where no unit has a
+        part.
+    """
+    if share is None:
+        return torch.zeros(length, dtype=torch.int64), torch.arange(length)
+    if share.axis == "num_layers":
+        assert share.layer is not None
+        number = trainable.shape.layers[share.layer].number
+        return torch.full((length,), number), torch.arange(length)
+    is_layers = share.axis in LAYER_AXES
+    ids = stored[share.axis][(share.layer or 0) if is_layers else 0]
+    if is_layers:
+        ids = local_part(ids, trainable.groups.tp)
+    full = Shape.full(trainable.model).counts(share.axis)[0]
+    inner = share.stride // math.prod(shape[dim + 1 :])
+    outer = length // (share.count * inner)
+    owners = ids[None, :, None].expand(outer, -1, inner)
+    places = torch.arange(outer)[:, None, None] * full + owners
+    return owners.reshape(-1), (places * inner + torch.arange(inner)).reshape(-1)
+
+
+def _add_checksums(
+    sums: Tensor,
+    bits: Tensor,
+    start: int,
+    own: tuple[int, Tensor],
+    places: Sequence[Tensor],
+    state: int,
+) -> None:
+    """Add elements [start, start + len(bits)) of a matrix to the sums of their units.
+
+    ``own``: the dimension that units lie along, and whose each index of it is.
+    """
+    dim, owners = own
+    # Odd, so that no bit is lost in 32-bit products, which wrap around.
+    rows_odd = (2 * (places[0] * _STRIDE + state * _STATE) + 1).int()
+    columns_even = (2 * places[1]).int()
+    for begin, row, column, rows, columns in _blocks(start, start + bits.numel(), len(places[1])):
         block = bits[begin : begin + rows * columns].view(rows, columns)
-        row_ids = torch.arange(row, row + rows, device=device)
-        column_ids = torch.arange(column, column + columns, device=device)
-        if units_are_columns:  # [outer, units]
-            places = (place + row_ids)[:, None]
-            sums.index_add_(0, column_ids, (block * _odd(places)).sum(0))
-        else:  # [outer units, inner]
-            places = (place + row_ids // count * stride)[:, None] + column_ids
-            sums.index_add_(0, row_ids % count, (block * _odd(places)).sum(1))
-
-
-def _odd(places: Tensor) -> Tensor:
-    """An odd factor, so that no bit is lost in 32-bit products that wrap around."""
-    return (2 * places + 1).int()
+        odd = rows_odd[row : row + rows, None] + columns_even[column : column + columns]
+        first, count = ((row, rows), (column, columns))[dim]
+        sums.index_add_(0, owners[first : first + count], (block * odd).sum(1 - dim))
 
 
 def _blocks(start: int, end: int, length: int) -> Iterator[tuple[int, int, int, int, int]]:

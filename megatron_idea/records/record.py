@@ -9,13 +9,10 @@ from typing import Any
 
 from megatron_idea import files
 from megatron_idea.config import ModelConfig
-from megatron_idea.shape import LAYER_AXES, Shape
-
-AXES = (*LAYER_AXES, "hidden_size")
-"""Axes that a record has counts of."""
+from megatron_idea.shape import AXES, LAYER_AXES, Shape
 
 Counts = Mapping[str, Sequence[int]]
-"""By axis: units of every layer, or one number for the model."""
+"""By axis: units of every layer of the enlarged model, 0 where it is gone, or one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +81,13 @@ def shape_of(model: ModelConfig, counts: Counts) -> Shape:
 
 @functools.lru_cache(maxsize=64)
 def _shape(model: ModelConfig, counts: tuple[tuple[str, tuple[int, ...]], ...]) -> Shape:
-    shape = Shape.full(model)
-    for axis, each in counts:
-        shape = shape.with_counts(axis, each)
-    return shape
+    full = Shape.full(model)
+    shape, stored = full, dict(counts)
+    for axis, each in stored.items():
+        if axis != "num_layers":
+            shape = shape.with_counts(axis, [max(1, count) for count in each])
+    rows = zip(*(stored.get(axis, full.counts(axis)) for axis in LAYER_AXES), strict=True)
+    return shape.with_layers(n for n, row in enumerate(rows) if all(row))
 
 
 def is_word(value: Any) -> bool:

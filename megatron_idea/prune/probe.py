@@ -1,0 +1,118 @@
+"""Forward passes over the batch of a step, for what no sum over weights can tell.
+
+First-order scores get even the sign of a whole layer's effect wrong, and how much of a norm's
+input is in some channels only the input says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_idea.engine.model import unwrap
+from megatron_idea.engine.passes import MicroBatches, forward_loss, through
+from megatron_idea.engine.trainable import Trainable
+from megatron_idea.prune.plan import StoredUnits
+
+
+class Probe:
+    """The batch that a step was taken on, to look again at the model after the step.
+
+    Everything here is collective over all ranks, the same on all of them, and draws no random
+    number: dropout is off.
+    """
+
+    def __init__(self, trainable: Trainable, data: MicroBatches, samples: int) -> None:
+        """``samples``: how many of ``data`` come before the step's."""
+        self._trainable = trainable
+        self._data = data
+        self._samples = samples
+
+    def loss(self, without: Collection[int] = ()) -> float:
+        """Mean loss of a token, in nats, of the model without some layers, by original number."""
+        shape, groups = self._trainable.shape, self._trainable.groups
+
+        def leave_out(
+            _layer: torch.nn.Module, _args: Any, inputs: dict[str, Any], outputs: Any
+        ) -> Any:
+            return inputs["hidden_states"], *outputs[1:]
+
+        with contextlib.ExitStack() as hooks:
+            for layer in self._layers():
+                if shape.layers[layer.layer_number - 1].number in without:
+                    hook = layer.register_forward_hook(leave_out, with_kwargs=True)
+                    hooks.callback(hook.remove)
+            losses = self._pass()
+        total = torch.zeros((), dtype=torch.float64, device=groups.device)
+        if losses and groups.tp.rank() == 0:
+            total += torch.stack(losses).double().mean() / groups.dp.size()
+        dist.all_reduce(total)
+        return float(total)
+
+    @torch.no_grad()
+    def norm_inputs(self, stored: StoredUnits, channels: int) -> Tensor:
+        """Sum the squares of what goes into each norm of the residual stream.
+
+        Returns: fp64 [2 layers + 1, channels] on the CPU, of the enlarged model: two rows a layer,
+            and the final norm's; up to a common factor.
+        """
+        trainable, ids = self._trainable, stored["hidden_size"][0]
+        layers = trainable.model.num_layers
+        device = trainable.groups.device
+        sums = torch.zeros(2 * layers + 1, channels, dtype=torch.float64, device=device)
+        where = ids.to(device)
+
+        def watch(row: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+            def add(_norm: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                sums[row, where] += inputs[0].detach().double().square().sum(dim=(0, 1))
+
+            return add
+
+        with contextlib.ExitStack() as hooks:
+            for row, norm in self._norms():
+                hooks.callback(norm.register_forward_pre_hook(watch(row)).remove)
+            self._pass()
+        dist.all_reduce(sums)
+        return sums.cpu()
+
+    def _layers(self) -> Iterator[Any]:
+        for chunk in self._trainable.chunks:
+            model: Any = unwrap(chunk)
+            yield from model.decoder.layers
+
+    def _norms(self) -> Iterator[tuple[int, torch.nn.Module]]:
+        """Iterate over what stands where norms are; Transformer Engine's are in the layers behind.
+
+        Yields: row of ``norm_inputs``, module.
+        """
+        shape = self._trainable.shape
+        for layer in self._layers():
+            number = shape.layers[layer.layer_number - 1].number
+            yield 2 * number, layer.input_layernorm
+            yield 2 * number + 1, layer.pre_mlp_layernorm
+        for chunk in self._trainable.chunks:
+            model: Any = unwrap(chunk)
+            final = model.decoder.final_layernorm
+            if final is not None:
+                yield 2 * self._trainable.model.num_layers, final
+
+    def _pass(self) -> list[Tensor]:
+        chunks, data = self._trainable.chunks, self._data
+        for chunk in chunks:
+            chunk.eval()
+        results = through(
+            chunks,
+            lambda: data.step(self._samples),
+            forward_loss,
+            data.num_microbatches,
+            data.seq_length,
+            data.micro_batch_size,
+        )
+        for chunk in chunks:
+            chunk.train()
+        return [result["loss"] for result in results]
