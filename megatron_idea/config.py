@@ -353,8 +353,8 @@ class PruneConfig:
     """Layers of the lowest scores, of which the one goes that raises the loss of the step's batch
     least when it is left out; each costs a forward pass whenever a layer goes. 0: scores decide."""
     norm_rescale: str = "none"
-    """When channels go: ``mean_square`` rescales each norm's gain so that its output keeps its
-    mean square on the step's batch, for a forward pass whenever channels go."""
+    """When channels go: ``mean_square`` rescales each norm's gains so that its output of those that
+    stay is what it was on the step's batch, for a forward pass whenever channels go."""
     placement: str = "min"
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 

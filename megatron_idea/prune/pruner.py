@@ -178,9 +178,9 @@ class Pruner:
         return self.keep(importance, counts, probe), memory
 
     def _gains(self, alive: Units, probe: Probe | None) -> Tensor | None:
-        """Return what keeps the mean square of every norm's output as channels go.
+        """Return what keeps every norm's output of the channels that stay as it was.
 
-        sqrt(sum x^2 before / sum x^2 after): a norm divides by the root of the latter.
+        sqrt(sum x^2 after / sum x^2 before): a norm divides by the root of what is left.
         """
         axis = "hidden_size"
         before, after = self.alive[axis], alive[axis]
