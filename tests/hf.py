@@ -24,6 +24,7 @@ SOON = {
 def save_job(rendezvous: str, config: Config, steps: int) -> list[int]:
     """Train some steps on random tokens and save; the live neurons of every layer."""
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.prune.plan import live_by_axis
     from megatron_idea.train import step
 
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -32,7 +33,7 @@ def save_job(rendezvous: str, config: Config, steps: int) -> list[int]:
         for _ in range(steps):
             step(run, state)
         checkpoint.save(config, run.trainable, run.pruner, state)
-        return run.pruner.live["ffn_hidden_size"]
+        return live_by_axis(run.pruner.alive)["ffn_hidden_size"]
     finally:
         stop_distributed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 from dataclasses import dataclass, field
@@ -508,12 +509,17 @@ def test_a_due_plan_that_needs_no_compaction_any_more_is_not_due_twice(
 
     run, state = live_run(groups, config)
     step(run, state)
-    state.plan_due = True
     alive = run.pruner.alive["ffn_hidden_size"].clone()
     alive[:, 20:] = False
-    apply(run, state, neuron_plan(run.trainable, run.pruner, alive, (24, 24)))
-    assert not state.plan_due
-    assert run.pruner.live["ffn_hidden_size"] == [20, 20]
+    run.pruner.decide(neuron_plan(run.trainable, run.pruner, alive, (20, 20)))
+    run.pruner.goals = {
+        axis: dataclasses.replace(goal, multiple=12) for axis, goal in config.goals.items()
+    }
+    plan = run.pruner.due_plan(run.trainable, state.consumed_tokens)
+    assert plan.shape == run.trainable.shape
+    apply(run, state, plan)
+    assert run.pruner.due_plan(run.trainable, state.consumed_tokens) is None
+    assert run.pruner.alive["ffn_hidden_size"].sum(1).tolist() == [20, 20]
     assert run.trainable.shape.counts("ffn_hidden_size") == (24, 24)
 
 

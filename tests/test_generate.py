@@ -131,6 +131,7 @@ def test_a_model_in_training_writes_what_its_checkpoint_does(
 def masked_and_plain_job(groups: Any, config: Config, steps: int) -> dict[str, Any]:
     """Train, save, and read the weights alone into a model that knows of no masks."""
     from megatron_idea.engine.trainable import assemble
+    from megatron_idea.prune.plan import live_by_axis
     from megatron_idea.train import step
 
     run, state = live_run(groups, config)
@@ -145,7 +146,7 @@ def masked_and_plain_job(groups: Any, config: Config, steps: int) -> dict[str, A
             for of in (run.trainable, fresh)
         ]
     return {
-        "live": run.pruner.live["ffn_hidden_size"],
+        "live": live_by_axis(run.pruner.alive)["ffn_hidden_size"],
         "widths": list(state.shape.counts("ffn_hidden_size")),
         "masks": [
             sum(int((~mask_of(mlp)).sum()) for _, mlp in of.mlps) for of in (run.trainable, fresh)

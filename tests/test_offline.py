@@ -213,8 +213,8 @@ def test_widths_that_cannot_be_are_refused(trained: Path, tmp_path: Path) -> Non
 
     refused(trained, "--out", out, "--to", "30", says="nearest legal values: 28, 32")
     refused(trained, "--out", out, "--to", "0", says="nearest legal values: 4")
-    refused(trained, "--out", out, "--to", "68", says="the layer has 64 neurons")
-    refused(trained, "--out", out, "--to", "28,28,28", says="--to has 3 widths")
+    refused(trained, "--out", out, "--to", "68", says="is 68, and there are 64")
+    refused(trained, "--out", out, "--to", "28,28,28", says="--to has 3 values for ffn_hidden_size")
     refused(trained, "--out", out, "--to", "small", says="give whole numbers")
     refused(trained, "--out", trained, says="has checkpoints already")
     with RunLock(out):

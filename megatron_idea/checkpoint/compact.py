@@ -26,11 +26,11 @@ from megatron_idea.engine.shards import MOMENTS
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.prune.axis import Share
 from megatron_idea.prune.compact import kept
-from megatron_idea.prune.plan import Plan, StoredUnits, live_counts
+from megatron_idea.prune.plan import Plan, StoredUnits, live_by_axis, live_counts, live_layers
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.units import named_shares
 from megatron_idea.records.lock import RunLock
-from megatron_idea.shape import AXES, LAYER_AXES, Shape
+from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_shape
 
 Sizes = Mapping[str, Sequence[int]]
 """What ``--to`` asks for: axis -> one count, or one for each stored layer."""
@@ -52,9 +52,7 @@ def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Pat
     """
     found = checkpoint.resolve(path)
     saved = checkpoint.read_config(found)
-    # One process, and widths that are legal for the run's own layout.
-    overrides = [*checkpoint.ONE_PROCESS, f"prune.alignment={saved.ffn_multiple}"]
-    config = checkpoint.read_config(found, overrides)
+    config = checkpoint.read_config(found, checkpoint.ONE_PROCESS)
     validate(config, world_size=1)
     state = checkpoint.read_state(found, config)
     wanted = _legal(sizes or {}, state.shape, saved)
@@ -64,13 +62,14 @@ def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Pat
         storage.verify(found, groups)
         trainable = assemble(config.sections, groups, state.shape, initialize=False)
         pruner = Pruner(config, trainable)
+        pruner.goals = saved.goals  # counts are to be legal for the run's own layout
         checkpoint.load(trainable, pruner, found)
         plan = pruner.due_plan(trainable, state.consumed_tokens)
         if wanted:
             plan = _plan(trainable, pruner, wanted)
         if plan is None:
-            every = list(config.goals)
-            shape = pruner.due_shape(trainable.shape, pruner.alive, every)
+            live, layers = live_by_axis(pruner.alive), live_layers(pruner.alive)
+            shape = due_shape(trainable.shape, live, layers, saved.goals, saved.goals)
             plan = Plan.of(pruner.alive, shape, pruner.memory)
         if plan.shape == state.shape:
             raise ConfigError(
@@ -180,8 +179,7 @@ def _plan(trainable: Trainable, pruner: Pruner, wanted: Mapping[str, tuple[int, 
                 "units matter is not known yet"
             )
         alive = pruner.keep(pruner.strategy.importance(stats), counts)
-    layers = alive["num_layers"].nonzero().view(-1).tolist()
-    return Plan.of(alive, shape.with_layers(layers), pruner.memory)
+    return Plan.of(alive, shape.with_layers(live_layers(alive)), pruner.memory)
 
 
 def _cut(

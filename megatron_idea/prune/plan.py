@@ -105,6 +105,12 @@ def live_by_axis(alive: Units) -> dict[str, list[int]]:
     return {axis: live_counts(alive[axis]) for axis in AXES}
 
 
+def live_layers(alive: Units) -> list[int]:
+    """List the numbers of the live layers, ascending."""
+    layers: list[int] = alive["num_layers"].nonzero().view(-1).tolist()
+    return layers
+
+
 def local_part(stored: Tensor, tp: dist.ProcessGroup) -> Tensor:
     """Return the part of stored units that is on this tensor-parallel rank."""
     return stored.chunk(tp.size())[tp.rank()]

@@ -24,6 +24,7 @@ from megatron_idea.prune.plan import (
     Units,
     first_units,
     live_by_axis,
+    live_layers,
     misfit,
     present,
 )
@@ -92,6 +93,7 @@ class Pruner:
         """Begin with everything alive; ``load_state`` says otherwise."""
         self.config = config
         self.strategy = build_strategy(config)
+        self.goals = config.goals
         self.full = Shape.full(config.model)
         self.stored = first_units(trainable.shape)
         self.alive = present(self.stored, trainable.shape, self.full)
@@ -243,8 +245,7 @@ class Pruner:
         if not self.config.prune.compact:
             return shape
         live = live_by_axis(alive)
-        layers = alive["num_layers"].nonzero().view(-1).tolist()
-        return due_shape(shape, live, layers, self.config.goals, final)
+        return due_shape(shape, live, live_layers(alive), self.goals, final)
 
     def score_records(self, tokens: int) -> list[dict[str, Any]]:
         """Describe the last plan's importances by axis, once a plan and at a bounded rate."""
