@@ -62,9 +62,18 @@ class Workers:
     """
 
     def __init__(
-        self, folder: Path, timeout_s: float = 240.0, serve: Callable[..., None] | None = None
+        self,
+        folder: Path,
+        timeout_s: float = 240.0,
+        serve: Callable[..., None] | None = None,
+        forked: bool = False,
     ) -> None:
-        """``serve(pipe, path)`` is a process's life; default: ``serve_jobs``."""
+        """``serve(pipe, path)`` is a process's life; default: ``serve_jobs``.
+
+        ``forked``: processes come from a server that has imported what a run needs, with the
+        environment that was there when the first of them was started.
+        """
+        self._context: Any = mp.get_context("forkserver" if forked else "spawn")
         self._folder = folder
         self._serve = serve or serve_jobs
         self._timeout_s = timeout_s
@@ -97,9 +106,9 @@ class Workers:
         return results
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=self._serve, args=(theirs, sys.path))
+        self._context.set_forkserver_preload(["megatron_idea.train"])
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=self._serve, args=(theirs, sys.path))
         process.start()
         theirs.close()
         self._processes.append(process)

@@ -24,7 +24,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """Processes that run functions in parallel: ``workers.run(function, world_size, ...)``."""
     from megatron_idea.testing import Workers
 
-    pool = Workers(tmp_path_factory.mktemp("rendezvous"))
+    pool = Workers(tmp_path_factory.mktemp("rendezvous"), forked=True)
     yield pool
     pool.close()
 
