@@ -1,12 +1,12 @@
 """Batches: position is a sample count, on every layout, over blends and epochs."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -212,25 +212,23 @@ def test_a_broken_index_cache_is_an_error_that_says_to_delete_it(batches, tmp_pa
         batches()
 
 
-def test_two_processes_read_what_one_reads(batches, data, tmp_path):
+def test_two_processes_read_what_one_reads(batches, data, workers, tmp_path):
     entries = [BlendEntry(data["a"], 3), BlendEntry(data["b"], 1)]
     whole = read(batches(entries, num_samples=64), 8)
-    mp.spawn(_rank, (entries, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = workers.run(_rank, 2, entries, tmp_path)
     joined = [micro for step in zip(*ranks, strict=True) for micro in step]
     assert same({key: torch.cat([m[key] for m in joined]) for key in whole}, whole)
 
 
-def _rank(rank, entries, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def _rank(rendezvous, entries, folder):
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     built = Batches(
         entries, BYTE, split="train", model_vocab_size=320, seq_length=SEQ, micro_batch_size=2,
         global_batch_size=8, num_samples=64, seed=7, cache_dir=folder / "shared_cache",
         dp_rank=rank, dp_size=2,
     )  # fmt: skip
-    torch.save(list(built.step(8)), folder / f"{rank}.pt")
+    batches = list(built.step(8))
     with pytest.raises(DataError) as error:  # only rank 1 lacks the data, both must hear of it
         Batches(
             entries if rank == 0 else [BlendEntry("gone")], BYTE, split="train",
@@ -240,3 +238,4 @@ def _rank(rank, entries, folder):
     told = "rank 1 cannot open the data: " if rank == 0 else ""
     assert str(error.value).startswith(f"{told}no gone.idx")
     torch.distributed.destroy_process_group()
+    return batches
