@@ -95,12 +95,12 @@ def train_in_worker(rendezvous: str, config: Config) -> int:
 def test_a_run_stopped_and_preempted_while_it_prunes_equals_an_undisturbed_one(
     slurm: Slurm, tiny: Config, tmp_path: Path, workers: Workers
 ) -> None:
-    steps, first_prune_step, last_prune_step = 500, 51, 350
+    steps, first_prune_step, last_prune_step = 400, 51, 350
     config = replace(
         tiny,
         schedule={
-            "total_tokens": steps * 128, "enlarged_fraction": 0.1, "prune_fraction": 0.6,
-            "recover_fraction": 0.3,
+            "total_tokens": steps * 128, "enlarged_fraction": 0.125, "prune_fraction": 0.75,
+            "recover_fraction": 0.125,
         },
     )  # fmt: skip
     path = tmp_path / "tiny.yaml"
