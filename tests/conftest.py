@@ -10,6 +10,14 @@ import pytest
 from megatron_idea import config as configuration
 from megatron_idea.config import Config
 
+# Those that take longest, in few tests: begun last, one of them would be all that runs at the end.
+FIRST = ("slurm", "faults", "quickstart", "kernels_triton", "cuda_path", "stop", "train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
