@@ -138,7 +138,7 @@ def run_job(
     while any(process.is_alive() for process in ranks):
         now = time.monotonic()
         if kill is not None and now - begin >= kill[1]:
-            os.kill(ranks[kill[0]].pid, signal.SIGKILL)  # type: ignore[arg-type]
+            ranks[kill[0]].kill()  # unless it has ended by then
             kill = None
         if first_end is None and any(p.exitcode not in (None, 0) for p in ranks):
             first_end = now
