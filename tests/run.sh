@@ -13,14 +13,17 @@ export PYTHONSAFEPATH=1
 export MEGATRON_IDEA_EXTENSION=require
 
 # A Slurm for tests/test_slurm.py, and a linter for the scripts: without them those tests are skipped.
-if [[ ${CI:-} == true && $EUID -eq 0 && -f /etc/debian_version ]]; then
-    packages=(slurmctld slurmd slurm-client munge shellcheck)
+install_packages() {
+    local packages=(slurmctld slurmd slurm-client munge shellcheck)
+    if [[ ${CI:-} != true || $EUID -ne 0 || ! -f /etc/debian_version ]]; then return; fi
     if ! dpkg -s "${packages[@]}" >/dev/null 2>&1; then
         (apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 180 \
             apt-get install -qq -y --no-install-recommends "${packages[@]}") >/dev/null 2>&1 ||
             echo "tests: Slurm cannot be installed here; its tests are skipped"
     fi
-fi
+}
+install_packages &
+installing=$!
 
 bash examples/setup.sh --dev
 venv="${MEGATRON_IDEA_VENV:-$PWD/.venv}"
@@ -58,6 +61,7 @@ with_newest_core() {
     fi
 }
 if (($# == 0)); then with_newest_core; fi
+wait "$installing"
 wait "$types"
 
 # Files side by side, in the order of conftest.py. -n0 among the arguments runs one after the other,
