@@ -32,10 +32,10 @@ from megatron_idea.config import Config
 from megatron_idea.engine.core_versions import quiet
 from megatron_idea.engine.distributed import PeakMemory, ProcessGroups, joined, memory_bytes
 from megatron_idea.engine.trainable import Trainable, assemble
-from megatron_idea.prune.plan import Plan
+from megatron_idea.prune.plan import Plan, live_layers
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.relocate import extension
-from megatron_idea.shape import Shape
+from megatron_idea.shape import LAYER_AXES, Shape
 from megatron_idea.testing import Workers
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
@@ -45,8 +45,10 @@ from training import FixedBatch, stepper
 
 GOALS = {
     "compaction_to_step": 3.0,
+    "all_axes_to_step": 3.0,
     "live_to_disk": 0.1,
     "extra_peak_to_state": 0.10,
+    "all_axes_extra_peak_to_state": 0.10,
     "peak_to_training_peak": 1.0,
 }
 MEMORY_PROCESS = {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONSAFEPATH": "1"}
@@ -78,10 +80,53 @@ def shrink(trainable: Trainable, pruner: Pruner, width: int) -> Any:
 
 def widths_of(config: Config) -> list[int]:
     """Physical widths after each compaction of a run."""
-    full, target, block = (
-        config.model.ffn_hidden_size, config.target_ffn_hidden_size, config.compaction_block,
-    )  # fmt: skip
-    return [*range(full - block, target, -block), target]
+    goal = config.goals["ffn_hidden_size"]
+    return [*range(goal.full - goal.block, goal.target, -goal.block), goal.target]
+
+
+def shrink_all(trainable: Trainable, pruner: Pruner, left: Shape) -> Any:
+    """Compact along every axis at once, to what ``left`` stores; units are chosen at random."""
+    draw = torch.Generator().manual_seed(0)
+    alive = {}
+    for axis, table in pruner.alive.items():
+        count = left.counts(axis)[0]
+        alive[axis] = torch.rand(table.shape, generator=draw).argsort(-1).argsort(-1) < count
+    for axis in LAYER_AXES:
+        alive[axis] &= alive["num_layers"][:, None]
+    numbers = live_layers(alive)
+    shape = trainable.shape.with_layers(numbers)
+    for axis in (*LAYER_AXES, "hidden_size"):
+        shape = shape.with_counts(axis, left.counts(axis)[0])
+    plan = Plan.of(alive, shape, pruner.memory)
+    pruner.silence(trainable, plan)
+    return pruner.compact(trainable, plan)
+
+
+def block_of_all(config: Config) -> Shape:
+    """The enlarged shape less a layer, and less a sixteenth of every other axis."""
+    left = Shape.full(config.model)
+    left = left.with_counts("num_layers", left.num_layers - 1)
+    for axis in (*LAYER_AXES, "hidden_size"):
+        full = left.counts(axis)[0]
+        left = left.with_counts(axis, full - max(1, full // 16))
+    return left
+
+
+def all_axes_against_steps(config: Config, groups: ProcessGroups, rounds: int) -> dict[str, float]:
+    """One compaction that takes a block of every axis, against the step right before it."""
+    left = block_of_all(config)
+    steps, compactions = [], []
+    for _ in range(rounds):
+        trainable, pruner, step = trained(config, groups)
+        begin = synchronized()
+        step()
+        between = synchronized()
+        shrink_all(trainable, pruner, left)
+        compactions.append(synchronized() - between)
+        steps.append(between - begin)
+        del trainable, pruner, step
+        gc.collect()
+    return ratio(compactions, steps)
 
 
 def synchronized() -> float:
@@ -111,7 +156,9 @@ import sys, time
 from pathlib import Path
 from megatron_idea.checkpoint.compact import compact_checkpoint
 begin = time.perf_counter()
-compact_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), [int(sys.argv[3])])
+compact_checkpoint(
+    Path(sys.argv[1]), Path(sys.argv[2]), {"ffn_hidden_size": [int(sys.argv[3])]}
+)
 print(time.perf_counter() - begin)
 """
 
@@ -179,7 +226,18 @@ def memory(config: Config, groups: ProcessGroups) -> dict[str, Any]:
         before = memory_bytes()
         report = shrink(trainable, pruner, width)
         events.append({"width": width, "before": before, "peak": report.peak_bytes})
-    return {"training_peak": training_peak, "state": state, "events": events}
+    del trainable, pruner, step
+    gc.collect()
+    trainable, pruner, _ = trained(config, groups)
+    before = memory_bytes()
+    report = shrink_all(trainable, pruner, block_of_all(config))
+    all_axes = report.peak_bytes - before
+    return {
+        "training_peak": training_peak,
+        "state": state,
+        "events": events,
+        "all_axes_extra": all_axes,
+    }
 
 
 def memory_ratios(config_path: str, overrides: list[str]) -> dict[str, Any]:
@@ -198,6 +256,11 @@ def memory_ratios(config_path: str, overrides: list[str]) -> dict[str, Any]:
     highest = max(e["peak"] for e in measured["events"])
     return {
         "extra_peak_to_state": {"ratio": round(extra / state, 4), "extra": extra, "state": state},
+        "all_axes_extra_peak_to_state": {
+            "ratio": round(measured["all_axes_extra"] / state, 4),
+            "extra": measured["all_axes_extra"],
+            "state": state,
+        },
         "peak_to_training_peak": {
             "ratio": round(highest / training_peak, 4),
             "peak": highest,
@@ -264,6 +327,7 @@ def main() -> None:
                 print(json.dumps(memory(config, groups)))
                 return
             measured: dict[str, Any] = {"compaction_to_step": against_steps(config, groups)}
+            measured["all_axes_to_step"] = all_axes_against_steps(config, groups, arguments.rounds)
             measured["live_to_disk"] = against_disk(config, groups, arguments.rounds)
     finally:
         gc.unfreeze()
