@@ -5,7 +5,7 @@
 #   mini_slurm.sh stop FOLDER    ends the daemons that start began, by their process ids
 #
 # Clients need SLURM_CONF=FOLDER/slurm.conf. The partition "urgent" preempts "batch", whose jobs have
-# GRACE_S (default 20) seconds to leave and are then requeued.
+# GRACE_S (default 60) seconds to leave and are then requeued.
 set -euo pipefail
 
 action=$1
@@ -59,7 +59,7 @@ MinJobAge=3600
 ReturnToService=2
 NodeName=n1 NodeHostname=${host%%.*} NodeAddr=127.0.0.1 Port=$(free_port) CPUs=2 RealMemory=1000
 NodeName=n2 NodeHostname=${host%%.*} NodeAddr=127.0.0.1 Port=$(free_port) CPUs=2 RealMemory=1000
-PartitionName=batch Nodes=n[1-2] Default=YES PriorityTier=1 GraceTime=${GRACE_S:-20}
+PartitionName=batch Nodes=n[1-2] Default=YES PriorityTier=1 GraceTime=${GRACE_S:-60}
 PartitionName=urgent Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF
 CONF
 }
