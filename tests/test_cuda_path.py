@@ -14,7 +14,7 @@ import pytest
 from cuda_stand_in import build
 from cuda_stand_in.serve import serve
 
-from megatron_idea.config import Config, replace
+from megatron_idea.config import Config, PruneTarget, replace
 from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.testing import Workers
 
@@ -265,3 +265,22 @@ def test_with_transformer_engine_every_layout_runs_to_its_end(
     assert found[0]["optimizer"] == "transformer_engine"
     assert_curves_close(config, on_cpu, 5e-3)
     check_waits(config, found)
+
+
+def test_all_axes_shrink_where_norms_were_part_of_transformer_engines_layers(
+    cuda_with_engine: Workers, workers: Workers, piped: Config, tmp_path: Path
+) -> None:
+    target = PruneTarget(ffn_hidden_size=24, num_query_groups=1, hidden_size=16, num_layers=3)
+    config = replace(
+        piped,
+        model={"num_layers": 4},
+        prune={"target": target, "channel_alignment": 8},
+        parallel={"pipeline_model_parallel_size": 2},
+    )
+    on_cpu = replace(config, run_dir=str(tmp_path / "cpu"), parallel=type(config.parallel)())
+    workers.run(run, 1, on_cpu)
+    cuda_with_engine.run(run, 2, config)
+    last = read_metrics(Path(config.run_dir))[-1]
+    assert (last.stored["hidden_size"], last.stored["num_layers"]) == ([16], [3])
+    assert sorted(last.stored["num_query_groups"]) == [0, 1, 1, 1]
+    assert_curves_close(config, on_cpu, 1e-5)

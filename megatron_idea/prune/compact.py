@@ -206,7 +206,7 @@ def compact(
     for name, parameter in named_parameters(fresh.chunks):
         known = attributes.get(tensor_of(name))  # unknown where a stage has its first layer now
         assert known is None or _attributes(parameter) == known, (
-            f"{name} lost an attribute in the rebuild"
+            f"{name} lost an attribute in the rebuild: {_attributes(parameter)}, was {known}"
         )
     moved_layers = 0
     if plan.shape.num_layers < old.num_layers:
@@ -269,27 +269,28 @@ def _highest(peak_bytes: int, groups: ProcessGroups) -> int:
 
 
 # What megatron-core 0.16.1 to 0.19 writes on a parameter that says how it is sharded, reduced,
-# clipped and decayed. Others add notes of their own: Transformer Engine does at the first forward.
-PARAMETER_ATTRIBUTES = (
-    "tensor_model_parallel",
-    "partition_dim",
-    "partition_stride",
-    "sequence_parallel",
-    "pipeline_parallel",
-    "average_gradients_across_tp_domain",
-    "allreduce",
-    "expert_tp",
-    "is_qkv",
-    "shared",
-    "shared_embedding",
-    "is_embedding_parameter",
-    "is_embedding_or_output_parameter",
-)
+# clipped and decayed, and what it takes where nothing is written. Others add notes of their own:
+# Transformer Engine does at the first forward.
+PARAMETER_ATTRIBUTES = {
+    "tensor_model_parallel": False,
+    "partition_dim": -1,
+    "partition_stride": 1,
+    "sequence_parallel": False,
+    "pipeline_parallel": False,
+    "average_gradients_across_tp_domain": False,
+    "allreduce": True,
+    "expert_tp": False,
+    "is_qkv": False,
+    "shared": False,
+    "shared_embedding": False,
+    "is_embedding_parameter": False,
+    "is_embedding_or_output_parameter": False,
+}
 
 
 def _attributes(parameter: torch.nn.Parameter) -> dict[str, object]:
-    """Those of ``PARAMETER_ATTRIBUTES`` that are set."""
-    return {name: vars(parameter)[name] for name in PARAMETER_ATTRIBUTES if name in vars(parameter)}
+    """Those of ``PARAMETER_ATTRIBUTES``, as megatron-core reads them."""
+    return {name: vars(parameter).get(name, value) for name, value in PARAMETER_ATTRIBUTES.items()}
 
 
 @torch.no_grad()
