@@ -470,7 +470,7 @@ def export(
 @app.command("import")
 def import_(
     folder: Annotated[
-        Path, typer.Argument(metavar="HF_FOLDER", help="A dense Llama or Qwen3, in safetensors.")
+        Path, typer.Argument(metavar="HF_FOLDER", help="A dense Llama, Qwen3 or Mistral.")
     ],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="New run folder.")],
     overrides: Overrides = None,
@@ -478,15 +478,19 @@ def import_(
         Path | None,
         typer.Option("--config", metavar="YAML", help="Data, schedule and the rest of the run."),
     ] = None,
-    enlarge_ffn: Annotated[
-        float,
-        typer.Option(metavar="FACTOR", help="Widen every FFN so many times; the model stays."),
-    ] = 1.0,
+    enlarge: Annotated[
+        str,
+        typer.Option(
+            metavar="AXIS=FACTOR,...",
+            help="Begin with so many times the units, as in ffn_hidden_size=2.667,num_layers=1.25.",
+        ),
+    ] = "",
 ) -> None:
-    """Start a run from a Hugging Face model, if wanted with wider FFNs that compute the same."""
-    from megatron_idea.huggingface.import_ import import_checkpoint
+    """Start a run from a Hugging Face model, if wanted with a larger one that computes the same."""
+    from megatron_idea.huggingface.import_ import import_checkpoint, read_factors
 
-    done = import_checkpoint(folder, run, config, overrides or [], enlarge_ffn=enlarge_ffn)
+    factors = read_factors(enlarge)
+    done = import_checkpoint(folder, run, config, overrides or [], enlarge=factors)
     say(done.as_text())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,16 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.reader import CheckpointTensors
 from megatron_idea.checkpoint.state import CheckpointError
-from megatron_idea.config import ConfigError, replace
+from megatron_idea.config import Config, ConfigError
 from megatron_idea.data.tokenizer import DataError, copy_tokenizer, load_tokenizer, train_tokenizer
-from megatron_idea.huggingface.export import byte_tokenizer_json, export_checkpoint
+from megatron_idea.evaluation.held_out import load_folder
+from megatron_idea.huggingface.export import (
+    _with_heads,
+    byte_tokenizer_json,
+    export_checkpoint,
+)
 from megatron_idea.huggingface.import_ import import_checkpoint
+from megatron_idea.shape import LayerShape, Shape
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 transformers = pytest.importorskip("transformers", reason="needs megatron-idea[export]")
@@ -72,7 +80,8 @@ def test_logits_are_ours_from_a_tp2_pp2_checkpoint_in_mid_prune(
     )  # fmt: skip
     assert sum(live) < 48
     result = export_checkpoint(tmp_path / "run", tmp_path / "out")
-    assert result.live == live and result.widths == [max(live)] * 2
+    assert result.live.counts("ffn_hidden_size") == tuple(live)
+    assert result.shape.counts("ffn_hidden_size") == (max(live),) * 2
     logits, model = theirs(tmp_path / "out")
     assert type(model).__name__.lower().startswith(name.split("_")[0])
     assert_close(logits, ours(workers, tmp_path / "run"), "logits", 1e-5)
@@ -97,6 +106,117 @@ def test_layers_of_different_width_are_padded_with_zeros(workers: Workers, tmp_p
     for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T):
         assert weight.shape == (max(live), 16)
         assert not weight[min(live) :].any() and weight[: min(live)].any(dim=1).all()
+
+
+# More of everything than `small` has, and no two counts alike.
+LARGE = {
+    "num_layers": 4, "hidden_size": 24, "ffn_hidden_size": 28, "num_attention_heads": 8,
+    "num_query_groups": 4, "kv_channels": 6, "init_method_std": 0.2,
+}  # fmt: skip
+TARGETS = {
+    "ffn_hidden_size": 14, "num_query_groups": 2, "hidden_size": 16, "num_layers": 3,
+}  # fmt: skip
+
+
+def axes_pruned(
+    workers: Workers, run: Path, axes: Sequence[str], steps: int, **sections: Any
+) -> Config:
+    target = dict.fromkeys(TARGETS) | {axis: TARGETS[axis] for axis in axes}
+    prune = {"target": target, "channel_alignment": 4, "layer_candidates": 0}
+    model = LARGE | sections.pop("model", {})
+    config, _ = trained(
+        workers, run, sections.pop("world_size", 1), steps, model=model,
+        prune=prune | sections.pop("prune", {}), **sections,
+    )  # fmt: skip
+    return config
+
+
+PLAIN = ["prune.strategy=none", "prune.alignment=1"]
+SHAPES = {
+    "groups": (["num_query_groups"], 8, {"qk_layernorm": False}),
+    "channels": (["hidden_size"], 6, {"qk_layernorm": False, "layernorm_epsilon": 1e-2}),
+    "channels_qk": (["hidden_size"], 8, {"layernorm_epsilon": 1e-1}),
+    "layers": (["num_layers"], 6, {"share_embeddings_and_output_weights": False}),
+    "all": ([*TARGETS], 6, {"qk_layernorm": False}),
+    "all_qk": ([*TARGETS], 8, {"share_embeddings_and_output_weights": False}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("compact", [False, True])
+def test_logits_are_ours_whatever_axis_was_pruned(
+    name: str, compact: bool, workers: Workers, tmp_path: Path
+) -> None:
+    """Six steps: in the middle of it. Eight: to the end. As zeros, and cut out."""
+    axes, steps, model = SHAPES[name]
+    config = axes_pruned(
+        workers, tmp_path / "run", axes, steps, model=model, prune={"compact": compact}
+    )
+    result = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    full = Shape.full(config.model)
+    for axis in TARGETS:
+        live, here = (max(shape.counts(axis)) for shape in (result.live, result.shape))
+        assert (live < full.counts(axis)[0]) == (axis in axes), axis
+        multiple = {"ffn_hidden_size": 2, "hidden_size": 4}.get(axis, 1)
+        assert here == -(-live // multiple) * multiple, axis
+        assert steps < 8 or axis not in axes or live == TARGETS[axis]
+    logits, made = theirs(tmp_path / "out")
+    assert_close(logits, ours(workers, tmp_path / "run"), "logits", 1e-5)
+    assert made.config.head_dim == 6 and made.config.num_hidden_layers == result.shape.num_layers
+    assert sum(p.numel() for p in made.parameters()) == result.parameters
+    assert result.shape.parameters(config.model).total == result.parameters
+    epsilon = config.model.layernorm_epsilon * 24 / result.shape.hidden_size
+    assert made.config.rms_norm_eps == pytest.approx(epsilon)
+    odd = result.shape.hidden_size % made.config.num_attention_heads
+    kind = "qwen3" if config.model.qk_layernorm else "mistral" if odd else "llama"
+    assert made.config.model_type == kind
+    # What transformers opens, our own reader does, too.
+    back = import_checkpoint(tmp_path / "out", tmp_path / "back", overrides=PLAIN)
+    assert_close(ours(workers, back.path), logits, "logits of the run that goes on", 1e-5)
+
+
+def test_logits_of_all_axes_are_ours_from_tp2_pp2(workers: Workers, tmp_path: Path) -> None:
+    axes_pruned(
+        workers, tmp_path / "run", [*TARGETS], 7, world_size=4, parallel=TP2_PP2,
+        prune={"scope": "global", "compact": True, "compaction_block": 2},
+    )  # fmt: skip
+    result = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert result.live.num_layers < 4
+    assert load_folder(tmp_path / "out").config.num_hidden_layers == result.live.num_layers
+    assert_close(theirs(tmp_path / "out")[0], ours(workers, tmp_path / "run"), "logits", 1e-5)
+    left = json.loads((tmp_path / "out/pruning.json").read_text())["live"]
+    assert len(left["hidden_size"]) == result.live.hidden_size
+    assert left["num_layers"] == [layer.number for layer in result.live.layers]
+    for axis in ("ffn_hidden_size", "num_query_groups"):
+        assert [len(of) for of in left[axis]] == list(result.live.counts(axis))
+    card = (tmp_path / "out/README.md").read_text()
+    for axis in TARGETS:
+        assert f"{axis} {TARGETS[axis]}" in card and f"| {axis} | {LARGE[axis]} |" in card
+
+
+def test_layers_of_different_groups_are_padded_with_zeros_or_said_in_blocks(
+    workers: Workers, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    axes_pruned(
+        workers, run, ["num_query_groups"], 8, model={"qk_layernorm": False},
+        prune={"scope": "global", "compact": True},
+    )  # fmt: skip
+    result = export_checkpoint(run, tmp_path / "padded")
+    groups = result.live.counts("num_query_groups")
+    assert groups == (4, 2, 1, 1), "the case needs groups that differ"
+    expected = ours(workers, run)
+    assert_close(theirs(tmp_path / "padded")[0], expected, "logits", 1e-5)
+    export_checkpoint(run, tmp_path / "compact", layout="compact")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "compact", trust_remote_code=True)
+    blocks = [block.attention.n_heads_in_group for block in config.block_configs]
+    assert [config.num_attention_heads // n for n in blocks] == list(groups)
+    with pytest.raises(ConfigError, match=r"layer 5 has 3 KV groups.* 8 query heads.* padded"):
+        _with_heads(LayerShape(5, 24, 3, 2), 8)
+    for layout in ("padded", "compact"):
+        back = import_checkpoint(tmp_path / layout, tmp_path / f"of_{layout}", overrides=PLAIN)
+        assert back.shape.counts("num_query_groups") == groups
+        assert_close(ours(workers, back.path), expected, "logits", 1e-5)
 
 
 def test_no_layout_changes_the_export(workers: Workers, tmp_path: Path) -> None:
@@ -135,6 +255,28 @@ def test_a_bf16_run_gives_its_weights_or_its_main_weights(workers: Workers, tmp_
     assert difference.norm() < 2e-2 * expected.norm()
 
 
+def test_a_bf16_run_without_some_channels_is_nearly_itself(
+    workers: Workers, tmp_path: Path
+) -> None:
+    """Gains are rounded once, after the factor; queries and keys keep their weights."""
+    run = tmp_path / "run"
+    axes_pruned(
+        workers, run, ["hidden_size"], 8, training={"precision": "bf16"}, prune={"compact": True}
+    )
+    for dtype in ("bf16", "fp32"):
+        export_checkpoint(run, tmp_path / dtype, dtype=dtype)
+    half, full = (read(tmp_path / dtype) for dtype in ("bf16", "fp32"))
+    stored = CheckpointTensors(checkpoint.resolve(run))
+    gain = "decoder.final_layernorm.weight"
+    exact = stored.read([gain])[gain].double() * (24 / 16) ** 0.5
+    assert_equal(half["model.norm.weight"], exact.bfloat16())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert_close(full[name], half[name].float() * (24 / 16) ** 0.5, name, 4e-3)
+    expected = ours(workers, run)
+    difference = theirs(tmp_path / "bf16", torch.bfloat16)[0] - expected
+    assert difference.norm() < 2e-2 * expected.norm()
+
+
 def test_large_models_are_split_over_files(plain: Path, tmp_path: Path) -> None:
     export_checkpoint(plain, tmp_path / "one")
     export_checkpoint(plain, tmp_path / "many", max_shard_bytes=8_000)
@@ -155,7 +297,7 @@ def test_the_compact_layout_says_each_layers_width(workers: Workers, tmp_path: P
     )  # fmt: skip
     assert live[0] != live[1]
     result = export_checkpoint(tmp_path / "run", tmp_path / "out", layout="compact")
-    assert result.widths == live
+    assert result.shape.counts("ffn_hidden_size") == tuple(live)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert config.model_type == "nemotron-nas" and config.architectures == ["DeciLMForCausalLM"]
     assert [block.ffn.intermediate_size for block in config.block_configs] == live
@@ -182,7 +324,10 @@ def test_compact_widths_that_allow_it_are_said_as_ffn_mult() -> None:
 
     model = small(model={"qk_layernorm": False, "hidden_size": 48}).model
     widths = [256, 1024, 11_008]
-    blocks = to_hf_config(model, widths, 8, "float32", 0, compact=True)["block_configs"]
+    layer = LayerShape(0, 256, 2, 2)
+    layers = tuple(dataclasses.replace(layer, ffn_hidden_size=width) for width in widths)
+    shape = Shape(48, layers)
+    blocks = to_hf_config(model, shape, 8, "float32", 0, compact=True)["block_configs"]
     for width, block in zip(widths, blocks, strict=True):
         for digits in (16, 6):  # some engines round it
             wanted = int(2 * round(block["ffn"]["ffn_mult"], digits) * 48 / 3)
@@ -324,10 +469,17 @@ def test_the_command_writes_a_folder_with_a_model_card(plain: Path, tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert "LlamaForCausalLM" in result.stdout
     card = (tmp_path / "out/README.md").read_text()
-    for said in ("576 of 1,152 (prune phase)", "step 6", "| FFN width when training began | 24 |"):
+    left = json.loads((tmp_path / "out/pruning.json").read_text())
+    assert left["enlarged"]["ffn_hidden_size"] == 24 and left["live"]["num_layers"] == [0, 1]
+    ids = left["live"]["ffn_hidden_size"]
+    assert all(of == sorted(set(of)) and len(of) < 24 for of in ids)
+    live = len(ids[0])
+    assert f"neurons {live + live % 2}" in result.stdout and "of 24" in result.stdout
+    for said in (
+        "576 of 1,152 (prune phase)", "step 6", "target ffn_hidden_size 12",
+        f"| ffn_hidden_size | 24 | {live} | {live + live % 2} |", "| num_layers | 2 | 2 | 2 |",
+    ):  # fmt: skip
         assert said in card
-    ids = json.loads((tmp_path / "out/pruning.json").read_text())["live_neuron_ids"]
-    assert ids["0"] == sorted(set(ids["0"])) and len(ids["0"]) < 24
 
 
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(
@@ -351,14 +503,11 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     tensors = max(damaged.glob("checkpoints/*/*.distcp"), key=lambda p: p.stat().st_size)
     tensors.write_bytes(tensors.read_bytes()[:1000])
     refused(damaged, "is damaged", storage.DamagedError)
-    config = small()
     from megatron_idea.huggingface.names import to_hf_config
 
+    model = small().model
     with pytest.raises(ConfigError, match="have no QK norm"):
-        to_hf_config(config.model, [24, 24], 8, "float32", 0, compact=True)
-    odd = replace(config, model={"qk_layernorm": False, "hidden_size": 18}).model
-    with pytest.raises(ConfigError, match="multiple of its heads"):
-        to_hf_config(odd, [24, 24], 8, "float32", 0, compact=False)
+        to_hf_config(model, Shape.full(model), 8, "float32", 0, compact=True)
 
 
 def uneven_model(kind: str, folder: Path, narrow: int, **shape: int) -> Any:
@@ -380,6 +529,11 @@ def uneven_model(kind: str, folder: Path, narrow: int, **shape: int) -> Any:
     made.save_pretrained(folder / "hf")
     train_tokenizer([Path(__file__)], 262, folder / "hf/tokenizer.json")
     return made
+
+
+def imported_widths(folder: Path) -> tuple[int, ...]:
+    imported = import_checkpoint(folder / "hf", folder / "run")
+    return imported.shape.counts("ffn_hidden_size")
 
 
 READ_VLLM = """
@@ -420,7 +574,7 @@ def test_an_engine_says_what_transformers_says(
     if (engine, layout, narrow) == ("MLX_PYTHON", "compact", 384):
         pytest.skip("MLX reads ffn_mult, which says multiples of 256 only")
     expected = uneven_model(kind, tmp_path, narrow, hidden_size=128, head_dim=32)
-    assert import_checkpoint(tmp_path / "hf", tmp_path / "run").widths == [512, narrow]
+    assert imported_widths(tmp_path) == (512, narrow)
     export_checkpoint(tmp_path / "run", tmp_path / "out", layout=layout)
     ids = some_tokens().reshape(-1).tolist()
     environment = os.environ | {"PYTHONSAFEPATH": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -461,7 +615,7 @@ def test_gguf_logits_are_ours_with_the_script_of_the_docs(case: str, tmp_path: P
     (tmp_path / "to_gguf.py").write_text(script)
     made = uneven_model(kind, tmp_path, 256, hidden_size=64, head_dim=16)
     bpe = load_tokenizer(tmp_path / "hf")
-    assert import_checkpoint(tmp_path / "hf", tmp_path / "run").widths == [512, 256]
+    assert imported_widths(tmp_path) == (512, 256)
     export_checkpoint(tmp_path / "run", tmp_path / "out", layout=layout)
     text = "def main(x):\n    return x + 1  # don't Ünï"
     safe = os.environ | {"PYTHONSAFEPATH": "1"}

@@ -1,4 +1,4 @@
-"""A Hugging Face model becomes a run and comes back bit for bit; widened, it computes the same."""
+"""A Hugging Face model becomes a run and comes back bit for bit; enlarged, it computes the same."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from megatron_idea import checkpoint, cli
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, to_yaml
 from megatron_idea.huggingface.export import byte_tokenizer_json, export_checkpoint
-from megatron_idea.huggingface.import_ import import_checkpoint, widen
+from megatron_idea.huggingface.import_ import (
+    _sources,
+    grow,
+    import_checkpoint,
+    read_factors,
+)
 from megatron_idea.huggingface.names import from_hf_config
+from megatron_idea.prune.axis import Share
 from megatron_idea.records.lock import RunFolderError, RunLock
 from megatron_idea.records.read import read_events
 from megatron_idea.testing import Workers, assert_close, assert_equal
@@ -76,7 +82,8 @@ def test_logits_stay_and_the_way_back_is_exact(name: str, workers: Workers, tmp_
     source = hf_model(tmp_path / "hf", name, max_shard_size="20KB")
     assert (source / "model.safetensors.index.json").exists()
     imported = import_checkpoint(source, tmp_path / "run")
-    assert imported.widths == [24, 24]
+    assert imported.shape == imported.before
+    assert imported.shape.counts("ffn_hidden_size") == (24, 24)
     assert_close(ours(workers, tmp_path / "run"), theirs(source)[0], "logits", 1e-5)
     export_checkpoint(tmp_path / "run", tmp_path / "back")
     assert_same_tensors(tmp_path / "back", source)
@@ -120,54 +127,112 @@ def test_an_export_with_different_widths_comes_back_with_them(
     imported = import_checkpoint(
         tmp_path / "one", tmp_path / "run", overrides=["prune.alignment=1", "prune.strategy=none"]
     )
-    assert imported.widths == live, "zeros would never learn"
+    assert imported.shape.counts("ffn_hidden_size") == tuple(live), "zeros would never learn"
     export_checkpoint(tmp_path / "run", tmp_path / "two", layout=layout)
     assert_same_tensors(tmp_path / "one", tmp_path / "two")
     assert_close(ours(workers, tmp_path / "run"), ours(workers, tmp_path / "first"), "", 1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_widened_ffns_compute_the_same(name: str, workers: Workers, tmp_path: Path) -> None:
+ENLARGE = {
+    "ffn_hidden_size": 2.667, "num_query_groups": 2, "hidden_size": 1.5, "num_layers": 1.5,
+}  # fmt: skip
+LARGE = {"ffn_hidden_size": 64, "num_query_groups": 4, "hidden_size": 24, "num_layers": 3}
+LEGAL = ["training.seq_length=32", "prune.channel_alignment=8"]
+
+
+@pytest.mark.parametrize("axes", [*([axis] for axis in ENLARGE), [*ENLARGE]], ids="+".join)
+@pytest.mark.parametrize("name", ["llama_untied", "llama_tied_wide_heads", "qwen3_tied"])
+def test_an_enlarged_model_computes_the_same(
+    name: str, axes: list[str], workers: Workers, tmp_path: Path
+) -> None:
     source = hf_model(tmp_path / "hf", name)
-    imported = import_checkpoint(
-        source, tmp_path / "run", overrides=["training.seq_length=32"], enlarge_ffn=2.667
-    )
-    assert imported.widths == [64, 64] and imported.widths_before == [24, 24]
+    enlarge = {axis: ENLARGE[axis] for axis in axes}
+    imported = import_checkpoint(source, tmp_path / "run", overrides=LEGAL, enlarge=enlarge)
     config = configuration.load(imported.config_path)
-    assert (config.model.ffn_hidden_size, config.prune.target.ffn_hidden_size) == (64, 24)
+    for axis, small in SMALL.items():
+        expected = LARGE[axis] if axis in axes else small
+        assert max(imported.shape.counts(axis)) == expected == getattr(config.model, axis)
+        assert max(imported.before.counts(axis)) == small
+    assert config.prune.target.counts == {axis: SMALL[axis] for axis in axes}
+    assert config.model.num_attention_heads == 2 * config.model.num_query_groups
     assert_close(ours(workers, tmp_path / "run"), theirs(source)[0], "logits", 1e-5)
     # Stock transformers says so, too.
-    export_checkpoint(tmp_path / "run", tmp_path / "wide")
-    assert_close(theirs(tmp_path / "wide")[0], theirs(source)[0], "logits", 1e-5)
+    export_checkpoint(tmp_path / "run", tmp_path / "large")
+    assert_close(theirs(tmp_path / "large")[0], theirs(source)[0], "logits", 1e-5)
 
 
-def test_new_neurons_learn() -> None:
-    """Down columns from the first step on, gate and up rows from the second."""
+SMALL = {"ffn_hidden_size": 24, "num_query_groups": 2, "hidden_size": 16, "num_layers": 2}
+
+
+def gradients_job(rendezvous: str, path: str) -> list[dict[str, torch.Tensor]]:
+    """Gradients of two steps of a run, by parameter."""
+    from jobs import backward
+
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.engine.model import named_parameters
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.engine.trainable import assemble
+    from megatron_idea.prune.pruner import Pruner
+
+    found = checkpoint.resolve(Path(path))
+    config = checkpoint.read_config(found)
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        shape = checkpoint.read_state(found).shape
+        trainable = assemble(config.sections, groups, shape, initialize=False)
+        checkpoint.load(trainable, Pruner(config, trainable), found)
+        found_gradients = []
+        for seed in range(2):
+            backward(trainable, seed)
+            named = named_parameters(trainable.chunks)
+            found_gradients.append({name: p.main_grad.clone() for name, p in named})
+            update(trainable.optimizer, 1e-2)
+        return found_gradients
+    finally:
+        stop_distributed()
+
+
+def test_new_units_of_every_axis_learn(workers: Workers, tmp_path: Path) -> None:
+    """Something of each in the first step, everything from the second on."""
+    from megatron_idea.prune.axis import shares_of
+
+    source = hf_model(tmp_path / "hf", "qwen3_tied")
+    imported = import_checkpoint(
+        source, tmp_path / "run", enlarge=ENLARGE,
+        overrides=[*LEGAL, "training.global_batch_size=8"],
+    )  # fmt: skip
+    model, shape = configuration.load(imported.config_path).model, imported.shape
+    assert _sources(2, 3) == [0, 1, 1], "the last layer is new"
+    (steps,) = workers.run(gradients_job, 1, str(imported.path))
+    learning, new = set(), set()
+    for step, gradients in enumerate(steps):
+        for name, gradient in gradients.items():
+            for share in shares_of(name, model, shape, tp=1):
+                is_new = range(SMALL[share.axis], share.count)
+                if share.axis == "num_layers":
+                    is_new = range(share.layer == 2)
+                units = gradient.reshape(-1, share.count, share.stride).transpose(0, 1).flatten(1)
+                parts = units.split([numel for _, numel in share.matrices], dim=1)
+                for (matrix, _), part in zip(share.matrices, parts, strict=True):
+                    for unit in is_new:
+                        layer = None if share.axis == "hidden_size" else share.layer
+                        learns, key = bool(part[unit].any()), (share.axis, layer, unit)
+                        new.add(key)
+                        learning |= {key} if learns else set()
+                        assert learns or step == 0, (name, share.axis, matrix, unit)
+        assert learning == new and len(new) == 3 * (40 + 2) + 8 + 1
+
+
+def test_new_units_look_like_old_ones_and_like_no_other(tmp_path: Path) -> None:
+    """The spread of the matrix that they come to. Copies of one unit would stay copies."""
+    share = Share("ffn_hidden_size", 0, 0, 64, 6, (("gate", 64), ("up", 64)))
     torch.manual_seed(0)
-    old = [torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 6)]
-    wide = widen(*old, width=16, generator=torch.Generator().manual_seed(0))
-    gate, up, down = (torch.nn.Parameter(x) for x in wide)
-    x, target = torch.randn(32, 8), torch.randn(32, 8)
-    optimizer = torch.optim.AdamW([gate, up, down], lr=1e-2)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        y = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
-        (y - target).square().mean().backward()
-
-    step()
-    for new, was in ((gate[:6], old[0]), (up[:6], old[1]), (down[:, :6], old[2])):
-        assert_equal(new, was)
-    assert not gate.grad[6:].any() and down.grad[:, 6:].any(dim=0).all()
-    for rows, like in ((gate, old[0]), (up, old[1])):
-        ratio = rows[6:].square().mean() / like.square().mean()
-        assert 0.7 < float(ratio) < 1.4
-    optimizer.step()
-    step()
-    for gradient in (gate.grad[6:], up.grad[6:], down.grad[:, 6:].T):
-        assert gradient.any(dim=1).all()
-    # No two are alike, as copies of one neuron would be.
-    assert torch.pdist(gate.grad[6:] / gate.grad[6:].norm(dim=1, keepdim=True)).min() > 1e-3
+    old = torch.cat([torch.randn(6, 64), 3 * torch.randn(6, 64)])
+    new = grow(old, share, 16, torch.Generator().manual_seed(1))
+    for part, was in zip(new.chunk(2), old.chunk(2), strict=True):
+        assert_equal(part[:6], was)
+        assert 0.7 < float(part[6:].square().mean() / was.square().mean()) < 1.4
+        assert torch.pdist(part / part.norm(dim=1, keepdim=True)).min() > 0.5
 
 
 def train_job(rendezvous: str, config: Config) -> list[dict[str, Any]]:
@@ -213,7 +278,7 @@ def test_a_widened_model_trains_on_and_is_pruned_back(
     (before,) = workers.run(evaluate_job, 1, str(plain.path))
     losses = []
     for precision in ("fp32", "bf16"):
-        run = imported(precision, "--enlarge-ffn=2.667")
+        run = imported(precision, "--enlarge=ffn_hidden_size=2.667")
         records = workers.run(train_job, 2, configuration.load(run / "config.yaml"))[0]
         assert len(records) == 24
         assert records[0].stored["ffn_hidden_size"] == [64, 64] and records[-1].stored[
@@ -227,7 +292,8 @@ def test_a_widened_model_trains_on_and_is_pruned_back(
 
 
 REFUSED = {
-    "model_type": ("mistral", "is of model_type 'mistral'.* import reads dense llama, qwen3"),
+    "model_type": ("gemma", "is of model_type 'gemma'.* import reads dense llama, qwen3, mistral"),
+    "model_type ": ("mistral", r"sliding_window is 4096 \(legal: null\)"),
     "hidden_act": ("gelu", r"hidden_act is 'gelu' \(legal: silu\)"),
     "attention_bias": (True, r"attention_bias is true \(legal: false\)"),
     "mlp_bias": (True, r"mlp_bias is true \(legal: false\)"),
@@ -243,8 +309,9 @@ REFUSED = {
     "hidden_size": (None, "gives no whole number above 0 for hidden_size"),
     "head_dim": ("4", "gives no whole number above 0 for head_dim"),
     "num_hidden_layers": (3, "lacks 9 tensors, as model.layers.2"),
-    "num_attention_heads": (8, r"o_proj.weight as F32 \[16, 16\]; config.json says \[16, 32\]"),
+    "num_attention_heads": (8, r"q_proj.weight as F32 \[16, 16\]; config.json says \[32, 16\]"),
     "num_key_value_heads": (4, r"k_proj.weight as F32 \[8, 16\]; config.json says \[16, 16\]"),
+    "num_key_value_heads ": (3, r"num_attention_heads is 4 \(legal: multiples of num_key_value"),
     "intermediate_size": (None, "gives no whole number above 0 for intermediate_size"),
     "intermediate_size ": (20, r"gate_proj.weight as F32 .*; config.json says \[20, 16\]"),
 }  # fmt: skip
@@ -289,14 +356,15 @@ def test_configs_of_public_models_are_read_or_refused_by_name() -> None:
     for hf, groups, head, theta, qk in (
         (_SMOLLM2_135M, 3, 64, 100_000, False), (_QWEN3_06B, 8, 128, 1_000_000, True),
     ):  # fmt: skip
-        model, widths = from_hf_config(hf)
-        assert widths == [hf["intermediate_size"]] * hf["num_hidden_layers"]
+        model, shape = from_hf_config(hf)
+        widths = shape.counts("ffn_hidden_size")
+        assert widths == (hf["intermediate_size"],) * hf["num_hidden_layers"]
         assert model["share_embeddings_and_output_weights"] and model["qk_layernorm"] == qk
         found = (model["num_query_groups"], model["kv_channels"], model["rotary_base"])
         assert found == (groups, head, theta)
         five = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
         five["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
-        assert from_hf_config(five) == (model, widths), "as transformers 5 writes it"
+        assert from_hf_config(five) == (model, shape), "as transformers 5 writes it"
     with pytest.raises(ConfigError, match=r"rope_scaling is of type 'llama3' \(legal: default"):
         from_hf_config(_LLAMA_3_2_1B)
 
@@ -326,7 +394,11 @@ def test_what_the_user_asks_for_in_vain_is_said(tmp_path: Path) -> None:
             import_checkpoint(folder, tmp_path / "run", overrides=overrides, **options)
         assert not checkpoint.complete(tmp_path / "run")
 
-    refused("factor of at least 1", enlarge_ffn=0.5)
+    for text in ("ffn_hidden_size=0.5", "num_layers=many", "heads=2", "2.667"):
+        with pytest.raises(ConfigError, match=f"--enlarge has '{text}'; give axes and factors"):
+            read_factors(text)
+    assert read_factors("num_layers=1.5,hidden_size=2") == {"num_layers": 1.5, "hidden_size": 2}
+    refused("asks for 5 layers where there are 2; at most twice", enlarge={"num_layers": 2.5})
     refused("model.hidden_size is 32 in your configuration and 16", "model.hidden_size=32")
     refused("24 FFN neurons, which is no multiple of TP x prune.alignment = 16",
             "prune.alignment=16", "prune.strategy=none")  # fmt: skip

@@ -634,9 +634,9 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "hf"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(HF))
-    model, widths = huggingface.from_hf_config(HF)
-    shapes = huggingface.hf_shapes(ModelConfig(**model), widths)
-    tensors = {name: torch.zeros(shape) for name, shape in shapes}
+    model, shape = huggingface.from_hf_config(HF)
+    sizes = huggingface.hf_shapes(ModelConfig(**model), shape)
+    tensors = {name: torch.zeros(size) for name, size in sizes}
     safetensors.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     read_folder(path)
     return path
@@ -645,8 +645,8 @@ def folder(tmp_path: Path) -> Path:
 def read_folder(path: Path) -> None:
     """All that is read before a model of a folder is built."""
     config, weights = huggingface.check_folder(path)
-    model, widths = huggingface.from_hf_config(config)
-    _Folder(path, weights).check(ModelConfig(**model), widths)
+    model, shape = huggingface.from_hf_config(config)
+    _Folder(path, weights).check(ModelConfig(**model), shape)
 
 
 def index_of(path: Path, places: Any) -> None:

@@ -7,6 +7,7 @@ file (``max_shard_bytes``).
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -24,7 +25,7 @@ from megatron_idea import __version__, checkpoint
 from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.reader import CheckpointTensors
 from megatron_idea.checkpoint.state import CheckpointError, TrainState
-from megatron_idea.config import Config, ConfigError
+from megatron_idea.config import Config, ConfigError, ModelConfig
 from megatron_idea.data.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
@@ -33,10 +34,11 @@ from megatron_idea.data.tokenizer import (
     load_tokenizer,
 )
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.prune.axis import cut, shares_of
 from megatron_idea.prune.plan import misfit
 from megatron_idea.records.readable import human_widths, megabytes
 from megatron_idea.schedule import phase
-from megatron_idea.shape import Shape, round_up
+from megatron_idea.shape import AXES, LAYER_AXES, UNITS, LayerShape, Shape, round_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = ("padded", "compact")
@@ -47,62 +49,142 @@ class Exported:
     """What an export wrote."""
 
     path: Path
-    live: list[int]
-    """Live FFN neurons of every layer."""
-    widths: list[int]
-    """FFN neurons of every layer in the folder; what is above ``live`` is zeros."""
+    full: Shape
+    """The enlarged model."""
+    live: Shape
+    """What of it is left."""
+    shape: Shape
+    """What is in the folder; units above ``live`` are zeros. The compact layout has as many query
+    heads in every layer, however many groups."""
     parameters: int
     bytes: int
 
     def as_text(self) -> str:
         (kind,) = json.loads((self.path / "config.json").read_text())["architectures"]
-        return (
-            f"{kind} of {self.parameters:,} parameters, {megabytes(self.bytes)}: {self.path}\n"
-            f"FFN widths {human_widths(self.widths)}, of which live {human_widths(self.live)}"
-        )
+        lines = [f"{kind} of {self.parameters:,} parameters, {megabytes(self.bytes)}: {self.path}"]
+        for axis in AXES:
+            full, live, here = (of.counts(axis) for of in (self.full, self.live, self.shape))
+            if not full == live == here:
+                alive = "" if live == here else f", of which live {human_widths(live)}"
+                lines.append(
+                    f"{UNITS[axis]}s {human_widths(here)}{alive}, of {human_widths(full[:1])}"
+                )
+        return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Live:
+    """The live units of a checkpoint, in order of their numbers: so no layout changes an export."""
+
+    shape: Shape
+    """How many."""
+    layers: list[int]
+    """Positions of the live layers among the stored ones."""
+    places: dict[tuple[str, int | None], Tensor]
+    """By axis and stored position of the layer, None for channels: places in memory."""
+    numbers: dict[str, list[Any]]
+    """By axis: numbers in the enlarged model, one list for each live layer, or one."""
+
+    @staticmethod
+    def of(path: Path, tensors: CheckpointTensors, stored: Shape, full: Shape) -> _Live:
+        """Raises: CheckpointError when these are no units of such a model."""
+        names = [f"pruner.{what}.{axis}" for axis in AXES for what in ("alive", "stored")]
+        found = tensors.read(names)
+        for axis in AXES:
+            alive, ids = (found[f"pruner.{what}.{axis}"] for what in ("alive", "stored"))
+            if problem := misfit(axis, alive, ids, stored, full):
+                raise CheckpointError(f"{path} is damaged: {problem}")
+        alive_layers = found["pruner.alive.num_layers"]
+        layers = [n for n, layer in enumerate(stored.layers) if alive_layers[layer.number]]
+        shape = stored.with_layers(stored.layers[n].number for n in layers)
+        places: dict[tuple[str, int | None], Tensor] = {}
+        numbers: dict[str, list[Any]] = {
+            "num_layers": [layer.number for layer in shape.layers],
+        }
+        for axis in (*LAYER_AXES, "hidden_size"):
+            ids, alive = found[f"pruner.stored.{axis}"], found[f"pruner.alive.{axis}"]
+            parts = ids.split(list(stored.counts(axis)))
+            rows: list[tuple[int | None, Tensor, Tensor]] = [(None, parts[0], alive)]
+            if axis in LAYER_AXES:
+                rows = [(n, parts[n], alive[stored.layers[n].number]) for n in layers]
+            each = []
+            for position, of_layer, lives in rows:
+                in_order, order = of_layer.sort()
+                here = lives[in_order]
+                places[axis, position] = order[here]
+                each.append(in_order[here].tolist())
+            if not each or not all(each):
+                raise CheckpointError(f"{path} is damaged: nothing of {axis} lives in a layer")
+            numbers[axis] = each if axis in LAYER_AXES else each[0]
+            shape = shape.with_counts(axis, [len(kept) for kept in each])
+        return _Live(shape, layers, places, numbers)
+
+
+@dataclass(frozen=True)
 class _Weights:
-    """A checkpoint's weights in one dtype, by the model's names."""
+    """A checkpoint's weights as a folder of shape ``shape`` has them."""
 
-    def __init__(self, path: Path, config: Config, dtype: torch.dtype) -> None:
-        self._path, self._tensors = path, CheckpointTensors(path)
-        self._dtype = dtype
-        # A bf16 run's fp32 main weights; before its first step there are none.
-        self._mains = dtype == torch.float32 and config.training.precision == "bf16"
+    path: Path
+    tensors: CheckpointTensors
+    model: ModelConfig
+    stored: Shape
+    live: _Live
+    shape: Shape
+    dtype: torch.dtype
+    mains: bool
+    """Take a bf16 run's fp32 main weights; before its first step there are none."""
 
-    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        stored = {name: self._main(name) for name in names}
-        found = self._tensors.read(list(stored.values()))
-        weights = {name: found[key].to(self._dtype) for name, key in stored.items()}
+    def in_order(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under its Hugging Face name; one layer is in memory at a time."""
+        outside = huggingface.whole_model_names(self.model)
+        embedding = huggingface.EMBEDDING
+        yield outside[embedding], self._read([embedding])[embedding]
+        in_layer = huggingface.in_layer(self.model)
+        of_folder = zip(self.live.layers, self.shape.layers, strict=True)
+        for position, (place, layer) in enumerate(of_folder):
+            prefix = f"decoder.layers.{place}."
+            found = self._read([prefix + name for name in in_layer])
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+            yield from huggingface.layer_to_hf(position, tensors, layer, self.model)
+        for name, tensor in self._read([n for n in outside if n != embedding]).items():
+            yield outside[name], tensor
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        places = {name: self._place(huggingface.checkpoint_name(name)) for name in names}
+        found = self.tensors.read(list(places.values()))
+        weights = {name: self._fit(name, found.pop(place)) for name, place in places.items()}
         for name, weight in weights.items():
             if not bool(weight.isfinite().all()):
                 raise CheckpointError(
-                    f"{self._path} holds NaN or infinity in {name}: nothing is exported; an "
+                    f"{self.path} holds NaN or infinity in {name}: nothing is exported; an "
                     "earlier checkpoint may be sound"
                 )
         return weights
 
-    def _main(self, name: str) -> str:
+    def _place(self, name: str) -> str:
         main = f"optimizer.main.{name}"
-        return main if self._mains and main in self._tensors else name
+        return main if self.mains and main in self.tensors else name
 
-    def live(self, shape: Shape, full: Shape) -> list[tuple[Tensor, Tensor]]:
-        """Return each layer's live neurons: places in memory and numbers, in order of the numbers.
-
-        So no layout changes an export.
-        """
-        names = [f"pruner.{what}.ffn_hidden_size" for what in ("alive", "stored")]
-        alive, stored = self._tensors.read(names).values()
-        if problem := misfit("ffn_hidden_size", alive, stored, shape, full):
-            raise CheckpointError(f"{self._path} is damaged: {problem}")
-        found = []
-        of_layers = stored.split(list(shape.counts("ffn_hidden_size")))
-        for layer, ids in zip(shape.layers, of_layers, strict=True):
-            numbers, places = ids.sort()
-            here = alive[layer.number][numbers]
-            found.append((places[here], numbers[here]))
-        return found
+    def _fit(self, name: str, weight: Tensor) -> Tensor:
+        """Leave out what is dead and add the zeros that the folder's shape asks for."""
+        ratio = self.model.hidden_size / self.shape.hidden_size
+        for share in shares_of(name, self.model, self.stored, tp=1):
+            if share.axis == "hidden_size":
+                keep = self.live.places[share.axis, None]
+                weight = cut(weight, share, keep, self.shape.hidden_size)
+                if weight.dim() == 1:  # stock norms divide by what is stored: ``ResidualNorm``
+                    weight = weight.double() * ratio**0.5
+            elif share.axis in LAYER_AXES:
+                assert share.layer is not None
+                layer = self.shape.layers[self.live.layers.index(share.layer)]
+                keep = self.live.places[share.axis, share.layer]
+                weight = cut(weight, share, keep, getattr(layer, share.axis))
+        # In bf16 the factor would round weights once more, which moves logits more than epsilon.
+        exact = self.dtype == torch.float32 and ratio != 1
+        if exact and self.model.qk_layernorm and name.endswith(huggingface.QKV):
+            groups = self.shape.layers[0].num_query_groups
+            weight = huggingface.with_epsilon(weight, groups, self.model.kv_channels, ratio)
+        return weight.to(self.dtype)
 
 
 def export_checkpoint(
@@ -116,10 +198,11 @@ def export_checkpoint(
 ) -> Exported:
     """Write the checkpoint ``path`` (or a run's latest) as a Hugging Face model folder ``out``.
 
-    Masked neurons are left out. ``padded``: every layer gets the widest layer's width, the rest
-    zeros, which change no logit; LlamaForCausalLM, or Qwen3ForCausalLM with QK norm. ``compact``:
-    each layer its own width, in the ``block_configs`` of Nemotron-NAS, which few engines load.
-    Widths are multiples of what the run calls legal, so during pruning a few zeros remain.
+    Removed units of every axis are left out, and layers numbered anew. ``padded``: every layer
+    gets the FFN width and the KV groups of the largest, the rest zeros, which change no logit;
+    LlamaForCausalLM, or Qwen3ForCausalLM with QK norm. ``compact``: each layer its own, in the
+    ``block_configs`` of Nemotron-NAS, which few engines load. Counts are multiples of what the run
+    calls legal, so during pruning a few zeros remain.
 
     Args:
         dtype: ``fp32`` (of a bf16 run: its main weights) or ``bf16``; empty: the run's precision.
@@ -143,14 +226,14 @@ def export_checkpoint(
     _make_way(out)
     words = _tokenizer_of(config, tokenizer)
     state = checkpoint.read_state(found, config)
-    weights = _Weights(found, config, DTYPES[dtype])
-    live, numbers = zip(*weights.live(state.shape, Shape.full(config.model)), strict=True)
-    widths = [round_up(len(kept), config.final_ffn_multiple) for kept in live]
-    if layout == "padded":
-        widths = [max(widths)] * len(widths)
+    tensors, full = CheckpointTensors(found), Shape.full(config.model)
+    live = _Live.of(found, tensors, state.shape, full)
+    shape = _folder_shape(live.shape, state.shape, config, layout)
+    mains = dtype == "fp32" and config.training.precision == "bf16"
+    weights = _Weights(found, tensors, config.model, state.shape, live, shape, DTYPES[dtype], mains)
     hf_config = huggingface.to_hf_config(
         config.model,
-        widths,
+        shape,
         config.training.seq_length,
         str(DTYPES[dtype]).removeprefix("torch."),
         words.eod,
@@ -161,7 +244,7 @@ def export_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         writer = _Shards(partial, max_shard_bytes)
-        for name, tensor in _all_tensors(config, weights, live, widths):
+        for name, tensor in weights.in_order():
             writer.add(name, tensor)
         writer.close()
         _write_json(partial / "config.json", hf_config)
@@ -171,13 +254,9 @@ def export_checkpoint(
         ends = _ends_of_text(partial, words.eod)
         special = {"bos_token_id": words.eod, "eos_token_id": ends, "pad_token_id": words.eod}
         _write_json(partial / "generation_config.json", special)
-        counts = [len(kept) for kept in live]
-        ids = {str(layer): kept.tolist() for layer, kept in enumerate(numbers)}
-        _write_json(
-            partial / "pruning.json",
-            {"ffn_hidden_size": config.model.ffn_hidden_size, "live_neuron_ids": ids},
-        )
-        result = Exported(out, counts, widths, writer.parameters, writer.bytes)
+        enlarged = {axis: full.counts(axis)[0] for axis in AXES}
+        _write_json(partial / "pruning.json", {"enlarged": enlarged, "live": live.numbers})
+        result = Exported(out, full, live.shape, shape, writer.parameters, writer.bytes)
         card = _model_card(config, state, result, layout, dtype)
         (partial / "README.md").write_text(card + _added_tokens(partial))
         partial.rename(out)
@@ -199,26 +278,33 @@ def _make_way(out: Path) -> None:
         ) from error
 
 
-def _all_tensors(
-    config: Config, weights: _Weights, live: list[Tensor], widths: list[int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name; one layer is in memory at a time."""
-    model = config.model
-    outside = huggingface.whole_model_names(model)
-    yield (
-        outside[huggingface.EMBEDDING],
-        weights.read([huggingface.EMBEDDING])[huggingface.EMBEDDING],
-    )
-    in_layer = [
-        *huggingface.renamed_in_layer(model), huggingface.QKV, huggingface.FC1, huggingface.FC2,
-    ]  # fmt: skip
-    for layer, (kept, width) in enumerate(zip(live, widths, strict=True)):
-        prefix = f"decoder.layers.{layer}."
-        found = weights.read([prefix + name for name in in_layer])
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-        yield from huggingface.layer_to_hf(layer, tensors, kept, width, model)
-    for name, tensor in weights.read([n for n in outside if n != huggingface.EMBEDDING]).items():
-        yield outside[name], tensor
+def _folder_shape(live: Shape, stored: Shape, config: Config, layout: str) -> Shape:
+    """Return what a folder holds: live units, and zeros up to what is legal and the layout needs.
+
+    Raises: ConfigError when the compact layout cannot say it.
+    """
+    multiples = {axis: goal.final_multiple for axis, goal in config.goals.items()}
+    multiples["ffn_hidden_size"] = config.final_ffn_multiple
+    shape = live
+    for axis in LAYER_AXES:
+        counts = [round_up(count, multiples.get(axis, 1)) for count in live.counts(axis)]
+        shape = shape.with_counts(axis, max(counts) if layout == "padded" else counts)
+    channels = round_up(live.hidden_size, multiples.get("hidden_size", 1))
+    shape = shape.with_counts("hidden_size", min(channels, stored.hidden_size))
+    heads = max(layer.num_query_groups * layer.heads_per_group for layer in shape.layers)
+    layers = tuple(_with_heads(layer, heads) for layer in shape.layers)
+    return dataclasses.replace(shape, layers=layers)
+
+
+def _with_heads(layer: LayerShape, heads: int) -> LayerShape:
+    """Give a layer so many query heads, as engines want in all layers of the compact layout."""
+    if heads % layer.num_query_groups:
+        raise ConfigError(
+            f"--layout compact cannot say that layer {layer.number} has {layer.num_query_groups} "
+            f"KV groups: its readers divide the model's {heads} query heads by a layer's "
+            "n_heads_in_group, a whole number; --layout padded loads everywhere"
+        )
+    return dataclasses.replace(layer, heads_per_group=heads // layer.num_query_groups)
 
 
 class _Shards:
@@ -364,7 +450,8 @@ def _model_card(
 ) -> str:
     schedule, prune, model = config.schedule, config.prune, config.model
     tokens, total = state.consumed_tokens, schedule.total_tokens
-    zeros = sum(result.widths) - sum(result.live)
+    target = ", ".join(f"{axis} {goal.target:,}" for axis, goal in config.goals.items())
+    heads_per_group = model.num_attention_heads // model.num_query_groups
     lines = [
         "---",
         "library_name: transformers",
@@ -374,47 +461,50 @@ def _model_card(
         "",
         f"# {Path(config.run_dir).name}",
         "",
-        f"A GPT trained with FFN layers of {model.ffn_hidden_size} neurons that were pruned while "
-        "it trained, under one learning-rate curve. Exported by megatron-idea "
-        f"{__version__}, layout `{layout}`, {dtype}.",
+        "A GPT that was pruned while it trained, under one learning-rate curve. Exported by "
+        f"megatron-idea {__version__}, layout `{layout}`, {dtype}.",
+        "",
+        "| | when training began | now | in this folder |",
+        "|---|---|---|---|",
+    ]
+    for axis in AXES:
+        counts = (of.counts(axis) for of in (result.full, result.live, result.shape))
+        lines.append(f"| {axis} | {' | '.join(map(_brief, counts))} |")
+    lines += [
+        f"| parameters | {result.full.parameters(model).total:,} "
+        f"| {result.live.parameters(model).total:,} | {result.parameters:,} |",
+        "",
+        "What the folder has beyond what lives is zeros, which change no logit.",
         "",
         "| | |",
         "|---|---|",
-        f"| parameters | {result.parameters - 3 * zeros * model.hidden_size:,} |",
-        f"| layers, hidden size | {model.num_layers}, {model.hidden_size} |",
-        f"| attention heads, key/value heads, head size | {model.num_attention_heads}, "
-        f"{model.num_query_groups}, {model.kv_channels} |",
+        f"| head size, query heads for each KV group | {model.kv_channels}, {heads_per_group} |",
         f"| vocabulary | {model.vocab_size:,} |",
         f"| sequence length in training | {config.training.seq_length:,} |",
         f"| trained tokens | {tokens:,} of {total:,} ({phase(schedule, max(tokens, 1))} phase), "
         f"step {state.step:,} |",
-        f"| FFN width when training began | {model.ffn_hidden_size:,} |",
-        f"| FFN width now | {_brief(result.live)} |",
-        f"| FFN width in this folder | {_brief(result.widths)} ({zeros:,} neurons of zeros) |",
         f"| schedule | {schedule.kind}, lr {schedule.lr:g} to {schedule.min_lr:g}, phases "
         f"{schedule.enlarged_fraction:g} / {schedule.prune_fraction:g} / "
         f"{schedule.recover_fraction:g}, removal {schedule.removal} |",
-        f"| pruning | strategy {prune.strategy}, target {config.target_ffn_hidden_size:,}, "
+        f"| pruning | strategy {prune.strategy}, target {target or 'none'}, "
         f"element {prune.element}, rows {prune.row_reduce}, matrices {prune.matrix_reduce}, "
         f"ema {prune.ema:g} on {prune.ema_on}, scope {prune.scope} |",
         "",
-        "`pruning.json` lists the neurons of every layer that are left, by their index in the "
-        "enlarged model.",
+        "`pruning.json` lists the units that are left, by their numbers in the enlarged model; "
+        "those of layers in the order of the layers that are left.",
         "",
     ]
     if layout == "compact":
         lines += [
-            "The layers differ in width, as `block_configs` in `config.json` say. "
+            "The layers differ in size, as `block_configs` in `config.json` say. "
             "`transformers` has no model class for that.",
             "",
         ]
     return "\n".join(lines)
 
 
-def _brief(widths: Sequence[int]) -> str:
-    if len(set(widths)) == 1:
-        return f"{widths[0]:,} in every layer"
-    return ", ".join(map(str, widths))
+def _brief(counts: Sequence[int]) -> str:
+    return ", ".join(f"{count:,}" for count in (counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> a run that ``train`` goes on with, its FFNs widened if wanted.
+"""Hugging Face folder -> a run that ``train`` goes on with, enlarged on any axis if wanted.
 
 The run's first checkpoint is of step 0: weights, no optimizer state, no token consumed. Every dense
 Llama or Qwen3 in safetensors can be read; what our model cannot compute is refused by name.
@@ -7,10 +7,9 @@ Llama or Qwen3 in safetensors can be read; what our model cannot compute is refu
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,11 @@ from megatron_idea.engine.distributed import start_distributed, stop_distributed
 from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.trainable import assemble
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.prune.axis import Share, shares_of
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.records.lock import RunLock
 from megatron_idea.records.readable import human_widths
-from megatron_idea.shape import Shape, round_up
+from megatron_idea.shape import AXES, LAYER_AXES, UNITS, Shape, round_up
 
 LONGEST_DEFAULT_SEQUENCE = 2048
 
@@ -45,20 +45,26 @@ class Imported:
     path: Path
     """The checkpoint of step 0."""
     config_path: Path
-    widths_before: list[int]
-    """FFN neurons of every layer in the folder; trailing zeros of a padded export not counted."""
-    widths: list[int]
+    before: Shape
+    """The folder's model; trailing zeros of a padded export not counted."""
+    shape: Shape
+    """What training begins with."""
     notes: list[str]
     """What the user should know before training."""
 
     def as_text(self) -> str:
-        before = f"{human_widths(self.widths_before)} in {self.folder}"
         lines = [
-            f"FFN widths {human_widths(self.widths)} ({before}): {self.path}",
+            f"{_brief(self.shape)}: {self.path}",
             f"megatron-idea train {self.config_path}",
             *(f"note: {note}" for note in self.notes),
         ]
+        if self.shape != self.before:
+            lines.insert(1, f"enlarged from {_brief(self.before)}: {self.folder}")
         return "\n".join(lines)
+
+
+def _brief(shape: Shape) -> str:
+    return ", ".join(f"{UNITS[axis]}s {human_widths(shape.counts(axis))}" for axis in AXES)
 
 
 def import_checkpoint(
@@ -67,35 +73,41 @@ def import_checkpoint(
     config_path: Path | None = None,
     overrides: Sequence[str] = (),
     *,
-    enlarge_ffn: float = 1.0,
+    enlarge: Mapping[str, float] | None = None,
 ) -> Imported:
     """Write run ``run_dir`` with the model of ``folder`` as its checkpoint of step 0.
 
     The model section of the configuration comes from ``config.json``; data, schedule and the rest
     from ``config_path`` and ``overrides``. Where these are silent the precision is the folder's
-    (fp16 is read as fp32), the tokenizer a copy of its ``tokenizer.json``, and the width to prune
+    (fp16 is read as fp32), the tokenizer a copy of its ``tokenizer.json``, and the sizes to prune
     back to the folder's own. A bf16 run takes weights rounded to bf16.
 
-    ``enlarge_ffn`` widens every FFN to about so many times its width, the nearest legal one, and
-    leaves what the model computes as it is; ``widen`` says how.
+    ``enlarge`` gives axes about so many times their units, the nearest legal count, and leaves
+    what the model computes as it is; ``grow`` says how.
 
     Holds the model in memory, in bf16 with fp32 main weights besides, and once more to write it.
 
-    Raises: ConfigError for a folder, a configuration or a width that cannot be; RunFolderError for
+    Raises: ConfigError for a folder, a configuration or a size that cannot be; RunFolderError for
         a ``run_dir`` that another process writes to.
     """
     hf, weights = huggingface.check_folder(folder)
-    model, hf_widths = huggingface.from_hf_config(hf)
+    model, whole = huggingface.from_hf_config(hf)
     tensors = _Folder(folder, weights)
-    tensors.check(ModelConfig(**model), hf_widths)
-    multiple = configuration.load(config_path, list(overrides)).ffn_multiple
-    old = _without_padding(tensors, hf_widths, multiple)
-    widths = _enlarged(old, enlarge_ffn, multiple)
-    model["ffn_hidden_size"] = max(widths)
+    tensors.check(ModelConfig(**model), whole)
+    given = configuration.load(config_path, list(overrides))
+    before = _without_padding(tensors, whole, given)
+    shape = _enlarged(before, enlarge or {}, given)
+    for axis in AXES:
+        model[axis] = max(shape.counts(axis))
+    model["num_attention_heads"] = model["num_query_groups"] * shape.layers[0].heads_per_group
+    # Norms divide by the enlarged hidden size.
+    model["layernorm_epsilon"] *= before.hidden_size / shape.hidden_size
 
     base: dict[str, Any] = {"model": model, "training": _training(hf), "prune": {}}
-    if enlarge_ffn > 1:
-        base["prune"]["target"] = {"ffn_hidden_size": max(old)}
+    target = {axis: max(before.counts(axis)) for axis in AXES}
+    target = {axis: count for axis, count in target.items() if count < model[axis]}
+    if target:
+        base["prune"]["target"] = target
     elif config_path is None and not any(o.startswith("prune.") for o in overrides):
         base["prune"]["strategy"] = "none"
     its_tokenizer = str(run_dir / checkpoint.TOKENIZER)
@@ -103,23 +115,43 @@ def import_checkpoint(
         base["data"] = {"tokenizer": its_tokenizer}
     config = configuration.load(config_path, list(overrides), base)
     config = configuration.replace(config, run_dir=str(run_dir))
-    _check(config, model, widths, folder)
+    _check(config, model, shape, folder)
     with RunLock(run_dir):
         if checkpoint.complete(run_dir):
             raise ConfigError(f"{run_dir} has checkpoints already; name a folder that has none")
         if config.data.tokenizer == its_tokenizer:
             load_tokenizer(folder)  # to hear now whether it can be used
             copy_tokenizer(folder, run_dir / checkpoint.TOKENIZER)
-        path = _write(config, _Ours(tensors, config, old), widths)
+        path = _write(config, _Ours(tensors, config, whole, before, shape), shape)
         (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-    return Imported(folder, path, run_dir / "config.yaml", old, widths, _notes(config, hf))
+    return Imported(folder, path, run_dir / "config.yaml", before, shape, _notes(config, hf))
 
 
-def _write(config: Config, ours: _Ours, widths: list[int]) -> Path:
+def read_factors(text: str) -> dict[str, float]:
+    """Read ``--enlarge``: ``ffn_hidden_size=2.667,num_layers=1.25``.
+
+    Raises: ConfigError for anything but known axes and numbers of at least 1.
+    """
+    factors = {}
+    for part in text.split(",") if text else []:
+        axis, _, number = part.partition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = 0.0
+        if axis not in AXES or not 1 <= factor < float("inf"):
+            raise ConfigError(
+                f"--enlarge has {part!r}; give axes and factors of at least 1, as in "
+                f"ffn_hidden_size=2.667,num_layers=1.25. Axes are {', '.join(AXES)}"
+            )
+        factors[axis] = factor
+    return factors
+
+
+def _write(config: Config, ours: _Ours, shape: Shape) -> Path:
     """Build the model in this process, fill it, save it."""
     alone = configuration.load(None, checkpoint.ONE_PROCESS, dataclasses.asdict(config))
     groups = start_distributed(alone.parallel, config.training.seed)
-    shape = Shape.full(config.model).with_counts("ffn_hidden_size", widths)
     try:
         trainable = assemble(alone.sections, groups, shape, initialize=False, gradients=False)
         with torch.no_grad():
@@ -148,9 +180,9 @@ class _Folder:
                 raise ConfigError(f"cannot read {file}: {error}") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
 
-    def check(self, model: ModelConfig, widths: Sequence[int]) -> None:
+    def check(self, model: ModelConfig, whole: Shape) -> None:
         """Raises: ConfigError unless the tensors are those of ``model``, no more and no less."""
-        shapes = dict(huggingface.hf_shapes(model, widths))
+        shapes = dict(huggingface.hf_shapes(model, whole))
         wanted = shapes.keys()
         missing = sorted(wanted - self._files.keys())
         if missing:
@@ -167,12 +199,12 @@ class _Folder:
                 f"{self._folder} has {len(unknown)} tensors that our model has no place for: "
                 f"{', '.join(unknown[:3])}"
             )
-        for name, shape in shapes.items():
+        for name, size in shapes.items():
             part = self._files[name].get_slice(name)
-            if tuple(part.get_shape()) != shape or part.get_dtype() not in _FLOATS:
+            if tuple(part.get_shape()) != size or part.get_dtype() not in _FLOATS:
                 raise ConfigError(
                     f"{self._folder} has {name} as {part.get_dtype()} {part.get_shape()}; "
-                    f"config.json says {list(shape)}, and legal are {', '.join(_FLOATS)}"
+                    f"config.json says {list(size)}, and legal are {', '.join(_FLOATS)}"
                 )
 
     def read(self, name: str) -> Tensor:
@@ -185,108 +217,201 @@ class _Folder:
             )
         return tensor
 
-    def last(self, name: str, axis: int) -> Tensor:
-        """The last row (axis 0) or column (axis 1) of a matrix."""
+    def used(self, names: Sequence[str], count: int) -> int:
+        """Count units, of ``count`` that tensors have, up to the last that is not all zeros."""
+        *rows, columns = names
+        if any(bool(self._last(name, name == columns, count).any()) for name in names):
+            return count
+        lines = [self.read(name).any(dim=1) for name in rows] + [self.read(columns).any(dim=0)]
+        used = torch.stack([line.view(count, -1).any(dim=1) for line in lines]).any(dim=0)
+        return int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+
+    def _last(self, name: str, is_column: bool, count: int) -> Tensor:
         part = self._files[name].get_slice(name)
-        return part[-1:] if axis == 0 else part[:, -1:]
+        lines = part.get_shape()[is_column] // count
+        return part[:, -lines:] if is_column else part[-lines:]
 
 
 class _Ours:
-    """The folder's tensors under our names, FFNs at their new width."""
+    """The folder's tensors under our names, enlarged."""
 
-    def __init__(self, tensors: _Folder, config: Config, old: list[int]) -> None:
-        self._tensors, self._model, self._seed = tensors, config.model, config.training.seed
-        self._old = old
-        self._layer_ffn = functools.lru_cache(maxsize=1)(self._ffn)
+    def __init__(
+        self, tensors: _Folder, config: Config, whole: Shape, before: Shape, shape: Shape
+    ) -> None:
+        self._tensors, self._config = tensors, config
+        self._whole, self._before, self._shape = whole, before, shape
+        self._sources = _sources(before.num_layers, shape.num_layers)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        found = self._find(huggingface.checkpoint_name(name), shape)
-        assert tuple(found.shape) == shape, (name, found.shape, shape)
-        return found
-
-    def _find(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, size: tuple[int, ...]) -> Tensor:
+        """Return a parameter in fp32."""
         in_layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         if in_layer is None:
-            return self._tensors.read(huggingface.WHOLE_MODEL[name])
-        layer, name = int(in_layer[1]), name[in_layer.end() :]
-        if name == huggingface.QKV:
-            q, k, v = (self._tensors.read(part) for part in huggingface.qkv_names(layer))
-            return huggingface.join_qkv(q, k, v, self._model)
-        if name == huggingface.FC1:
-            return self._layer_ffn(layer, shape[0] // 2)[0]
-        if name == huggingface.FC2:
-            return self._layer_ffn(layer, shape[1])[1]
-        theirs = huggingface.renamed_in_layer(self._model)[name]
-        return self._tensors.read(f"model.layers.{layer}.{theirs}")
+            weight = self._grown(name, 0, name, self._tensors.read(huggingface.WHOLE_MODEL[name]))
+        else:
+            position, tensor = int(in_layer[1]), name[in_layer.end() :]
+            source = self._sources[position]
+            of_source = f"decoder.layers.{source}.{tensor}"
+            weight = self._grown(name, position, of_source, self._of_layer(source, tensor))
+            if self._sources.index(source) < position and tensor in _OUTPUTS:
+                weight = torch.zeros_like(weight)
+        assert tuple(weight.shape) == size, (name, weight.shape, size)
+        return weight
 
-    def _ffn(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
-        gate, up, down = (self._tensors.read(name) for name in huggingface.ffn_names(layer))
-        old = self._old[layer]
-        generator = torch.Generator()
-        digest = hashlib.sha256(f"{self._seed} widened layer {layer}".encode()).digest()
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
-        gate, up, down = widen(gate[:old], up[:old], down[:, :old], width, generator)
-        return torch.cat([gate, up]), down
+    def _of_layer(self, position: int, tensor: str) -> Tensor:
+        layer, whole = self._before.layers[position], self._whole.layers[position]
+        groups, heads = layer.num_query_groups, layer.heads_per_group
+        of_groups = (whole.num_query_groups, -1, self._config.model.kv_channels)
+        *qkv, o = huggingface.names_of(position, "num_query_groups")
+        gate, up, down = huggingface.names_of(position, "ffn_hidden_size")
+        width = layer.ffn_hidden_size
+        read = self._tensors.read
+        match tensor:
+            case huggingface.QKV:
+                parts = (read(name).unflatten(0, of_groups)[:groups, :heads] for name in qkv)
+                return huggingface.join_qkv(*parts)
+            case huggingface.PROJ:
+                return read(o).unflatten(1, of_groups)[:, :groups, :heads].flatten(1)
+            case huggingface.FC1:
+                return torch.cat([read(gate)[:width], read(up)[:width]])
+            case huggingface.FC2:
+                return read(down)[:, :width]
+        theirs = huggingface.renamed_in_layer(self._config.model)[tensor]
+        return read(f"model.layers.{position}.{theirs}")
+
+    def _grown(self, name: str, position: int, source: str, weight: Tensor) -> Tensor:
+        weight, model = weight.float(), self._config.model
+        ratio = self._before.hidden_size / self._shape.hidden_size
+        shares = shares_of(source, model, self._before, tp=1)
+        is_qkv = name.endswith(huggingface.QKV) and model.qk_layernorm
+        if is_qkv and ratio != 1 and self._config.training.precision == "fp32":
+            groups = next(s.count for s in shares if s.axis == "num_query_groups")
+            weight = huggingface.with_epsilon(weight, groups, model.kv_channels, ratio)
+        for share in shares:
+            if share.axis == "hidden_size" and weight.dim() == 1:
+                weight = (weight.double() * ratio**0.5).float()
+            if share.axis != "num_layers":
+                counts = self._shape.counts(share.axis)
+                count = counts[position if share.axis in LAYER_AXES else 0]
+                draws = f"{self._config.training.seed} new {share.axis} of {name}"
+                weight = grow(weight, share, count, _generator(draws))
+        return weight
 
 
-def widen(
-    gate: Tensor, up: Tensor, down: Tensor, width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add neurons to an FFN that change nothing it computes, and can learn at once.
+_OUTPUTS = (huggingface.PROJ, huggingface.FC2)
+_ZERO = ("down", "projection", "word_embeddings", "linear_proj", "linear_fc2")
+"""What new units write with, by the names of ``Axis.matrices``."""
 
-    A new neuron's gate and up rows are random, its down column is zero. It adds exactly zero to the
-    output. The column's first gradient is activation x error, which is not zero; from the second
-    step on its rows have a gradient too (LoRA starts the same way). Rows have the spread of the
-    layer's own, so that new neurons react to text as strongly as trained ones.
 
-    Splitting neurons into copies (Net2Wider) is function-preserving, too, but copies have gradients
+def grow(weight: Tensor, share: Share, count: int, generator: torch.Generator) -> Tensor:
+    """Add units to a tensor so that the model computes what it did, and the units can learn.
+
+    What a unit reads with is random, with the spread of the matrix it comes to; what it writes
+    with is zero. A neuron or KV group then adds exactly zero to the stream, a channel holds exactly
+    zero, and a new layer, a copy whose two outputs are zero, passes the stream on. The zeros' first
+    gradients are not zero; from the second step on the rest has gradients, too (LoRA starts so).
+    The column of a tied embedding is both written and read: it is zero.
+
+    Splitting units into copies (Net2Wider) is function-preserving, too, but copies have gradients
     that differ by a factor alone, which Adam takes out: they stay copies, and the width is wasted.
-    Down columns that are random would learn sooner, and change the function.
+    Outputs that are random would learn sooner, and change the function.
 
-    Args: gate and up [f, H], down [H, f], ``width`` at least f.
-    Returns: [width, H], [width, H], [H, width]; the first f neurons are the old ones, bit for bit.
+    Args:
+        share: of the tensor as it is; of several axes those of earlier dimensions come first.
+        count: units to return, at least those there are; the old ones come first, bit for bit.
     """
-    new = width - gate.shape[0]
-    if new == 0:
-        return gate, up, down
+    if count == share.count:
+        return weight
+    old = weight.reshape(-1, share.count, share.stride)
+    slices = old.transpose(0, 1).flatten(1)
+    sizes = [numel * slices.shape[1] // share.unit_numel for _, numel in share.matrices]
+    new = []
+    for (name, _), part in zip(share.matrices, slices.split(sizes, dim=1), strict=True):
+        if name in _ZERO:
+            drawn = torch.zeros(count - share.count, part.shape[1])
+        elif weight.dim() == 1:  # gains
+            drawn = part.mean().expand(count - share.count, 1)
+        else:
+            drawn = torch.randn(count - share.count, part.shape[1], generator=generator)
+            drawn *= part.square().mean().sqrt()
+        new.append(drawn)
+    added = torch.cat(new, dim=1).unflatten(1, (len(old), share.stride)).transpose(0, 1)
+    size = list(weight.shape)
+    size[share.dim] = size[share.dim] // share.count * count
+    return torch.cat([old, added], dim=1).reshape(size)
 
-    def rows(like: Tensor) -> Tensor:
-        spread = like.float().square().mean().sqrt()
-        drawn = torch.randn(new, like.shape[1], generator=generator) * spread
-        return torch.cat([like, drawn.to(like.dtype)])
 
-    return rows(gate), rows(up), torch.cat([down, down.new_zeros(down.shape[0], new)], dim=1)
+def _generator(text: str) -> torch.Generator:
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _without_padding(tensors: _Folder, widths: list[int], multiple: int) -> list[int]:
-    """Widths without the zeros that a padded export ends with.
+def _sources(before: int, after: int) -> list[int]:
+    """Say which old layer each of ``after`` layers is, or is a copy of: evenly spread."""
+    return [(2 * position + 1) * before // (2 * after) for position in range(after)]
 
-    A neuron of zeros gets no gradient and would stay dead. What rounding up to ``multiple`` asks
-    for is kept.
+
+def _without_padding(tensors: _Folder, whole: Shape, config: Config) -> Shape:
+    """Return the folder's shape without the zeros that a padded export ends with.
+
+    A unit of zeros gets no gradient and would stay dead. What rounding up to legal counts asks for
+    is kept.
+
+    Raises: ConfigError when layers use different numbers of query heads for a key/value head.
     """
-    result = []
-    for layer, width in enumerate(widths):
-        names = huggingface.ffn_names(layer)
-        axes = (0, 0, 1)
-        if not any(tensors.last(n, axis).any() for n, axis in zip(names, axes, strict=True)):
-            used = torch.stack(
-                [tensors.read(n).any(dim=1 - axis) for n, axis in zip(names, axes, strict=True)]
-            ).any(dim=0)
-            last = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
-            width = min(width, round_up(last, multiple))
-        result.append(width)
-    return result
+    shape = whole
+    for axis, multiple in _multiples(config).items():
+        if axis in LAYER_AXES:
+            counts = []
+            for position, count in enumerate(whole.counts(axis)):
+                used = tensors.used(huggingface.names_of(position, axis), count)
+                counts.append(min(count, round_up(used, multiple)))
+            shape = shape.with_counts(axis, counts)
+    heads = min(layer.heads_per_group for layer in whole.layers)
+    layers = tuple(dataclasses.replace(layer, heads_per_group=heads) for layer in shape.layers)
+    for position, layer in enumerate(whole.layers):
+        if layer.heads_per_group > heads:
+            o = tensors.read(huggingface.names_of(position, "num_query_groups")[-1])
+            if bool(
+                o.unflatten(1, (layer.num_query_groups, layer.heads_per_group, -1))[
+                    :, :, heads:
+                ].any()
+            ):
+                raise ConfigError(
+                    f"layer {position} has {layer.heads_per_group} query heads for each key/value "
+                    f"head and others {heads} (n_heads_in_group), and ours are the same in all"
+                )
+    return dataclasses.replace(shape, layers=layers)
 
 
-def _enlarged(widths: list[int], factor: float, multiple: int) -> list[int]:
-    """All layers at the legal width nearest to ``factor`` times the widest."""
-    if not 1 <= factor < float("inf"):
-        raise ConfigError(f"--enlarge-ffn is {factor}; it is a factor of at least 1, such as 2.667")
-    if factor == 1:
-        return widths
-    wanted = max(widths) * factor
-    nearest = max(1, round(wanted / multiple)) * multiple
-    return [max(nearest, round_up(max(widths), multiple))] * len(widths)
+def _multiples(config: Config) -> dict[str, int]:
+    """What counts are multiples of in a run."""
+    return {
+        "ffn_hidden_size": config.ffn_multiple,
+        "num_query_groups": config.parallel.tensor_model_parallel_size,
+        "hidden_size": config.prune.channel_alignment,
+        "num_layers": 1,
+    }
+
+
+def _enlarged(shape: Shape, factors: Mapping[str, float], config: Config) -> Shape:
+    """All layers at the legal counts nearest to so many times the largest."""
+    for axis, factor in factors.items():
+        multiple, now = _multiples(config)[axis], max(shape.counts(axis))
+        if factor == 1:
+            continue
+        count = max(round(now * factor / multiple) * multiple, round_up(now, multiple))
+        if axis != "num_layers":
+            shape = shape.with_counts(axis, count)
+            continue
+        if count > 2 * now:
+            raise ConfigError(
+                f"--enlarge num_layers={factor:g} asks for {count} layers where there are {now}; "
+                "at most twice as many: a second copy of a layer would learn what the first does"
+            )
+        sources = enumerate(_sources(now, count))
+        layers = (dataclasses.replace(shape.layers[s], number=n) for n, s in sources)
+        shape = dataclasses.replace(shape, layers=tuple(layers))
+    return shape
 
 
 def _training(hf: dict[str, Any]) -> dict[str, Any]:
@@ -304,22 +429,23 @@ def _dtype(hf: dict[str, Any]) -> str:
 _NOT_OF_THE_WEIGHTS = {"attention_dropout", "init_method_std"}
 
 
-def _check(config: Config, model: dict[str, Any], widths: list[int], folder: Path) -> None:
+def _check(config: Config, model: dict[str, Any], shape: Shape, folder: Path) -> None:
     """Raises: ConfigError when the configuration is not for this model, or cannot be run."""
     for name, value in model.items():
         given = getattr(config.model, name)
         if given != value and name not in _NOT_OF_THE_WEIGHTS:
-            hint = ", or choose --enlarge-ffn to fit" if name == "ffn_hidden_size" else ""
+            hint = ", or choose --enlarge to fit" if name in AXES else ""
             raise ConfigError(
                 f"model.{name} is {given} in your configuration and {value} for {folder}; leave it "
                 f"out{hint}"
             )
+    widths = shape.counts("ffn_hidden_size")
     uneven = [width for width in widths if width % config.ffn_multiple]
     if uneven:
         raise ConfigError(
             f"{folder} has layers of {uneven[0]} FFN neurons, which is no multiple of TP x "
             f"prune.alignment = {config.ffn_multiple}; set prune.alignment to a divisor, or widen "
-            "with --enlarge-ffn"
+            "with --enlarge ffn_hidden_size=FACTOR"
         )
     parallel = config.parallel
     validate(config, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)

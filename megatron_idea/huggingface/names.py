@@ -2,22 +2,24 @@
 
 A Llama is our model without ``qk_layernorm``, a Qwen3 the same with it. Both rotate the two halves
 of a head (RoPE), normalise with RMSNorm, gate with SiLU and have no biases, so weights are renamed
-and cut, never changed. Names on our side are a checkpoint's.
+and cut, never changed here. A Mistral without a window is a Llama whose heads need not divide the
+hidden size. Names on our side are those that ``named_parameters`` gives.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_idea import files
 from megatron_idea.config import ConfigError, ModelConfig
-from megatron_idea.shape import round_up
+from megatron_idea.shape import LayerShape, Shape, round_up
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -29,16 +31,17 @@ WHOLE_MODEL = {
 }
 """Tensors outside of layers, ours to theirs."""
 RENAMED = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
 }
 """A layer's tensors that have one counterpart each."""
 QK_NORMS = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
-QKV, FC1, FC2 = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
+QKV, PROJ = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
+FC1, FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
+_O_PROJ = "self_attn.o_proj.weight"
 _QKV_PARTS = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
 _FFN_PARTS = tuple(f"mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
 
@@ -67,59 +70,79 @@ def renamed_in_layer(model: ModelConfig) -> dict[str, str]:
     return RENAMED | QK_NORMS if model.qk_layernorm else RENAMED
 
 
-def split_qkv(weight: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's rows, one query group after another as [queries.., key, value], to q, k and v."""
-    heads_per_group = model.num_attention_heads // model.num_query_groups
-    grouped = weight.view(model.num_query_groups, heads_per_group + 2, model.kv_channels, -1)
-    q, k, v = grouped.split([heads_per_group, 1, 1], dim=1)
-    return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+def in_layer(model: ModelConfig) -> list[str]:
+    """Our names of all of a layer's tensors."""
+    return [*renamed_in_layer(model), QKV, PROJ, FC1, FC2]
 
 
-def join_qkv(q: Tensor, k: Tensor, v: Tensor, model: ModelConfig) -> Tensor:
+def split_qkv(weight: Tensor, groups: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's rows, one query group after another as [queries.., key, value], to q, k and v.
+
+    Returns: [groups, heads of one or 1, channels, H] each.
+    """
+    grouped = weight.view(groups, -1, channels, weight.shape[-1])
+    q, k, v = grouped.split([grouped.shape[1] - 2, 1, 1], dim=1)
+    return q, k, v
+
+
+def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Inverse of ``split_qkv``."""
-    shape = (model.num_query_groups, -1, model.kv_channels, model.hidden_size)
-    return torch.cat([x.view(shape) for x in (q, k, v)], dim=1).flatten(0, 2)
+    return torch.cat([q, k, v], dim=1).flatten(0, 2)
+
+
+def with_epsilon(qkv: Tensor, groups: int, channels: int, ratio: float) -> Tensor:
+    """Let norms of queries and keys compute the same with an epsilon that is ``ratio`` of theirs.
+
+    A model has one epsilon for all norms, and those of the residual stream ask for another where
+    channels come or go. norm(s x, s^2 eps) = norm(x, eps).
+    """
+    q, k, v = split_qkv(qkv, groups, channels)
+    return join_qkv(q * ratio**0.5, k * ratio**0.5, v)
 
 
 def layer_to_hf(
-    layer: int, tensors: dict[str, Tensor], keep: Tensor, width: int, model: ModelConfig
+    position: int, tensors: dict[str, Tensor], layer: LayerShape, model: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """One layer of ours under its Hugging Face names.
 
     Args:
         tensors: the layer's, without the ``decoder.layers.N.`` before their names.
-        keep: indices of the neurons to take, in the order wanted.
-        width: of the FFN that comes out; what ``keep`` does not fill is zero, and a neuron of
-            zeros adds exactly zero to the layer's output.
+        layer: as the folder is to have it. Query heads that ``tensors`` have not got are zeros at
+            the end of each group, and so are their columns of the output projection.
     """
-    prefix = f"model.layers.{layer}."
+    prefix = f"model.layers.{position}."
+    groups, channels = layer.num_query_groups, model.kv_channels
     for ours, name in renamed_in_layer(model).items():
         yield prefix + name, tensors[ours]
-    for name, part in zip(_QKV_PARTS, split_qkv(tensors[QKV], model), strict=True):
-        yield prefix + name, part
+    q, k, v = split_qkv(tensors[QKV], groups, channels)
+    missing = layer.heads_per_group - q.shape[1]
+    q = F.pad(q, (0, 0, 0, 0, 0, missing))
+    for name, part in zip(_QKV_PARTS, (q, k, v), strict=True):
+        yield prefix + name, part.flatten(0, 2)
+    of_heads = tensors[PROJ].unflatten(1, (groups, -1, channels))
+    yield prefix + _O_PROJ, F.pad(of_heads, (0, 0, 0, missing)).flatten(1)
     gate, up = tensors[FC1].chunk(2)
-    for name, part in zip(_FFN_PARTS, (gate, up, tensors[FC2].T), strict=True):
-        rows = part.new_zeros(width, part.shape[1])
-        rows[: len(keep)] = part[keep]
-        yield prefix + name, rows.T if name == _FFN_PARTS[2] else rows
+    of_ffn = names_of(position, "ffn_hidden_size")
+    yield from zip(of_ffn, (gate, up, tensors[FC2]), strict=True)
 
 
-def hf_shapes(model: ModelConfig, widths: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the Hugging Face model with ``widths`` neurons a layer."""
-    hidden, channels = model.hidden_size, model.kv_channels
-    queries, keys = model.num_attention_heads * channels, model.num_query_groups * channels
+def hf_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the Hugging Face model of this shape."""
+    hidden, channels = shape.hidden_size, model.kv_channels
     for ours, name in whole_model_names(model).items():
         yield name, (hidden,) if ours == FINAL_NORM else (model.vocab_size, hidden)
-    for layer, width in enumerate(widths):
-        prefix = f"model.layers.{layer}."
+    for position, layer in enumerate(shape.layers):
+        prefix = f"model.layers.{position}."
+        keys = layer.num_query_groups * channels
+        queries = keys * layer.heads_per_group
         for name in renamed_in_layer(model).values():
-            shape: tuple[int, ...] = (channels,) if name in QK_NORMS.values() else (hidden,)
-            yield prefix + name, (hidden, queries) if name.endswith("o_proj.weight") else shape
+            yield prefix + name, (channels,) if name in QK_NORMS.values() else (hidden,)
         for name, rows in zip(_QKV_PARTS, (queries, keys, keys), strict=True):
             yield prefix + name, (rows, hidden)
+        yield prefix + _O_PROJ, (hidden, queries)
         for name in _FFN_PARTS[:2]:
-            yield prefix + name, (width, hidden)
-        yield prefix + _FFN_PARTS[2], (hidden, width)
+            yield prefix + name, (layer.ffn_hidden_size, hidden)
+        yield prefix + _FFN_PARTS[2], (hidden, layer.ffn_hidden_size)
 
 
 def check_folder(folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -182,47 +205,43 @@ def _kernel_of(config: Any, depth: int = 0) -> str:
     return ""
 
 
-def ffn_names(layer: int) -> tuple[str, ...]:
-    """Gate, up and down of a layer, by their Hugging Face names."""
-    return tuple(f"model.layers.{layer}.{name}" for name in _FFN_PARTS)
-
-
-def qkv_names(layer: int) -> tuple[str, ...]:
-    return tuple(f"model.layers.{layer}.{name}" for name in _QKV_PARTS)
+def names_of(position: int, axis: str) -> tuple[str, ...]:
+    """Tensors of a layer that its units have parts of: rows of all, but columns of the last."""
+    parts = _FFN_PARTS if axis == "ffn_hidden_size" else (*_QKV_PARTS, _O_PROJ)
+    return tuple(f"model.layers.{position}.{name}" for name in parts)
 
 
 def to_hf_config(
-    model: ModelConfig, widths: Sequence[int], seq_length: int, dtype: str, eod: int, compact: bool
+    model: ModelConfig, shape: Shape, seq_length: int, dtype: str, eod: int, compact: bool
 ) -> dict[str, Any]:
-    """``config.json`` of a model whose layers have ``widths`` neurons.
+    """``config.json`` of a model of this shape, whose layers have equally many query heads.
 
-    Raises: ConfigError for a model that no stock class can hold.
+    Its norms divide by the stored hidden size and ours by the enlarged one, so it has another
+    epsilon where channels were removed; ``ResidualNorm`` says why.
+
+    Raises: ConfigError for a model that the layout cannot hold.
     """
-    heads = model.num_attention_heads
-    if not model.qk_layernorm and model.hidden_size % heads:
-        raise ConfigError(
-            f"LlamaForCausalLM needs a hidden_size that is a multiple of its heads; this model has "
-            f"{model.hidden_size} and {heads}. With model.qk_layernorm=true it would be a Qwen3, "
-            "which does not; the model has to be trained so"
-        )
-    kind, architecture = (
-        ("qwen3", "Qwen3ForCausalLM") if model.qk_layernorm else ("llama", "LlamaForCausalLM")
-    )
+    (heads,) = {layer.num_query_groups * layer.heads_per_group for layer in shape.layers}
+    kind, architecture = "llama", "LlamaForCausalLM"
+    if model.qk_layernorm:
+        kind, architecture = "qwen3", "Qwen3ForCausalLM"
+    elif shape.hidden_size % heads and not compact:  # which transformers' Llama refuses
+        kind, architecture = "mistral", "MistralForCausalLM"
     result: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": kind,
         "torch_dtype": dtype,
         "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": max(widths),
-        "num_hidden_layers": model.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": max(shape.counts("ffn_hidden_size")),
+        "num_hidden_layers": shape.num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": model.num_query_groups,
+        "num_key_value_heads": max(shape.counts("num_query_groups")),
         "head_dim": model.kv_channels,
         "hidden_act": "silu",
         "max_position_embeddings": seq_length,
         "initializer_range": model.init_method_std,
-        "rms_norm_eps": model.layernorm_epsilon,
+        "rms_norm_eps": model.layernorm_epsilon * (model.hidden_size / shape.hidden_size),
         "rope_theta": float(model.rotary_base),
         # transformers 5 asks for this, 4 for the line above.
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
@@ -235,13 +254,15 @@ def to_hf_config(
     }
     if kind == "llama":
         result |= {"mlp_bias": False, "pretraining_tp": 1}
+    if kind == "mistral":
+        result["sliding_window"] = None
     if compact:
-        _to_block_configs(result, widths, model)
+        _to_block_configs(result, shape, model)
     return result
 
 
-def _to_block_configs(config: dict[str, Any], widths: Sequence[int], model: ModelConfig) -> None:
-    """Turn a Llama's config into one with a width for each layer, as Nemotron-NAS models have it.
+def _to_block_configs(config: dict[str, Any], shape: Shape, model: ModelConfig) -> None:
+    """Turn a Llama's config into one with sizes for each layer, as Nemotron-NAS models have it.
 
     A block says its width as ``ffn_mult``, which all engines read, when every width is a multiple
     of 256, and else as ``intermediate_size``, which vLLM alone reads. Never both: MLX takes no
@@ -252,13 +273,14 @@ def _to_block_configs(config: dict[str, Any], widths: Sequence[int], model: Mode
             "--layout compact writes Nemotron-NAS blocks, which have no QK norm, and this model "
             "was trained with model.qk_layernorm=true; --layout padded loads everywhere"
         )
-    with_mult = all(width % _FFN_MULT_UNIT == 0 for width in widths)
+    with_mult = all(width % _FFN_MULT_UNIT == 0 for width in shape.counts("ffn_hidden_size"))
     blocks = []
-    for width in widths:
+    for layer in shape.layers:
+        width = layer.ffn_hidden_size
         ffn: dict[str, Any] = {"intermediate_size": width}
         if with_mult:  # aim at the middle of what is rounded up to the width
-            ffn = {"ffn_mult": 1.5 * (width - _FFN_MULT_UNIT // 2) / model.hidden_size}
-        of_attention = {"n_heads_in_group": model.num_attention_heads // model.num_query_groups}
+            ffn = {"ffn_mult": 1.5 * (width - _FFN_MULT_UNIT // 2) / shape.hidden_size}
+        of_attention = {"n_heads_in_group": layer.heads_per_group}
         switches = {"no_op": False, "replace_with_linear": False}
         blocks.append({"attention": of_attention | switches, "ffn": ffn | switches})
     del config["intermediate_size"]
@@ -277,11 +299,13 @@ def block_width(ffn: dict[str, Any], hidden_size: int) -> int:
     return int(ffn["intermediate_size"])
 
 
-_HEAD_DIM = {"qwen3": 128}  # where config.json leaves it out; Llama's follows from the hidden size
+_HEAD_DIM = {"qwen3": 128}  # where config.json leaves it out; others' follow from the hidden size
 
 
-def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """Read ``config.json`` as the ``model`` section of our configuration and one width a layer.
+def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], Shape]:
+    """Read ``config.json`` as the ``model`` section of our configuration and the folder's shape.
+
+    Layers of the compact layout differ in ``heads_per_group``, too: all have as many query heads.
 
     Raises: ConfigError that names all that is not supported.
     """
@@ -289,7 +313,7 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     if ill:
         raise ConfigError(f"config.json: {'; '.join(ill)}")
     kind = hf.get("model_type")
-    legal = ("llama", "qwen3", BLOCK_CONFIG_MODEL_TYPE)
+    legal = ("llama", "qwen3", "mistral", BLOCK_CONFIG_MODEL_TYPE)
     if kind not in legal:
         raise ConfigError(
             f"config.json is of model_type {kind!r} ({', '.join(hf.get('architectures') or [])}); "
@@ -299,29 +323,35 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     needed += [name for name in ("num_key_value_heads", "head_dim") if hf.get(name) is not None]
     if kind != BLOCK_CONFIG_MODEL_TYPE:
         needed.append("intermediate_size")
+    if kind == "mistral":  # leaving it out means 8 there
+        needed.append("num_key_value_heads")
     missing = [name for name in needed if not files.is_whole(hf.get(name), 1, _MOST[name])]
     if missing:
         raise ConfigError(f"config.json gives no whole number above 0 for {', '.join(missing)}")
     faults = list(_unsupported(hf))
     if faults:
         raise ConfigError(f"this {kind} model has what ours has not: {'; '.join(faults)}")
-    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    groups = hf.get("num_key_value_heads") or heads
+    layers, heads, hidden = hf["num_hidden_layers"], hf["num_attention_heads"], hf["hidden_size"]
     if kind == BLOCK_CONFIG_MODEL_TYPE:
         blocks = hf["block_configs"]
-        widths = [block_width(block["ffn"], hf["hidden_size"]) for block in blocks]
-        (per_group,) = {block["attention"]["n_heads_in_group"] for block in blocks}
-        groups = heads // per_group
+        per_group = [block["attention"]["n_heads_in_group"] for block in blocks]
+        widths = [block_width(block["ffn"], hidden) for block in blocks]
     else:
+        per_group = [heads // (hf.get("num_key_value_heads") or heads)] * layers
         widths = [int(hf["intermediate_size"])] * layers
+    sizes = zip(widths, per_group, strict=True)
+    shape = Shape(
+        hidden,
+        tuple(LayerShape(n, width, heads // per, per) for n, (width, per) in enumerate(sizes)),
+    )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     model = {
         "num_layers": layers,
-        "hidden_size": hf["hidden_size"],
+        "hidden_size": hidden,
         "ffn_hidden_size": max(widths),
         "num_attention_heads": heads,
-        "num_query_groups": groups,
-        "kv_channels": hf.get("head_dim") or _HEAD_DIM.get(str(kind), hf["hidden_size"] // heads),
+        "num_query_groups": heads // min(per_group),
+        "kv_channels": hf.get("head_dim") or _HEAD_DIM.get(str(kind), hidden // heads),
         "vocab_size": hf["vocab_size"],
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
         "qk_layernorm": kind == "qwen3",
@@ -330,7 +360,7 @@ def from_hf_config(hf: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "init_method_std": float(hf.get("initializer_range", 0.02)),
         "attention_dropout": float(hf.get("attention_dropout") or 0.0),
     }
-    return model, widths
+    return model, shape
 
 
 # Far above any model: a list of all tensors is made before the files are asked for them.
@@ -416,6 +446,11 @@ def _unsupported(hf: dict[str, Any]) -> Iterator[str]:
         yield f"layer_types has {', '.join(sorted(other))} (legal: full_attention)"
     if hf.get("quantization_config"):
         yield "the weights are quantized (legal: fp32, bf16, fp16)"
+    if hf["model_type"] == "mistral" and hf.get("sliding_window", 4096) is not None:
+        yield f"sliding_window is {hf.get('sliding_window', 4096)} (legal: null)"
+    heads = hf["num_attention_heads"]
+    if heads % (hf.get("num_key_value_heads") or 1):
+        yield f"num_attention_heads is {heads} (legal: multiples of num_key_value_heads)"
     if (hf.get("head_dim") or 2) % 2:
         yield f"head_dim is {hf['head_dim']} (legal: even numbers)"
     if hf["model_type"] == BLOCK_CONFIG_MODEL_TYPE:
@@ -431,9 +466,9 @@ def _unsupported_blocks(hf: dict[str, Any]) -> Iterator[str]:
         b[part].get(word) for b in blocks for part in b for word in ("no_op", "replace_with_linear")
     ):
         yield "layers without attention or FFN (no_op, replace_with_linear)"
-    elif len({b["attention"].get("n_heads_in_group") for b in blocks}) > 1:
-        yield "n_heads_in_group differs between layers"
-    elif not blocks[0]["attention"].get("n_heads_in_group"):
+    elif not all(block["attention"].get("n_heads_in_group") for block in blocks):
         yield "block_configs without attention.n_heads_in_group"
+    elif any(hf["num_attention_heads"] % b["attention"]["n_heads_in_group"] for b in blocks):
+        yield f"num_attention_heads is {hf['num_attention_heads']}, no multiple of n_heads_in_group"
     elif not all(b["ffn"].get("ffn_mult") or b["ffn"].get("intermediate_size") for b in blocks):
         yield "block_configs without ffn.ffn_mult and ffn.intermediate_size"

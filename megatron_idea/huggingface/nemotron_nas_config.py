@@ -1,4 +1,4 @@
-"""Config of a Llama whose layers differ in FFN width; the class of ``model_type: nemotron-nas``.
+"""Config of a Llama whose layers differ in size; the class of ``model_type: nemotron-nas``.
 
 An export with ``--layout compact`` carries a copy of this file, for engines that read config
 classes from the model folder. It stands alone.
@@ -37,3 +37,6 @@ class NemotronNASConfig(LlamaConfig):
             Block({part: Block(content) for part, content in block.items()})
             for block in block_configs
         ]
+
+    def validate_architecture(self):
+        """Accept heads that do not divide the hidden size: head_dim is always given."""

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_idea.config import ModelConfig
@@ -145,14 +146,20 @@ def whole_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[
             yield f"decoder.layers.{position}.{tensor}", tuple(dim.size for dim in dims)
 
 
-def cut(whole: Tensor, share: Share, keep: Tensor) -> Tensor:
+def cut(whole: Tensor, share: Share, keep: Tensor, count: int | None = None) -> Tensor:
     """Keep the units ``keep`` (int64, indices on this rank) of a tensor, in that order.
 
-    Returns: a tensor that is shorter in dimension ``share.dim``.
+    Where a tensor has several axes, they are cut in the order of its dimensions.
+
+    Args:
+        count: units to return; what ``keep`` does not fill is zeros. None: as many as are kept.
+    Returns: a tensor of another length in dimension ``share.dim``.
     """
     parts = whole.reshape(-1, share.count, share.stride).index_select(1, keep)
+    if count is not None and count > len(keep):
+        parts = F.pad(parts, (0, 0, 0, count - len(keep)))
     shape = list(whole.shape)
-    shape[share.dim] = shape[share.dim] * len(keep) // share.count
+    shape[share.dim] = shape[share.dim] // share.count * parts.shape[1]
     return parts.reshape(shape)
 
 
