@@ -132,6 +132,43 @@ def test_a_record_knows_the_shape_of_its_model() -> None:
     assert not record(1, live=neurons(8), stored=neurons(8)).is_of(QUIET.model)
 
 
+def of_all_axes(**changes: list[int]) -> dict[str, list[int]]:
+    """Counts of four layers, the third of which is gone."""
+    counts = {"num_query_groups": [2, 2, 0, 1], "hidden_size": [64], "num_layers": [3]}
+    return neurons(512, 256, 0, 512) | counts | changes
+
+
+def test_layers_that_are_gone_are_not_in_the_shape() -> None:
+    shape = record(1, stored=of_all_axes()).shape(QUIET.model)
+    assert shape.by_number(4) == of_all_axes()
+    assert [layer.number for layer in shape.layers] == [0, 1, 3]
+    layers = record(1, live={"num_layers": [3]}, stored={"num_layers": [3]})
+    full = Shape.full(QUIET.model)
+    assert layers.shape(QUIET.model) == full.with_counts("num_layers", 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ffn_hidden_size": [512, 256, 0]},
+        {"ffn_hidden_size": [512, 256, 0, 1025]},
+        {"ffn_hidden_size": [512, 256, 8, 512]},
+        {"num_query_groups": [2, 0, 0, 1]},
+        {"num_query_groups": [2, 2, 1, 1]},
+        {"num_layers": [4]},
+        {"num_layers": [3, 3]},
+        {"hidden_size": [0]},
+        {"hidden_size": [64, 64]},
+        {"ffn_hidden_size": [0] * 4, "num_query_groups": [0] * 4, "num_layers": [0]},
+    ],
+)
+def test_counts_that_no_model_can_have_are_of_none(changes: dict[str, list[int]]) -> None:
+    sound, ill = of_all_axes(), of_all_axes(**changes)
+    assert record(1, live=sound, stored=sound).is_of(QUIET.model)
+    for counts in ({"live": ill, "stored": sound}, {"live": sound, "stored": ill}):
+        assert not record(1, **counts).is_of(QUIET.model)
+
+
 def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     reader = lines_of(tmp_path, "scores.jsonl")
@@ -284,7 +321,9 @@ TRACKED = configs.replace(QUIET, logging={"wandb": "a-project"})
 
 def test_scalars_are_mirrored_to_weights_and_biases(tmp_path: Path, wandb: FakeWandb) -> None:
     log = RunLog(tmp_path, TRACKED, is_writer=True)
-    log.write(record(1, stored=neurons(512, 256), live=neurons(128, 64)))
+    full = Shape.full(QUIET.model).by_number(4)
+    live = full | neurons(128, 64, 128, 64)
+    log.write(record(1, stored=full | neurons(512, 256, 512, 256), live=live))
     log.event("evaluated", step=1, tokens=2048, val_loss=6.5, why="every")
     log.close()
     names = [name for name, _ in wandb.calls]
@@ -294,7 +333,25 @@ def test_scalars_are_mirrored_to_weights_and_biases(tmp_path: Path, wandb: FakeW
     first, second = (values[0] for name, values in wandb.calls if name == "log")
     assert (first["step"], first["stored/ffn_hidden_size"]) == (1, 384)
     assert first["live/ffn_hidden_size"] == 96 and first["removed"] == 0
+    assert "live/num_query_groups" not in first  # this run prunes neurons
     assert (second["tokens"], second["val_loss"]) == (2048, 6.5)
+
+
+def test_every_axis_that_is_pruned_is_mirrored_as_a_mean_over_layers(
+    tmp_path: Path, wandb: FakeWandb
+) -> None:
+    target = {"ffn_hidden_size": 384, "num_query_groups": 1, "num_layers": 3}
+    config = configs.replace(TRACKED, prune={"target": target})
+    log = RunLog(tmp_path, config, is_writer=True)
+    log.write(record(1, live=of_all_axes(), stored=of_all_axes()))
+    log.close()
+    (values,) = (values[0] for name, values in wandb.calls if name == "log")
+    live = {name: value for name, value in values.items() if name.startswith("live/")}
+    assert live == {
+        "live/ffn_hidden_size": pytest.approx(1280 / 3),
+        "live/num_query_groups": pytest.approx(5 / 3),
+        "live/num_layers": 3,
+    }
 
 
 def test_a_resumed_run_goes_on_in_its_own_curve(tmp_path: Path, wandb: FakeWandb) -> None:

@@ -27,8 +27,10 @@ from megatron_idea.course import (
     num_steps,
     removed_at,
     shape_plan,
+    target_shape,
 )
 from megatron_idea.planning.estimate import forecast
+from megatron_idea.records.readable import human_count
 from megatron_idea.report import charts, closing_table, compare, comparison_table, report, tables
 from megatron_idea.report import run as report_run
 from megatron_idea.report.chart import (
@@ -47,7 +49,7 @@ from megatron_idea.report.recovery import WINDOW_STEPS, removals
 from megatron_idea.report.run import Run, read_run
 from megatron_idea.report.svg import figure
 from megatron_idea.schedule import learning_rate, phase, phase_ended, removed
-from megatron_idea.shape import Shape
+from megatron_idea.shape import AXES, LAYER_AXES, Shape
 
 BATCH = 8 * 256
 
@@ -69,11 +71,11 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
     """Records and events of a run as ``train`` leaves them, losses and speeds made up."""
     rng = random.Random(0)
     layers, schedule = config.model.num_layers, config.schedule
-    axis = "ffn_hidden_size"
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(configs.to_yaml(config))
-    changes = {change.tokens: change.shape.counts(axis) for change in shape_plan(config)}
-    stored = (config.model.ffn_hidden_size,) * layers
+    changes = {change.tokens: change.shape for change in shape_plan(config)}
+    full = stored = Shape.full(config.model)
+    there = list(range(layers))
     events: list[dict] = [{"kind": "started", "time": 0.0, "step": 0}]
 
     def evaluated(step: int, loss: float, why: str) -> None:
@@ -88,11 +90,26 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
             before, tokens = (step - 1) * config.batch_tokens, step * config.batch_tokens
             gone = removed(schedule, tokens) * 0.625
             loss = 2.4 + 5.2 * math.exp(-step / 40) + 0.12 * gone - 0.4 * step / 400
-            speed = 9.0e6 / (400 + stored[0]) * rng.uniform(0.94, 1.06)
+            width = stored.counts("ffn_hidden_size")[0]
+            speed = 9.0e6 / (400 + width) * rng.uniform(0.94, 1.06)
+            counts = live_at_step(config, step)
+            while len(there) > counts.get("num_layers", layers):
+                gone = there[len(there) // 2]  # from the middle
+                losses = {str(n): loss + abs(n - gone) / 100 for n in there}
+                events.append(
+                    {"kind": "layer_removed", "step": step, "tokens": tokens, "layer": gone,
+                     "losses": losses}
+                )  # fmt: skip
+                there.remove(gone)
+            live = full.with_layers(there)
+            for axis in set(counts) - {"num_layers"}:
+                live = live.with_counts(axis, counts[axis])
             if tokens in changes:
                 evaluated(step, loss, "compaction_before")
                 events.append({"kind": "compacted", "step": step, "tokens": tokens})
-                stored = changes[tokens]
+                stored = full.with_layers(there)
+                for axis in set(AXES) - {"num_layers"}:
+                    stored = stored.with_counts(axis, changes[tokens].counts(axis))
                 evaluated(step, loss + 2e-7, "compaction_after")
             record = {
                 "step": step,
@@ -101,8 +118,8 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
                 "loss": loss + rng.gauss(0, 0.05),
                 "lr": learning_rate(schedule, tokens),
                 "removed": removed_at(config, tokens),
-                "live": {axis: [live_at_step(config, step)[axis]] * layers},
-                "stored": {axis: list(stored)},
+                "live": live.by_number(layers),
+                "stored": stored.by_number(layers),
                 "grad_norm": 0.5,
                 "tokens_per_s": speed,
                 "step_s": config.batch_tokens / speed,
@@ -130,21 +147,34 @@ def change_records(run_dir: Path, **fields: Any) -> None:
 
 def uneven(record: dict[str, Any]) -> dict[str, list[int]]:
     """Stored neurons of which only the first layer's follow the plan."""
-    return {"ffn_hidden_size": [record["stored"]["ffn_hidden_size"][0], 512, 256, 128]}
+    stored = record["stored"]
+    return stored | {"ffn_hidden_size": [stored["ffn_hidden_size"][0], 512, 256, 128]}
 
 
 def write_scores(run_dir: Path, layers: int, count: int = 20) -> None:
-    records = [
+    """Scores of neurons, a record every step from step 200 on."""
+    write_lines(run_dir / "scores.jsonl", score_records("ffn_hidden_size", layers, count))
+
+
+def score_records(axis: str, rows: int, count: int, gone: int = -1) -> list[dict[str, Any]]:
+    """``gone``: a row that has none any more from the sixth record on."""
+
+    def row(i: int, number: int, value: Any) -> Any:
+        return None if number == gone and i > 4 else value
+
+    return [
         {
             "step": 200 + i,
             "tokens": (200 + i) * BATCH,
-            "quantiles": [[1e-7 * (layer + 1) * 4**q for q in range(7)] for layer in range(layers)],
-            "cut": [3e-7] * layers,
-            "rank_correlation": [None if i == 0 else 0.9 - layer / 100 for layer in range(layers)],
+            "axis": axis,
+            "quantiles": [
+                row(i, n, [1e-7 * (n + 1) * 4**q for q in range(7)]) for n in range(rows)
+            ],
+            "cut": [row(i, n, 3e-7) for n in range(rows)],
+            "rank_correlation": [row(i, n, 0.9 - n / 100 if i else None) for n in range(rows)],
         }
         for i in range(count)
     ]
-    write_lines(run_dir / "scores.jsonl", records)
 
 
 def printed(table: object) -> str:
@@ -163,6 +193,25 @@ def row(table: object, name: str) -> list[str]:
 def run_dir(tmp_path: Path) -> Path:
     run_dir = tmp_path / "run"
     write_synthetic_run(run_dir, synthetic_config(run_dir))
+    return run_dir
+
+
+@pytest.fixture
+def of_all_axes(tmp_path: Path) -> Path:
+    """A run of 400 steps in which every axis shrinks, and two of eight layers go."""
+    run_dir = tmp_path / "all"
+    model = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8, "hidden_size": 512}
+    target = {
+        "ffn_hidden_size": 384, "num_query_groups": 5, "hidden_size": 384, "num_layers": 6,
+    }  # fmt: skip
+    config = synthetic_config(run_dir, model=model, prune={"target": target})
+    write_synthetic_run(run_dir, config)
+    records = [
+        record
+        for axis in AXES
+        for record in score_records(axis, 8 if axis in LAYER_AXES else 1, 20, gone=4)
+    ]
+    write_lines(run_dir / "scores.jsonl", sorted(records, key=lambda record: record["step"]))
     return run_dir
 
 
@@ -231,6 +280,7 @@ def test_a_run_of_one_step_can_be_drawn(tmp_path: Path) -> None:
     write_synthetic_run(tmp_path, synthetic_config(tmp_path), steps=1)
     report(tmp_path)
     assert row(closing_table(tmp_path), "neurons per layer") == ["1024", "1024"]
+    assert "KV groups" not in printed(closing_table(tmp_path))
 
 
 def test_masks_alone_are_told_apart_from_a_smaller_model(tmp_path: Path) -> None:
@@ -332,6 +382,7 @@ EVERY_CHART = [
 def test_the_page_has_every_chart_and_needs_no_network(run_dir: Path) -> None:
     text = report(run_dir).page.read_text()
     assert slugs(text) == EVERY_CHART
+    assert "key gap" not in text and "KV group" not in Tags(text.split("<h2>Config")[0]).text
     parsed = Tags(text)
     assert parsed.open == []
     for _, attributes in parsed.tags:
@@ -441,12 +492,17 @@ def test_a_broken_line_is_left_out_and_named(run_dir: Path, name: str, line: str
 
 
 def test_scores_of_a_deep_model_are_drawn_for_a_few_layers(run_dir: Path) -> None:
-    write_scores(run_dir, layers=48)
-    run = read_run(run_dir)
+    deep = run_dir.parent / "deep"
+    write_synthetic_run(deep, synthetic_config(deep, model={"num_layers": 48}), steps=20)
+    write_scores(deep, layers=48)
+    run = read_run(deep)
     fans = [chart.slug for chart in charts.distributions(run)]
-    assert len(fans) == 8 and fans[0] == "importance-0" and fans[-1] == "importance-47"
-    (churn,) = [chart for chart in charts.layers(run) if chart.slug == "churn-by-layer"]
+    assert len(fans) == 8
+    assert fans[0] == "ffn_hidden_size-importance-0" and fans[-1] == "ffn_hidden_size-importance-47"
+    (churn,) = [c for c in charts.layers(run) if c.slug == "ffn_hidden_size-churn-by-layer"]
     assert isinstance(churn, HeatMap) and len(churn.rows) == 48 and len(churn.rows[0]) == 19
+    write_scores(deep, layers=4)  # of another model
+    assert charts.distributions(read_run(deep)) == []
 
 
 def test_layers_of_different_sizes_are_told_apart(run_dir: Path) -> None:
@@ -667,6 +723,7 @@ def test_every_axis_of_a_run_is_drawn_in_its_own_units(run_dir: Path) -> None:
         def change(record: dict[str, Any]) -> dict[str, list[int]]:
             late = record["step"] > 300
             more = {"num_query_groups": [2, 2, 1, 2 - late], "hidden_size": [128 - 32 * late]}
+            del record[counts]["num_layers"]
             return record[counts] | more
 
         return change
@@ -693,6 +750,103 @@ def test_every_axis_of_a_run_is_drawn_in_its_own_units(run_dir: Path) -> None:
     assert tables.compared([run, run]).columns[3:6] == ("neurons", "KV groups", "channels")
 
 
+def test_a_run_of_all_axes_has_a_band_and_its_scores_for_each(of_all_axes: Path) -> None:
+    run = read_run(of_all_axes)
+    overview = {chart.slug: chart for chart in charts.overview([run])}
+    assert list(overview) == ["loss", "schedules", *AXES, "speed"]
+    ends = {axis: [series.y[-1] for series in overview[axis].series] for axis in AXES}
+    assert ends == {
+        "ffn_hidden_size": [384, 384], "num_query_groups": [5, 5], "hidden_size": [384, 384],
+        "num_layers": [6, 6],
+    }  # fmt: skip
+    assert all(overview[axis].bands[0].name == "removed, still stored" for axis in AXES)
+    assert [text for _, text in overview["num_layers"].y.ticks()] == ["0", "2", "4", "6", "8"]
+    titles = [chart.title for chart in charts.distributions(run)]
+    assert len(titles) == len(set(titles)) == 8 + 8 + 1 + 1
+    assert titles[8] == "Importance of KV groups, layer 0"
+    assert titles[-1] == "Importance of layers"
+    fan = charts.distributions(run)[12]  # of groups, in the layer that goes
+    assert math.isfinite(fan.series[0].y[4]) and math.isnan(fan.series[0].y[5])
+    stable = {c.slug: c for c in charts.layers(run) if isinstance(c, Chart)}
+    assert stable["num_query_groups-churn"].series[1].y[-1] == pytest.approx(0.83)
+    assert [len(stable[f"{axis}-churn"].series) for axis in AXES] == [2, 2, 1, 1]
+
+
+def test_layers_that_went_are_hatched_in_maps_and_explained_in_a_table(of_all_axes: Path) -> None:
+    run = read_run(of_all_axes)
+    for axis in LAYER_AXES:
+        drawn = charts.units_map(run, axis)
+        assert drawn is not None and drawn.has_gaps
+        gone = [number for number, row in enumerate(drawn.rows) if math.isnan(row[-1])]
+        assert gone == [3, 4] and all(row[0] > 0 for row in drawn.rows)
+        text = figure(drawn)
+        assert '<i class="key gap"></i>layer removed' in text and 'data-gap="layer removed"' in text
+    first, second = run.removed_layers()
+    table = tables.removed_layers(run)
+    assert table is not None
+    assert [row[0] for row in table.rows] == [
+        f"layer {event['layer']}, step {event['step']}" for event in (first, second)
+    ]
+    name, loss, others, _ = table.rows[0]
+    assert name.startswith("layer 4") and loss == f"{first['losses']['4']:.4f}"
+    assert others.startswith(f"3: {first['losses']['3']:.4f}, 5: ") and others.count(":") == 7
+    assert "layer 4, step" in Tags(page([run])).text
+
+
+def test_the_tables_of_a_run_of_all_axes_count_what_is_there(of_all_axes: Path) -> None:
+    lines = (of_all_axes / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    moved = {"moved_units": 7, "moved_layers": 1, "seconds": 0.5}
+    write_lines(
+        of_all_axes / "events.jsonl",
+        [e | moved if e["kind"] == "compacted" else e for e in events],
+    )
+    table = closing_table(of_all_axes)
+    assert row(table, "neurons per layer") == ["1024", "1024", "384", "384"]
+    assert row(table, "KV groups per layer") == ["8", "8", "5", "5"]
+    assert row(table, "channels") == ["512", "512", "384", "384"]
+    assert row(table, "layers") == ["8", "8", "6", "6"]
+    run = read_run(of_all_axes)
+    sizes = target_shape(run.config).parameters(run.config.model).total
+    assert run.parameters(run.records[-1]) == human_count(sizes)
+    removals_table = tables.removed(run)
+    assert removals_table is not None
+    cells = [row[3] for row in removals_table.rows]
+    assert cells[0] == (
+        "1,024 → 384 neurons per layer, 8 → 5 KV groups per layer, 512 → 384 channels, 8 → 6 layers"
+    )
+    assert any("layers" in cell and "channels" not in cell for cell in cells)
+    assert removals_table.rows[-1][6] == "7, 1 layer"
+    last = run.records[-1]
+    per_token = target_shape(run.config).flops_per_token(run.config.model, 256)
+    sums = cost(run)
+    assert sums.this_run[-1] - sums.this_run[-2] == sums.ideal[-1] - sums.ideal[-2]
+    assert sums.this_run[-1] - sums.this_run[-2] == BATCH * per_token
+    assert last.live == last.stored
+
+
+def test_layers_alone_have_a_map_of_who_is_there(tmp_path: Path) -> None:
+    config = synthetic_config(tmp_path, prune={"target": {"num_layers": 3}})
+    write_synthetic_run(tmp_path, config)
+    run = read_run(tmp_path)
+    assert run.axes == ["num_layers"]
+    (drawn,) = charts.layers(run)
+    assert (
+        isinstance(drawn, HeatMap) and [math.isnan(row[-1]) for row in drawn.rows].count(True) == 1
+    )
+    report(tmp_path)
+
+
+def test_a_comparison_shows_every_axis_that_one_of_the_runs_prunes(
+    run_dir: Path, of_all_axes: Path
+) -> None:
+    runs = [read_run(run_dir), read_run(of_all_axes)]
+    assert [chart.slug for chart in charts.overview(runs)][2:-1] == list(AXES)
+    table = tables.compared(runs)
+    assert table.columns[3:7] == ("neurons", "KV groups", "channels", "layers")
+    assert [row[3:7] for row in table.rows] == [("384", "2", "128", "4"), ("384", "5", "384", "6")]
+
+
 def test_a_heat_map_is_a_picture_whose_values_can_be_read_back(run_dir: Path) -> None:
     change_records(run_dir, stored=uneven)
     drawn = charts.units_map(read_run(run_dir), "ffn_hidden_size")
@@ -710,6 +864,7 @@ def test_a_heat_map_is_a_picture_whose_values_can_be_read_back(run_dir: Path) ->
     assert len(cells) == 4 * width
     assert [levels[cells[row * width + width - 1]] for row in range(4)] == [384, 512, 256, 128]
     assert levels[cells[0]] == 1024 and pixels[0, 0] == shade(1.0)
+    assert "data-gap" not in text
     assert pixels[width - 1, 3] == shade(128 / 1024)
 
 
@@ -753,6 +908,8 @@ def test_every_chart_of_the_page_has_title_unit_and_legend(run_dir: Path) -> Non
         (tokens_axis(0, 1_200_000), ["0", "200K", "400K", "600K", "800K", "1M", "1.2M"]),
         (Axis("", 0, 2.3e-3, "scientific"), ["0", "5e-4", "1e-3", "1.5e-3", "2e-3"]),
         (Axis("", 0, 20_000, "whole"), ["0", "5,000", "10,000", "15,000", "20,000"]),
+        (Axis("", 0, 2.2, "whole"), ["0", "1", "2"]),
+        (Axis("", 0, 13, "whole"), ["0", "5", "10"]),
         (fitted("", [0.5, 30.0], is_log=True), ["0.5", "1", "2", "5", "10", "20"]),
         (fitted("", [1e-7, 1e3], is_log=True), ["1e-07", "1e-05", "0.001", "0.1", "10", "1000"]),
     ],

@@ -720,19 +720,31 @@ def run_dir(tmp_path: Path) -> Path:
             "device": "CPU", "processes": 1, "threads": 1, "versions": {"torch": "2"}}},
         {"kind": "evaluated", "time": 2.0, "step": 3, "tokens": 6144, "val_loss": 5.0, "why": "x"},
         {"kind": "compacted", "time": 2.0, "step": 6, "tokens": 12288, "seconds": 0.1,
-         "before": neurons(*[1024] * 4), "after": neurons(*[512] * 4), "moved_units": 3,
+         "before": neurons(*[1024] * 4) | {"num_layers": [4]},
+         "after": neurons(*[512] * 3) | {"num_layers": [3]}, "moved_units": 3, "moved_layers": 1,
          "peak_bytes": 5},
+        {"kind": "layer_removed", "time": 2.0, "step": 6, "tokens": 12288, "layer": 2,
+         "losses": {"1": 5.0, "2": 4.5}},
         {"kind": "spike", "time": 3.0, "step": 8, "tokens": 16384, "loss": 9.0, "average": 2.0},
         {"kind": "saved", "time": 3.0, "step": 9, "path": "p", "seconds": 0.1, "waited_s": 0.2},
         {"kind": "signal", "time": 3.0, "step": 12, "name": "SIGTERM"},
     ]  # fmt: skip
     scores = [
-        {"step": i, "tokens": i * 2048, "quantiles": [[0.1 * k for k in range(1, 8)]] * 4,
-         "cut": [0.2] * 4, "rank_correlation": [0.5] * 4}
+        {"step": i, "tokens": i * 2048, "axis": axis,
+         "quantiles": [[0.1 * k for k in range(1, 8)]] * rows + [None] * (rows // 3),
+         "cut": [0.2] * rows + [None] * (rows // 3),
+         "rank_correlation": [0.5] * rows + [None] * (rows // 3)}
         for i in range(3, 8)
+        for axis, rows in (("ffn_hidden_size", 3), ("num_layers", 1))
     ]  # fmt: skip
     texts = [{"step": i, "tokens": i * 2048, "prompt": "a", "text": "b"} for i in (3, 6)]
-    steps = [record(step).as_dict() for step in range(1, 13)]
+    full = Shape.full(config.model).with_counts("hidden_size", 64)
+    before, after = full.by_number(4), full.with_layers((0, 1, 3)).by_number(4)
+    steps = [
+        record(step, live=counts, stored=counts).as_dict()
+        for step in range(1, 13)
+        for counts in [after if step > 6 else before]
+    ]
     for name, lines in (
         ("metrics", steps), ("events", events), ("scores", scores), ("samples", texts),
     ):  # fmt: skip
@@ -749,7 +761,10 @@ def show(run_dir: Path) -> tuple[str, str]:
     view.refresh()
     console.print(view.render(10.0, 100, 60))
     run = read_run(run_dir)
-    for table in (tables.closing(run), tables.incidents(run), tables.compared([run])):
+    for table in (
+        tables.closing(run), tables.incidents(run), tables.removed_layers(run),
+        tables.compared([run]),
+    ):  # fmt: skip
         if table:
             console.print(tables.in_terminal(table))
     out.getvalue().encode()

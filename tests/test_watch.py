@@ -21,6 +21,7 @@ from megatron_idea.config import ConfigError
 from megatron_idea.records.record import Record
 from megatron_idea.report.events import describe
 from megatron_idea.report.watch import SPARKS, View, sparkline, watch
+from megatron_idea.shape import Shape
 
 CONFIG = configs.from_dict(
     {"model": {"ffn_hidden_size": 1024}, "schedule": {"total_tokens": 100 * 2048}}
@@ -121,6 +122,60 @@ def test_every_axis_of_a_run_has_its_bars(run_dir: Path) -> None:
     assert "channels, live" in text and "the model" in text and "96 of 96" in text
 
 
+OF_ALL_AXES = configs.replace(
+    CONFIG,
+    model={"num_layers": 8, "num_query_groups": 4, "hidden_size": 256},
+    prune={"target": dict(ffn_hidden_size=384, num_query_groups=2, hidden_size=192, num_layers=6)},
+)
+
+
+@pytest.fixture
+def of_all_axes(run_dir: Path) -> Path:
+    """A run in which layer 3 is removed and still stored, and layer 5 is gone."""
+    (run_dir / "config.yaml").write_text(configs.to_yaml(OF_ALL_AXES))
+    live = neurons(400, 500, 512, 0, 512, 0, 512, 512) | {
+        "num_query_groups": [3, 2, 2, 0, 2, 0, 2, 2], "hidden_size": [200], "num_layers": [6],
+    }  # fmt: skip
+    stored = neurons(*[512] * 5, 0, 512, 512) | {
+        "num_query_groups": [*[3] * 5, 0, 3, 3], "hidden_size": [256], "num_layers": [7],
+    }  # fmt: skip
+    append(run_dir, "metrics.jsonl", record(41, live=live, stored=stored))
+    trial = {"step": 41, "tokens": 41 * 2048, "layer": 3, "losses": {"3": 5.0, "6": 5.1}}
+    append(run_dir, "events.jsonl", {"kind": "layer_removed", "time": time.time(), **trial})
+    return run_dir
+
+
+def test_a_run_of_all_axes_shows_each_and_marks_layers_that_are_gone(of_all_axes: Path) -> None:
+    text = frame(of_all_axes, height=60)
+    for shown in (
+        "neurons, live", "400 of 512", "KV groups, live", "3 of 3", "2 of 3", "channels, live",
+        "200 of 256", "layers, live", "6 of 7", "removed layer 3 at step 41",
+    ):  # fmt: skip
+        assert shown in text, shown
+    lines = [" ".join(line.strip("│ ").split()) for line in text.splitlines()]
+    assert lines.count("layer 3 removed") == lines.count("layer 5 removed") == 2
+    assert lines.count("removed layer 3, layer 5") == 1
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_low_terminal_shows_a_line_for_each_of_several_axes(
+    of_all_axes: Path, width: int
+) -> None:
+    lines = frame(of_all_axes, width, height=24).splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= width
+    ends = [line.split()[-4:-1] for line in lines if " of " in line and "tokens" not in line]
+    assert ends == [
+        ["491", "of", "512"], ["2.17", "of", "3"], ["200", "of", "256"], ["6", "of", "7"]
+    ]  # fmt: skip
+
+
+def test_a_run_of_neurons_alone_shows_neurons_alone(run_dir: Path) -> None:
+    counts = Shape.full(CONFIG.model).by_number(4)
+    append(run_dir, "metrics.jsonl", record(41, live=counts, stored=counts))
+    text = frame(run_dir)
+    assert "neurons, live" in text and "KV groups" not in text and "layers, live" not in text
+
+
 def test_a_deep_model_shows_twelve_of_its_layers(run_dir: Path) -> None:
     counts = neurons(*(512 + 8 * i for i in range(48)))
     (run_dir / "config.yaml").write_text(config_of(48, 1024))
@@ -204,6 +259,12 @@ def test_every_kind_of_event_has_its_words() -> None:
         "after": neurons(48, 40) | {"num_query_groups": [2, 2]},
     }
     assert describe(compacted) == "compacted 64 to 44 neurons per layer at step 6"
+    compacted["before"] = {"num_query_groups": [2, 2, 2, 2], "num_layers": [4]}
+    compacted["after"] = {"num_query_groups": [2, 1, 2], "num_layers": [3]}
+    assert describe(compacted) == "compacted 2 to 1.67 KV groups per layer, 4 to 3 layers at step 6"
+    gone = {"kind": "layer_removed", "step": 6, "layer": 2, "losses": {"2": 3.1}}
+    assert describe(gone) == "removed layer 2 at step 6"
+    assert describe({"kind": "layer_removed", "step": 6}) == "layer_removed at step 6"
     assert describe({"kind": "saved", "step": 6, "seconds": 0.21}) == "saved step 6 in 0.2 s"
     assert describe({"kind": "damaged", "reason": "x"}) == "damaged checkpoint: x"
     assert describe({"kind": "saved", "step": 6}) == "saved at step 6"
@@ -232,5 +293,6 @@ def test_watching_ends_with_the_run(run_dir: Path) -> None:
 def test_the_command_looks_once(run_dir: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["watch", str(run_dir), "--once"])
     assert result.exit_code == 0 and "step 40" in result.output
+    assert "1,024 of 1,024" in result.output
     with pytest.raises(ConfigError, match="is not a folder"):
         watch(tmp_path / "nowhere", once=True)

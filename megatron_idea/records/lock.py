@@ -1,4 +1,4 @@
-"""One writer at a time in a run folder, on whatever machine, also after one that was killed.
+"""Let only one process write to a run folder, on whatever machine, also after a kill.
 
 ``<run>/lock.json`` says who writes. It is created with O_EXCL, which shared file systems keep as
 local ones do, and flock does not. Its holder touches it every few seconds. Whoever finds it looks:
@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolderError(UserError):
-    """A run folder that another process writes to, or that cannot be written to at all."""
+    """Says that another process writes to a run folder, or why nothing can be written to it."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes to a run folder."""
+    """Names the process that writes to a run folder."""
 
     host: str
     pid: int
@@ -101,9 +101,9 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock, from a holder that is gone if need be.
+        """Take the lock, also from a holder that is gone.
 
-        Takes up to ``PATIENCE_S`` where a holder on another machine gives no sign of life.
+        Waits up to ``PATIENCE_S`` to see whether a holder on another machine is gone.
 
         Raises: RunFolderError that names the holder, or says why the folder cannot be written to.
         """
@@ -124,7 +124,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def release(self) -> None:
-        """Let others write; does nothing where the lock was not taken."""
+        """Give the lock back; does nothing where it was not taken."""
         if self._me is None:
             return
         self._released.set()
@@ -135,13 +135,13 @@ class RunLock:
         self._me = None
 
     def is_lost(self) -> bool:
-        """Whether another process has taken the lock, believing this one to be gone."""
+        """Tell whether another process has taken the lock, believing this one to be gone."""
         found = self._look()
         holder = _parse(found[0]) if found else None
         return holder is not None and holder != self._me
 
     def _create(self, me: Holder) -> bool:
-        """Whether there was no lock; then it is ours."""
+        """Take the lock if nobody has it; return whether that was so."""
         try:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -157,7 +157,7 @@ class RunLock:
         return True
 
     def _look(self) -> tuple[Any, int] | None:
-        """What the file says and its time; None when there is none any more.
+        """Return what the file says and its time; None when there is no file any more.
 
         It is opened: over NFS only that makes sure that the time is the server's.
         """
@@ -176,7 +176,7 @@ class RunLock:
             return {}, time_ns
 
     def _replace(self, me: Holder, said: Any, time_ns: int) -> bool:
-        """Whether the lock is ours; False when its holder has released it meanwhile."""
+        """Take the lock from a holder that is gone; False when it was released meanwhile."""
         holder = _parse(said)
         why = _why_gone(holder, me) if holder is not None else None
         if why is None:
@@ -249,7 +249,7 @@ class RunLock:
 
 
 def _parse(said: Any) -> Holder | None:
-    """The holder, if the file has one: it may be half written, or a stranger's."""
+    """Return the holder; None where the file is half written or another program's."""
     kinds = {"host": str, "pid": int, "started": float, "since": float, "machine": str}
     kinds |= {"job": str, "restarts": int, "token": str}
     if not isinstance(said, dict) or said.keys() != kinds.keys():
@@ -262,7 +262,7 @@ def _parse(said: Any) -> Holder | None:
 
 
 def _why_gone(holder: Holder, me: Holder) -> str | None:
-    """Why the holder is certainly gone; None if it is there, or if that cannot be known."""
+    """Say why the holder is certainly gone; None if it is there or that cannot be known."""
     if holder.machine == me.machine:
         return None if _is_running(holder) else "that process has ended"
     if holder.job and holder.job == me.job and holder.restarts < me.restarts:
@@ -284,7 +284,7 @@ def _is_running(holder: Holder) -> bool:
 
 
 def _machine() -> str:
-    """Where a process id means one process: a boot, and a container of its own ids."""
+    """Name the boot and the container within which a process id means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -25,7 +25,7 @@ from megatron_idea.records.read import (
     metrics_of,
     read_events,
 )
-from megatron_idea.records.record import Record
+from megatron_idea.records.record import Record, mean_count
 from megatron_idea.records.trackers import Tracker, open_trackers, require_trackers, still_works
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ VERSIONS_OF = ("megatron-idea", "torch", "megatron-core", "transformer-engine", 
 
 
 class RecordError(UserError):
-    """A record that cannot be written; the message names the folder and what was saved last."""
+    """Says why a record cannot be written, and which checkpoint was the last."""
 
     @staticmethod
     def of(run_dir: Path, error: OSError) -> RecordError:
@@ -44,7 +44,7 @@ class RecordError(UserError):
 
 
 class RunLog:
-    """Writer of a run folder's records; does nothing on ranks that do not write."""
+    """Writes the records of a run folder; does nothing on ranks that are no writers."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class RunLog:
         step: int = 0,
         peak_flops: float | None = None,
     ) -> None:
-        """Open the records of ``run_dir``, as a run that has ``step`` optimizer steps behind it.
+        """Open the records of ``run_dir``, to go on after ``step`` optimizer steps.
 
-        A process that was killed may have recorded steps that no checkpoint holds. They will be
-        run again, so their metrics are dropped; events stay, followed by ``resumed``.
+        A killed process may have recorded steps after its last checkpoint. They will be run again,
+        so their metrics, scores and samples are dropped; events stay, followed by ``resumed``.
 
         Args:
             peak_flops: FLOP/s of all devices of the job together; None: no ``mfu`` is recorded.
@@ -111,15 +111,15 @@ class RunLog:
         return record
 
     def scores(self, record: dict[str, Any]) -> None:
-        """Append how importances were spread at a mask update."""
+        """Append the spread of importances along one axis when a plan was made."""
         self._append(SCORES, record)
 
     def sample(self, record: dict[str, Any]) -> None:
-        """Append what the model wrote after a prompt."""
+        """Append the text that the model generated after a prompt."""
         self._append(SAMPLES, record)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        """A record is with the operating system before the next step begins."""
+        """Hand a record to the operating system before the next step begins."""
         if self.is_writer and self.failure is None:
             try:
                 if name not in self._files:
@@ -132,7 +132,7 @@ class RunLog:
                 self.failure = RecordError.of(self._run_dir, error)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append something that happened, with the time of day in seconds since 1970."""
+        """Append an event, with the time in seconds since 1970."""
         if self.is_writer:
             self._append(EVENTS, {"kind": kind, "time": time.time(), **fields})
             if kind == "evaluated" and not fields.get("why", "").startswith("compaction"):
@@ -140,7 +140,7 @@ class RunLog:
                 self._track({name: fields[name] for name in shown if name in fields})
 
     def _track(self, record: dict[str, Any]) -> None:
-        values = dict(_scalars(record))
+        values = dict(_scalars(record, self.config.goals))
         self._trackers = [
             tracker
             for tracker in self._trackers
@@ -148,7 +148,7 @@ class RunLog:
         ]
 
     def close(self) -> None:
-        """Let everything arrive; the log takes no records afterwards."""
+        """Close files and trackers; the log takes no records afterwards."""
         for file in self._files.values():
             file.close()
         for tracker in self._trackers:
@@ -156,7 +156,7 @@ class RunLog:
 
 
 def environment() -> dict[str, Any]:
-    """What a run runs on: device, processes, and the versions of what computes."""
+    """Name the device, the number of processes and threads, and versions of libraries."""
     import torch  # metrics are also read where nothing is computed
     import torch.distributed as dist
 
@@ -178,7 +178,7 @@ def environment() -> dict[str, Any]:
 def _truncate(path: Path, records: Reader[T], keep: Callable[[T], bool]) -> None:
     """Cut a JSONL file before its first record that is not kept, and before a half-written line.
 
-    One ``truncate`` of the file: a kill leaves it either as it was or as it should be.
+    The file is cut once: a kill leaves it either as it was or as it should be.
     """
     kept = 0
     for record in records:
@@ -189,10 +189,10 @@ def _truncate(path: Path, records: Reader[T], keep: Callable[[T], bool]) -> None
         os.truncate(path, kept)
 
 
-def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _scalars(record: dict[str, Any], axes: Collection[str]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record by name; of units those of ``axes``, averaged over layers."""
     for name, value in record.items():
-        if isinstance(value, dict):  # of counts by axis: means over layers
-            for axis, counts in value.items():
-                yield f"{name}/{axis}", sum(counts) / len(counts)
+        if isinstance(value, dict):
+            yield from ((f"{name}/{a}", mean_count(value[a])) for a in axes if a in value)
         elif name != "step" and not isinstance(value, str):
             yield name, value

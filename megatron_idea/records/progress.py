@@ -1,4 +1,4 @@
-"""The progress line of a run."""
+"""Show how far a run is, in one line."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def time_left_s(config: Config, recent: Sequence[Record]) -> float:
 
 
 class Progress:
-    """Shows a run at a glance: phase, loss, learning rate, share removed, tokens/s, time left.
+    """Shows phase, loss, learning rate, share removed, tokens/s and time left on standard error.
 
-    One live line at the foot of a terminal. Where standard error is not a terminal: a plain line
-    at each phase change and about every ten seconds.
+    In a terminal one line at its foot is kept up to date; elsewhere a line is printed at each phase
+    change and about every ten seconds.
     """
 
     PLAIN_INTERVAL_S = 10.0
@@ -53,7 +53,7 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``enabled``: this rank is the one that speaks. ``logging.progress`` is heeded too."""
+        """Start to show a run; says nothing unless ``enabled`` and ``logging.progress``."""
         self.config = config
         self.enabled = enabled and config.logging.progress
         self._console = console or Console(stderr=True)
@@ -96,7 +96,7 @@ class Progress:
             self._print(text)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Stop to keep a line at the foot of the terminal."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,4 @@
-"""Read a run's records: one JSON object a line."""
+"""Read a run's records: one JSON object a line. Files may come from strangers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_idea.records.record import (
     is_measured,
     is_word,
 )
+from megatron_idea.shape import AXES
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -27,10 +28,10 @@ T = TypeVar("T")
 
 
 class Reader(Generic[T]):
-    """Iterates over the records of a JSONL file; once more, over those that it has gained.
+    """Iterates over the records of a JSONL file, and the next time over those added since.
 
-    A last line without an end is left for the next time: it is being written, or a kill cut it
-    short.
+    A last line without its line feed is left for the next time: it is being written, or a kill cut
+    it short.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class Reader(Generic[T]):
         """Begin at the start of the file, which need not exist yet.
 
         Args:
-            parse: makes a record of a line's JSON, given the record before; None if it is none.
-            broken: gets the names of lines that are no record, for those who look at a run;
-                without it such a line raises UserError.
+            parse: makes a record from a line's JSON and the record before; None if it is none.
+            broken: gets the name of each line that is no record; None: such a line raises
+                UserError.
         """
         self.end = 0
         """Bytes of the file that have been read."""
@@ -70,7 +71,7 @@ class Reader(Generic[T]):
                     yield record
 
     def begins_again(self) -> bool:
-        """Go back to the start where the file was cut: a resumed run drops what it runs again."""
+        """Go back to the start if the file was cut, as a resumed run does; say whether it was."""
         size = self._path.stat().st_size if self._path.is_file() else 0
         was_cut = size < self.end
         if was_cut:
@@ -92,12 +93,12 @@ class Reader(Generic[T]):
 
 
 def metrics_of(run_dir: Path, broken: list[str] | None = None) -> Reader[Record]:
-    """Open the records of a run's steps."""
+    """Open the records of a run's steps; ``broken`` as for a ``Reader``."""
     return Reader(run_dir / METRICS, Record.parse, broken)
 
 
 def lines_of(run_dir: Path, name: str, broken: list[str] | None = None) -> Reader[dict[str, Any]]:
-    """Open the records of another file of the run: events, scores or samples."""
+    """Open the events, scores or samples of a run; ``broken`` as for a ``Reader``."""
 
     def parse(line: Any, _before: dict[str, Any] | None) -> dict[str, Any] | None:
         return line if _is_sound(name, line) else None
@@ -106,25 +107,24 @@ def lines_of(run_dir: Path, name: str, broken: list[str] | None = None) -> Reade
 
 
 def read_metrics(run_dir: Path, broken: list[str] | None = None) -> list[Record]:
-    """Read the records of a run, oldest first; ``broken`` as for a ``Reader``."""
+    """Read the records of a run's steps, oldest first; ``broken`` as for a ``Reader``."""
     return list(metrics_of(run_dir, broken))
 
 
 def read_scores(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
-    """Read the score records of a run, oldest first; none where nothing was pruned."""
+    """Read the score records of a run, oldest first: one an axis and recorded plan."""
     return list(lines_of(run_dir, SCORES, broken))
 
 
 def read_samples(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
-    """Read what a run's model wrote, oldest first: ``step``, ``tokens``, ``prompt``, ``text``."""
+    """Read the texts that a run's model generated, oldest first."""
     return list(lines_of(run_dir, SAMPLES, broken))
 
 
 def read_events(run_dir: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
-    """Read the events that belong to the run as it stands, oldest first.
+    """Read the events of a run, oldest first.
 
-    What a killed process did after the step from which the next one resumed is left out; the file
-    itself keeps everything.
+    Those of steps that a resumed run ran again are left out; the file itself keeps them.
     """
     events: list[dict[str, Any]] = []
     for event in lines_of(run_dir, EVENTS, broken):
@@ -134,16 +134,23 @@ def read_events(run_dir: Path, broken: list[str] | None = None) -> list[dict[str
     return events
 
 
-def _are_scores(values: Any) -> bool:
+def _rows_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Check a list with an entry a row, None where there is no value."""
+    return lambda rows: (
+        type(rows) is list and bool(rows) and all(row is None or check(row) for row in rows)
+    )
+
+
+def _are_quantiles(values: Any) -> bool:
     return type(values) is list and bool(values) and all(map(is_measured, values))
 
 
-def _are_of_layers(values: Any) -> bool:
-    return type(values) is list and bool(values) and all(map(_are_scores, values))
-
-
-def _are_correlations(values: Any) -> bool:
-    return type(values) is list and all(v is None or files.is_number(v) for v in values)
+def _are_losses(value: Any) -> bool:
+    """Check losses by number of layer; JSON writes numbers that name something as text."""
+    return isinstance(value, dict) and all(
+        number.isascii() and number.isdigit() and len(number) < 10 and is_measured(loss)
+        for number, loss in value.items()
+    )
 
 
 def _is_environment(value: Any) -> bool:
@@ -163,7 +170,16 @@ _NEEDED = {EVENTS: {"kind"}, SCORES: {"step"}, SAMPLES: {"step"}}
 # What the fields that somebody reads hold, in whichever file they are.
 _TYPES: dict[str, Callable[[Any], bool]] = (
     dict.fromkeys(
-        ("step", "tokens", "skipped", "from_step", "skipped_samples", "moved_units"),
+        (
+            "step",
+            "tokens",
+            "skipped",
+            "from_step",
+            "skipped_samples",
+            "moved_units",
+            "moved_layers",
+            "layer",
+        ),
         files.is_whole,
     )
     | dict.fromkeys(("loss", "val_loss", "average"), is_measured)
@@ -174,9 +190,11 @@ _TYPES: dict[str, Callable[[Any], bool]] = (
         "peak_bytes": is_amount_or_none,
         "name": lambda value: value is None or is_word(value),
         "environment": _is_environment,
-        "quantiles": _are_of_layers,
-        "cut": _are_scores,
-        "rank_correlation": _are_correlations,
+        "losses": _are_losses,
+        "axis": lambda value: is_word(value) and value in AXES,
+        "quantiles": _rows_of(_are_quantiles),
+        "cut": _rows_of(is_measured),
+        "rank_correlation": _rows_of(files.is_number),
     }
 )
 

@@ -1,4 +1,4 @@
-"""Numbers as people say them."""
+"""Write numbers the way people say them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PREFIXES = tuple(
 
 
 def human_count(number: float, digits: int = 3) -> str:
-    """Write a count as people say it, to ``digits`` figures: 2.82B, 680M, 2T."""
+    """Write a count with a suffix, to ``digits`` figures: 2.82B, 680M, 2T."""
     for size, suffix in _COUNTS:
         if number >= size:
             value = number / size
@@ -22,7 +22,7 @@ def human_count(number: float, digits: int = 3) -> str:
 
 
 def scaled(largest: float, unit: str) -> tuple[float, str]:
-    """Return a divisor and ``unit`` with its prefix that make numbers up to ``largest`` short."""
+    """Choose the prefix of ``unit`` that suits ``largest``; return its divisor and the unit."""
     for size, prefix in _PREFIXES:
         if largest >= size:
             return size, prefix + unit
@@ -41,9 +41,14 @@ def gigabytes(size: float) -> str:
 
 
 def spread(counts: Sequence[int]) -> str:
-    """Write the counts of all layers in a few characters: 384, or 128 to 512."""
-    low, high = min(counts), max(counts)
+    """Write the counts of the layers that are there in a few characters: 384, or 128 to 512."""
+    low, high = min(filter(None, counts), default=0), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def human_mean(mean: float) -> str:
+    """Write a mean of counts: whole, but with two decimals where that would hide a difference."""
+    return f"{mean:,.0f}" if mean >= 100 or mean == int(mean) else f"{mean:.2f}"
 
 
 def human_duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""One optimizer step, as a line of ``metrics.jsonl``. Lines may come from strangers."""
+"""Describe one optimizer step: a line of ``metrics.jsonl``. Lines may come from strangers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_idea.config import ModelConfig
 from megatron_idea.shape import AXES, LAYER_AXES, Shape
 
 Counts = Mapping[str, Sequence[int]]
-"""By axis: units of every layer of the enlarged model, 0 where it is gone, or one number."""
+"""By axis: units of every layer of the enlarged model, 0 where it is gone; or one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,11 @@ class Record:
     """Training loss of the batch in nats per token; NaN or infinite where the step went wrong."""
     lr: float
     removed: float
-    """Share of the removal that is done by schedule, in [0, 1]."""
+    """Share of the removal that the schedule has asked for, in [0, 1]."""
     live: Counts
-    """Units that are alive."""
+    """Units that are not removed."""
     stored: Counts
-    """Units in memory, live ones and such as are not yet cut away."""
+    """Units in memory: the live ones, and zeros that no compaction has cut out yet."""
     grad_norm: float
     """Before clipping."""
     tokens_per_s: float
@@ -48,10 +48,10 @@ class Record:
 
     @staticmethod
     def parse(line: Any, before: Record | None = None) -> Record | None:
-        """Read a line; None where it is no record, in which every field has its type.
+        """Read a line; None where a field is missing or of another type.
 
-        Counts are shared with the record ``before`` where they are equal: of half a million steps
-        of 24 layers most of the memory would be these.
+        Counts that equal those of ``before``, the record of the step before, are shared with it:
+        in half a million steps of 24 layers they would be most of the memory.
         """
         if not isinstance(line, dict):
             return None
@@ -65,53 +65,89 @@ class Record:
         return Record(**values)
 
     def is_of(self, model: ModelConfig) -> bool:
-        """Tell whether the counts are those of as many layers as ``model`` has."""
-        full = shape_of(model, {})
-        return all(len(each) == len(full.counts(axis)) for axis, each in self.live.items())
+        """Tell whether ``model`` can have had these counts.
+
+        Axes have as many entries as it has layers, or one, and no more units than it has; layers
+        that are gone are 0 on every axis, and ``num_layers`` counts the others.
+        """
+        return all(_can_be_of(model, counts) for counts in (self.live, self.stored))
 
     def shape(self, model: ModelConfig) -> Shape:
-        """Return the stored shape of the model."""
+        """Return the shape that ``model`` is stored in."""
         return shape_of(model, self.stored)
 
 
 def shape_of(model: ModelConfig, counts: Counts) -> Shape:
-    """Return the shape of ``model`` with these counts, and the enlarged model's elsewhere."""
+    """Return the shape of ``model`` with these counts; axes without any are as in its config.
+
+    Where only ``num_layers`` is counted, the first layers stand for those that are there.
+    """
     return _shape(model, tuple((axis, tuple(each)) for axis, each in counts.items()))
 
 
 @functools.lru_cache(maxsize=64)
 def _shape(model: ModelConfig, counts: tuple[tuple[str, tuple[int, ...]], ...]) -> Shape:
-    full = Shape.full(model)
-    shape, stored = full, dict(counts)
-    for axis, each in stored.items():
+    shape, numbers = Shape.full(model), _numbers(model, dict(counts))
+    for axis, each in counts:
         if axis != "num_layers":
-            shape = shape.with_counts(axis, [max(1, count) for count in each])
-    rows = zip(*(stored.get(axis, full.counts(axis)) for axis in LAYER_AXES), strict=True)
-    return shape.with_layers(n for n, row in enumerate(rows) if all(row))
+            shape = shape.with_counts(axis, each)
+    return shape.with_layers(numbers)
+
+
+def _numbers(model: ModelConfig, counts: Counts) -> Sequence[int]:
+    """Return the numbers of the layers that are there."""
+    for axis in LAYER_AXES:
+        if axis in counts:
+            return [number for number, count in enumerate(counts[axis]) if count]
+    return range(counts.get("num_layers", [model.num_layers])[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _full(model: ModelConfig) -> Shape:
+    return Shape.full(model)
+
+
+def _can_be_of(model: ModelConfig, counts: Counts) -> bool:
+    full = _full(model)
+    for axis, each in counts.items():
+        of_full = full.counts(axis)
+        if len(each) != len(of_full) or max(each) > of_full[0] or not any(each):
+            return False
+    rows = [[count > 0 for count in counts[axis]] for axis in LAYER_AXES if axis in counts]
+    layers = counts.get("num_layers")
+    return all(row == rows[0] for row in rows) and (
+        not rows or layers is None or sum(rows[0]) == layers[0]
+    )
+
+
+def mean_count(counts: Sequence[int]) -> float:
+    """Average the units of an axis over the layers that are there; 0 where none is."""
+    there = [count for count in counts if count]
+    return sum(there) / len(there) if there else 0.0
 
 
 def is_word(value: Any) -> bool:
-    """Tell whether a value of a record is text."""
+    """Tell whether a field is text."""
     return isinstance(value, str)
 
 
 def is_measured(value: Any) -> bool:
-    """Tell whether it is a number; NaN or infinite is one, of a step that went wrong."""
+    """Tell whether a field is a number; NaN and infinity are, as the loss of a failed step is."""
     return files.is_number(value, finite=False)
 
 
 def is_amount(value: Any) -> bool:
-    """Tell whether it is a finite number that is not negative."""
+    """Tell whether a field is a finite number and not negative."""
     return files.is_number(value) and value >= 0
 
 
 def is_amount_or_none(value: Any) -> bool:
-    """Tell whether it is an amount, or not known."""
+    """Tell whether a field is an amount, or None where that is not known."""
     return value is None or is_amount(value)
 
 
 def are_counts(value: Any) -> bool:
-    """Tell whether it has whole numbers for one axis or more."""
+    """Tell whether a field has units by axis: whole numbers, of one axis or more."""
     return isinstance(value, dict) and bool(value) and all(map(_are_of_axis, value.items()))
 
 

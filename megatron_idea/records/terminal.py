@@ -1,7 +1,7 @@
-"""Print to the terminal, also what somebody else wrote, whose characters can be commands.
+"""Print to the terminal without obeying control characters.
 
-A model's text, a run's name or a line of its records may hold escape sequences: a terminal would
-obey them, clear what stands above, or write into the clipboard.
+A model's text, a run's name or a line of its records may hold escape sequences, with which a
+terminal would clear what stands above or write into the clipboard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTROL = dict.fromkeys(
 
 
 class Console(rich.console.Console):
-    """rich's, with a sign in place of every control character that is not rich's own."""
+    """Prints as rich's Console does, with U+FFFD for each control character in the text."""
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
         for text, style, control in super().render(*arguments, **options):
@@ -36,7 +36,7 @@ class Console(rich.console.Console):
 
 
 UNBROKEN = 100_000
-"""Columns of a line that nobody breaks."""
+"""Columns of a line that is not to be broken."""
 
 
 def say(text: str) -> None:
@@ -53,7 +53,7 @@ def say_error(text: str) -> None:
 def show(rendered: RenderableType) -> None:
     """Print tables and sentences. In a terminal tables fit its width as far as no word is cut.
 
-    Sentences are left to the terminal to wrap. What is not a terminal gets unbroken lines.
+    Sentences are left to the terminal to wrap; lines in a file or a pipe are not broken.
     """
     console = Console()
     roomy = console.options.update(width=UNBROKEN)

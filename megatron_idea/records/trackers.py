@@ -1,7 +1,7 @@
-"""Where a run's numbers are mirrored to for people who watch: TensorBoard, Weights & Biases.
+"""Mirror a run's numbers to TensorBoard and Weights & Biases.
 
-JSONL in the run folder is the truth; a tracker is imported only when it is asked for, and one that
-fails is left out from there on.
+The records in the run folder do not depend on them: a tracker is imported only when it is asked
+for, and one that fails is left out from then on.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Tracker(Protocol):
     name: str
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the values of one optimizer step."""
+        """Take over the values of one optimizer step."""
         ...
 
     def close(self) -> None:
-        """Let everything arrive."""
+        """Send what is still waiting, and end."""
         ...
 
 
 def require_trackers(config: Config) -> None:
-    """Raises: ConfigError when a tracker is asked for that is not installed."""
+    """Check that the trackers asked for are installed. Raises: ConfigError."""
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "logging.tensorboard is true but tensorboard is not installed: "
@@ -48,7 +48,7 @@ def require_trackers(config: Config) -> None:
 
 
 def open_trackers(run_dir: Path, config: Config, step: int, started_at: float) -> list[Tracker]:
-    """The trackers that ``config.logging`` asks for, of a run that has ``step`` steps behind it.
+    """Open the trackers that ``config.logging`` asks for, to go on after ``step`` steps.
 
     ``started_at``: seconds since 1970; the same for a run however often it is resumed.
     """
@@ -64,7 +64,7 @@ def open_trackers(run_dir: Path, config: Config, step: int, started_at: float) -
 
 
 def still_works(tracker: Tracker, action: Callable[[Tracker], None]) -> bool:
-    """Whether ``action`` could be done; where it could not, that is said."""
+    """Do ``action``; return whether it worked, and log a warning where it did not."""
     try:
         action(tracker)
     except Exception as error:  # of somebody else's client: any type

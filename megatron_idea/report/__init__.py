@@ -1,4 +1,4 @@
-"""Run folders, drawn: a page, pictures and the closing table, from what the runs recorded."""
+"""Draw run folders: a page, pictures and the closing table, from what the runs recorded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_idea.report.run import Run, read_run
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Files that were written."""
+    """Names the files that were written."""
 
     page: Path
     """HTML with everything in it."""
     picture: Path
-    """PNG of loss, schedules, widths and speed."""
+    """PNG of loss, schedules, live and stored units, and speed."""
     details: Path
     """PNG of the other charts."""
 
@@ -59,12 +59,12 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
 
 
 def closing_table(run_dir: Path) -> Group:
-    """A run's closing table for a terminal; raises UserError as ``report`` does."""
+    """Lay out a run's closing table for a terminal. Raises: UserError as ``report`` does."""
     return tables.in_terminal(tables.closing(read_run(Path(run_dir))))
 
 
 def comparison_table(run_dirs: Sequence[Path]) -> Group:
-    """One row a run for a terminal; raises UserError as ``report`` does."""
+    """Lay out a table with a row a run for a terminal. Raises: UserError as ``report`` does."""
     return tables.in_terminal(tables.compared([read_run(Path(run)) for run in run_dirs]))
 
 

@@ -1,4 +1,4 @@
-"""A chart as a value: what is drawn, in which units. ``svg`` and ``picture`` draw it."""
+"""Say what a chart shows, in which units; ``svg`` and ``picture`` draw it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = ("blue", "orange", "green", "red", "violet", "teal", "pink", "olive")
 
 
 def colours_of(count: int) -> list[str]:
-    """A colour for each of several runs, the same ones in charts and tables."""
+    """Give each of several runs its colour, the same one in charts and tables."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
@@ -23,7 +23,7 @@ POINTS = ("points", "specks")
 
 @dataclass(frozen=True)
 class Series:
-    """A curve, or points."""
+    """Describes a curve, or points."""
 
     name: str
     """In the legend and at the pointer; empty: in neither."""
@@ -43,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Band:
-    """The area between two curves over the same x."""
+    """Describes the area between two curves over the same x."""
 
     x: Sequence[float]
     low: Sequence[float]
@@ -57,7 +57,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range, its unit, and how its numbers are written."""
+    """Describes a range, its unit, and how its numbers are written."""
 
     label: str
     low: float
@@ -67,7 +67,7 @@ class Axis:
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies, 0 at the low end and 1 at the high one; NaN stays NaN."""
+        """Return where a value lies: 0 at the low end, 1 at the high one; NaN stays NaN."""
         if not self.is_log:
             return (value - self.low) / (self.high - self.low)
         if not value > 0:
@@ -76,11 +76,12 @@ class Axis:
         return (math.log(value) - low) / (math.log(self.high) - low)
 
     def ticks(self, most: int = 6) -> list[tuple[float, str]]:
-        """Round values inside the range, and how they are written."""
+        """List round values inside the range, and how they are written."""
         values = _log_ticks(self, most) if self.is_log else _linear_ticks(self, most)
         return [(value, self.write(value)) for value in values]
 
     def write(self, value: float) -> str:
+        """Write a value as its kind asks for."""
         if self.kind == "count":
             return human_count(value)
         if self.kind == "whole":
@@ -94,7 +95,10 @@ class Axis:
 def _linear_ticks(axis: Axis, most: int) -> list[float]:
     rough = (axis.high - axis.low) / most
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    steps = [m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9)]
+    if axis.kind == "whole":  # there is no half of a layer
+        steps = [step for step in steps if step == int(step)] or [1.0]
+    step = steps[0]
     first = math.ceil(axis.low / step - 1e-9)
     return [i * step for i in range(first, math.floor(axis.high / step + 1e-9) + 1)]
 
@@ -111,7 +115,7 @@ def _log_ticks(axis: Axis, most: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over consumed tokens."""
+    """Describes curves over consumed tokens."""
 
     slug: str
     """Its name in the page, and in other pictures."""
@@ -132,9 +136,9 @@ class Chart:
     """Names of several runs, in the order of ``Series.run``; empty for one."""
 
     def entries(self) -> list[tuple[str, str, str]]:
-        """Of the legend, beside the runs: name, style and colour; ink where runs have the colours.
+        """List name, style and colour of what the legend explains, beside the runs' colours.
 
-        Of several runs each kind of curve has one entry.
+        With several runs each kind of curve has one entry, in ink.
         """
         if not self.runs:
             return [(one.name, one.style, one.colour) for one in self.series if one.name]
@@ -144,7 +148,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A value for each layer over consumed tokens, as shades."""
+    """Describes a value of each layer over consumed tokens, drawn as shades."""
 
     slug: str
     title: str
@@ -155,9 +159,16 @@ class HeatMap:
     edges: Sequence[float]
     """Tokens at which columns begin, and the end of the last one."""
     rows: Sequence[Sequence[float]]
-    """A row a layer, from the first; NaN is left blank."""
+    """A row a layer, from the first; NaN is hatched."""
+    gap: str = "no value"
+    """What NaN means, for the legend."""
     phases: Sequence[tuple[str, float, float]] = ()
     is_wide: bool = False
+
+    @property
+    def has_gaps(self) -> bool:
+        """Tell whether a value is missing anywhere."""
+        return any(value != value for row in self.rows for value in row)
 
 
 # Shades of a heat map from its low end to its high one: viridis, which also reads in grey and by
@@ -166,7 +177,7 @@ SHADES = ("#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#e2e418")
 
 
 def shade(share: float) -> tuple[int, int, int]:
-    """Red, green and blue of a place between the ends, 0 to 1; between two shades their mixture."""
+    """Mix the shade of a place between the two ends, 0 to 1; returns red, green and blue."""
     at = min(1.0, max(0.0, share)) * (len(SHADES) - 1)
     first = min(int(at), len(SHADES) - 2)
     low, high = (
@@ -178,7 +189,7 @@ def shade(share: float) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text under headers; the first column names the row."""
+    """Describes cells of text under headers; the first column names the row."""
 
     title: str
     columns: Sequence[str]
@@ -189,6 +200,7 @@ class Table:
 
 
 def tokens_axis(low: float, high: float) -> Axis:
+    """Make the axis of consumed tokens."""
     return Axis("consumed tokens", low, high if high > low else low + 1, "count")
 
 
@@ -201,7 +213,7 @@ def fitted(
     is_log: bool = False,
     headroom: float = 0.08,
 ) -> Axis:
-    """An axis around the finite values."""
+    """Make an axis that holds the finite values."""
     finite = [v for v in values if math.isfinite(v) and (v > 0 or not is_log)]
     low, high = min(finite, default=1.0 if is_log else 0.0), max(finite, default=1.0)
     if is_log:

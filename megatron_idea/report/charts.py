@@ -1,4 +1,4 @@
-"""The charts of one run, or of several in one picture, from what they recorded."""
+"""Make the charts of one run, or of several in the same charts, from what they recorded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_idea.report.run import (
     smooth,
 )
 from megatron_idea.schedule import phase_ends
-from megatron_idea.shape import LAYER_AXES, UNITS
+from megatron_idea.shape import AXES, LAYER_AXES, UNITS
 
 # Of a heat map: about as many as it has pixels on a phone, and half as many as on a desk.
 MOST_COLUMNS = 400
@@ -47,12 +47,12 @@ MANY = 60
 
 
 def overview(runs: Sequence[Run]) -> list[Chart]:
-    """What everybody asks first: loss, the two schedules, live and stored units, speed."""
+    """Draw loss, the two schedules, live and stored units of each axis, and speed."""
     return list(_overview(tuple(runs)))
 
 
 def details(runs: Sequence[Run]) -> list[Chart]:
-    """Cost, time, memory and gradients, where they were recorded."""
+    """Draw cost, step time, utilization, memory and gradients, where they were recorded."""
     return list(_details(tuple(runs)))
 
 
@@ -70,14 +70,18 @@ def _details(runs: tuple[Run, ...]) -> list[Chart]:
 
 
 def layers(run: Run) -> list[Figure]:
-    """What differs between layers: units, churn; ``distributions`` has the scores."""
-    maps: list[Figure | None] = [units_map(run, axis) for axis in run.axes if axis in LAYER_AXES]
-    maps += [churn_map(run), churn(run)]
-    return [figure for figure in maps if figure]
+    """Draw what differs between layers: units, and how stable the rankings are."""
+    axes = [axis for axis in run.axes if axis in LAYER_AXES]
+    if not axes and "num_layers" in run.axes:  # any of them shows which layers went
+        axes = [axis for axis in LAYER_AXES if axis in run.records[0].live][:1]
+    figures: list[Figure | None] = [units_map(run, axis) for axis in axes]
+    for axis in _scored(run):
+        figures += [churn_map(run, axis), churn(run, axis)]
+    return [figure for figure in figures if figure]
 
 
 def _each(runs: Sequence[Run], alone: str) -> list[tuple[Run, str, int | None]]:
-    """Every run with its colour and its number; one alone has none."""
+    """Pair every run with its colour and its number; one alone has none."""
     if len(runs) == 1:
         return [(runs[0], alone, None)]
     return list(zip(runs, colours_of(len(runs)), range(len(runs)), strict=True))
@@ -92,7 +96,7 @@ def _chart(
     series: Sequence[Series],
     **more: Any,
 ) -> Chart:
-    """A chart over the tokens of all runs, with phases where the runs have the same ones."""
+    """Make a chart over the tokens of all runs, with phases where the runs have the same ones."""
     x = tokens_axis(0, max(run.tokens for run in runs))
     marks = [event["tokens"] for event in runs[0].compactions()] if len(runs) == 1 else []
     names = labels(runs) if len(runs) > 1 else []
@@ -103,7 +107,7 @@ def _chart(
 
 
 def _phases(runs: Sequence[Run], last: float) -> list[tuple[str, float, float]]:
-    """Name, first and last token of the phases that were begun."""
+    """List name, first and last token of the phases that were begun."""
     ends = [phase_ends(run.config.schedule) for run in runs]
     if not all(run.prunes for run in runs) or any(other != ends[0] for other in ends):
         return []
@@ -123,7 +127,7 @@ def _measured(
     name: str,
     colour: str = "blue",
 ) -> tuple[list[Series], list[Band], list[float]]:
-    """A noisy quantity, smoothed; with one run also every step of it, faintly.
+    """Smooth a noisy quantity; with one run also draw every step of it, faintly.
 
     Returns: series, bands and the smoothed values.
     """
@@ -148,6 +152,7 @@ def _measured(
 
 
 def loss(runs: Sequence[Run]) -> Chart:
+    """Draw the training loss and the held-out loss."""
     series, bands, smoothed = _measured(
         runs, number("loss"), statistics.fmean, "training, smoothed"
     )
@@ -182,9 +187,9 @@ def loss(runs: Sequence[Run]) -> Chart:
 def _loss_axis(
     smoothed: Sequence[float], held_out: Sequence[float], scatter: Sequence[float]
 ) -> Axis:
-    """The fall from ln(vocab) would flatten everything after it; cut to where most steps are.
+    """Fit the axis to where most steps are: the fall from ln(vocab) would flatten all others.
 
-    ``scatter``: of single steps, of which all but the lowest fiftieth are to be seen.
+    ``scatter``: losses of single steps; all but the lowest fiftieth are to be seen.
     """
     held_out = [v for v in held_out if math.isfinite(v)]
     scatter = sorted(v for v in scatter if math.isfinite(v))
@@ -203,6 +208,7 @@ def _below(points: Series, high: float) -> Series:
 
 
 def schedules(runs: Sequence[Run]) -> Chart:
+    """Draw the learning rate and the share of the removal that is done."""
     rates, shares = [], []
     for run, colour, place in _each(runs, "blue"):
         lr, gone = curve(run, number("lr")), curve(run, number("removed"))
@@ -222,12 +228,12 @@ def schedules(runs: Sequence[Run]) -> Chart:
 
 
 def units(runs: Sequence[Run], axis: str) -> Chart:
-    """The units of an axis that are alive, and those in memory."""
+    """Draw the units of an axis that are alive, and those in memory."""
     series: list[Series] = []
     bands: list[Band] = []
     alone = len(runs) == 1
     for run, colour, place in _each(runs, "green"):
-        if axis not in run.axes:
+        if axis not in run.records[0].live:
             continue
         stored, live = curve(run, mean_of("stored", axis)), curve(run, mean_of("live", axis))
         bold, other, style = ("steps", "orange", "line") if alone else ("count", colour, "dashed")
@@ -236,20 +242,24 @@ def units(runs: Sequence[Run], axis: str) -> Chart:
         if alone:
             between = (live.tokens, live.middle, stored.middle)
             bands.append(Band(*between, colour, "removed, still stored", steps=True))
-    name = UNITS[axis]
+    name, values = UNITS[axis], [value for one in series for value in one.y]
+    is_mean = axis in LAYER_AXES
+    there = " that are there" if any("num_layers" in run.axes for run in runs) else ""
     return _chart(
         runs,
         axis,
         f"{name[0].upper()}{name[1:]}s: live and stored",
-        f"{'Mean over layers. ' if axis in LAYER_AXES else ''}The schedule removes {name}s from "
+        f"{f'Mean over layers{there}. ' if is_mean else ''}The schedule removes {name}s from "
         "the model step by step, compactions remove them from memory in blocks.",
-        fitted(named(axis), [v for s in series for v in s.y], kind="whole"),
+        # Means of a few differ in their decimals.
+        fitted(named(axis), values, kind="plain" if is_mean and max(values) < 100 else "whole"),
         series,
         bands=bands,
     )
 
 
 def speed(runs: Sequence[Run]) -> Chart:
+    """Draw tokens per second."""
     series, bands, values = _measured(
         runs, number("tokens_per_s"), statistics.median, "running median"
     )
@@ -266,6 +276,7 @@ def speed(runs: Sequence[Run]) -> Chart:
 
 
 def step_time(runs: Sequence[Run]) -> Chart:
+    """Draw the seconds of a step."""
     series, bands, values = _measured(
         runs, number("step_s"), statistics.median, "running median", "teal"
     )
@@ -281,6 +292,8 @@ def step_time(runs: Sequence[Run]) -> Chart:
 
 
 def utilization(runs: Sequence[Run]) -> Chart:
+    """Draw the share of the devices' peak FLOP/s that the model makes use of."""
+
     def percent(record: Record) -> float:
         return 100.0 * number("mfu")(record)
 
@@ -297,6 +310,7 @@ def utilization(runs: Sequence[Run]) -> Chart:
 
 
 def memory(runs: Sequence[Run]) -> Chart:
+    """Draw the memory after each step, and its peaks in compactions."""
     read = number("memory_bytes")
     largest = max((read(r) for run in runs for r in run.records if r.memory_bytes), default=0)
     divisor, unit = scaled(largest, "B")
@@ -329,6 +343,7 @@ def memory(runs: Sequence[Run]) -> Chart:
 
 
 def gradients(runs: Sequence[Run]) -> Chart:
+    """Draw the gradient norm, and the count of skipped steps."""
     series, bands, values = _measured(
         runs, number("grad_norm"), statistics.median, "running median", "olive"
     )
@@ -358,6 +373,7 @@ def gradients(runs: Sequence[Run]) -> Chart:
 
 
 def costs(runs: Sequence[Run]) -> Chart:
+    """Draw the FLOPs so far, and those of what the run is compared with."""
     every = [(cost(run), colour, place) for run, colour, place in _each(runs, "blue")]
     divisor, unit = scaled(max(sums.masks_only[-1] for sums, _, _ in every), "FLOPs")
     series = []
@@ -400,7 +416,7 @@ def costs(runs: Sequence[Run]) -> Chart:
 
 
 def units_map(run: Run, axis: str) -> HeatMap | None:
-    """Every layer's stored units over tokens; live ones where nothing was compacted."""
+    """Draw every layer's stored units over tokens; live ones where nothing was compacted."""
     if not run.prunes:
         return None
     compacted = run.records[0].stored[axis] != run.records[-1].stored[axis]
@@ -411,99 +427,142 @@ def units_map(run: Run, axis: str) -> HeatMap | None:
         f"{which.capitalize()} {UNITS[axis]}s of each layer",
         "Layers from the first (top) to the last.",
         tokens_axis(0, run.tokens),
-        Axis(f"{UNITS[axis]}s", 0, max(map(max, rows)), "whole"),
+        Axis(f"{UNITS[axis]}s", 0, max(1.0, *(count for row in rows for count in row)), "whole"),
         edges,
         rows,
+        "layer removed",
         phases=_phases([run], run.tokens),
         is_wide=True,
     )
 
 
 def _columns(run: Run, which: str, axis: str) -> tuple[list[float], list[list[float]]]:
-    """Edges in tokens, and per layer the units at the end of each column."""
+    """Return edges in tokens, and per layer its units at the end of each column.
+
+    A layer that is removed has none, also while its zeros are still in memory.
+    """
     size = -(-len(run.records) // MOST_COLUMNS)
     lasts = [*run.records[size - 1 :: size]]
     if len(run.records) % size:
         lasts.append(run.records[-1])
     edges = [0.0, *(float(record.tokens) for record in lasts)]
-    columns = (getattr(record, which)[axis] for record in lasts)
+    columns = (
+        [n if alive else math.nan for n, alive in zip(counts[which], counts["live"], strict=True)]
+        for record in lasts
+        for counts in [{"live": record.live[axis], "stored": record.stored[axis]}]
+    )
     return edges, [list(row) for row in zip(*columns, strict=True)]
 
 
-def _scores_axis(run: Run) -> Axis:
-    tokens = [record["tokens"] for record in run.scores]
+def _scored(run: Run) -> list[str]:
+    """List the axes that have score records."""
+    return [axis for axis in AXES if run.scores_of(axis)]
+
+
+def _of_axis(run: Run, axis: str) -> str:
+    """Name the axis of a chart of scores; nothing where the run has scores of one axis only."""
+    return f": {UNITS[axis]}s" if len(_scored(run)) > 1 else ""
+
+
+def _scores_axis(run: Run, axis: str) -> Axis:
+    tokens = [record["tokens"] for record in run.scores_of(axis)]
     return tokens_axis(tokens[0], tokens[-1])
 
 
-def _correlations(run: Run) -> tuple[list[float], list[list[float]]]:
-    """Tokens of the records that have them, the record before the first included, and a row each.
+def _correlations(run: Run, axis: str) -> tuple[list[float], list[list[float]]]:
+    """Return the tokens of records with correlations, the one before included, and a row for each.
 
-    The first record has none, nor has the first after a resume.
+    The first record has none, nor has the first after a resume; NaN stands for a layer without one.
     """
-    known = [i for i, r in enumerate(run.scores) if None not in r.get("rank_correlation", [None])]
+    scores = run.scores_of(axis)
+    known = [i for i, record in enumerate(scores) if set(record["rank_correlation"]) != {None}]
     if not known:
         return [], []
-    edges = [run.scores[i]["tokens"] for i in (max(0, known[0] - 1), *known)]
-    return edges, [run.scores[i]["rank_correlation"] for i in known]
+    edges = [scores[i]["tokens"] for i in (max(0, known[0] - 1), *known)]
+    return edges, [_numbers(scores[i]["rank_correlation"]) for i in known]
 
 
-def churn_map(run: Run) -> HeatMap | None:
-    edges, values = _correlations(run)
-    if len(values) < 2:
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _known(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def churn_map(run: Run, axis: str) -> HeatMap | None:
+    """Draw how stable the ranking of an axis' units is in each layer."""
+    edges, values = _correlations(run, axis)
+    if len(values) < 2 or axis not in LAYER_AXES:
         return None
     rows = [list(row) for row in zip(*values, strict=True)]
-    low = min(map(min, rows))
+    low = min(_known([value for row in rows for value in row]))
     return HeatMap(
-        "churn-by-layer",
-        "Stability of the ranking, by layer",
+        f"{axis}-churn-by-layer",
+        f"Stability of the ranking, by layer{_of_axis(run, axis)}",
         "Spearman rank correlation of a layer's importances with those of the record before: "
         "1 is the same order, 0 is no relation. Layers from the first (top) to the last.",
-        _scores_axis(run),
+        _scores_axis(run, axis),
         Axis("rank correlation", min(0.0, low) if low < 0.2 else math.floor(low * 10) / 10, 1.0),
         edges,
         rows,
+        "layer removed, or fewer than two units left",
     )
 
 
-def churn(run: Run) -> Chart | None:
-    edges, values = _correlations(run)
+def churn(run: Run, axis: str) -> Chart | None:
+    """Draw how stable the ranking of an axis' units is: the mean over layers, and the lowest."""
+    edges, values = _correlations(run, axis)
     if len(values) < 2:
         return None
-    lowest = [min(row) for row in values]
-    return Chart(
-        "churn",
-        "Stability of the ranking",
-        "Spearman rank correlation between neighbouring score records, over units still alive.",
-        _scores_axis(run),
-        Axis("rank correlation", min(0.0, *lowest), 1.05),
-        [
-            Series("mean over layers", edges[1:], [statistics.fmean(r) for r in values], "blue"),
+    known = [_known(row) for row in values]
+    means, lowest = [statistics.fmean(row) for row in known], [min(row) for row in known]
+    series = [Series("rank correlation", edges[1:], means, "blue")]
+    if axis in LAYER_AXES:
+        series = [
+            Series("mean over layers", edges[1:], means, "blue"),
             Series("least stable layer", edges[1:], lowest, "orange", "dashed"),
-        ],
+        ]
+    return Chart(
+        f"{axis}-churn",
+        f"Stability of the ranking{_of_axis(run, axis)}",
+        "Spearman rank correlation between neighbouring score records, over units still alive.",
+        _scores_axis(run, axis),
+        Axis("rank correlation", min(0.0, *lowest), 1.05),
+        series,
     )
 
 
 def distributions(run: Run) -> list[Chart]:
-    """The spread of importance in each layer while units are removed."""
-    if len(run.scores) < 2:
+    """Draw the spread of importance along each axis, in each layer, while units are removed."""
+    return [chart for axis in _scored(run) for chart in _distributions(run, axis)]
+
+
+def _distributions(run: Run, axis: str) -> list[Chart]:
+    scores = run.scores_of(axis)
+    if len(scores) < 2:
         return []
-    x = _scores_axis(run)
-    tokens = [record["tokens"] for record in run.scores]
-    every = [v for r in run.scores for layer in r["quantiles"] for v in layer[1:-1]]
+    x = _scores_axis(run, axis)
+    tokens = [record["tokens"] for record in scores]
+    rows = [[row or [math.nan] * 7 for row in record["quantiles"]] for record in scores]
+    cuts = [_numbers(record["cut"]) for record in scores]
+    every = [value for record in rows for row in record for value in row[1:-1]]
     # Also the cut; it may fall deep where hardly anything is left to remove.
-    every += [v for r in run.scores for v in r["cut"]]
+    every += [value for record in cuts for value in record]
     y = fitted("importance", every, kind="scientific", is_log=True)
-    count = len(run.scores[0]["quantiles"])
+    alive = f"{UNITS[axis]}s" if len(_scored(run)) > 1 else "what is alive"
+    count = len(rows[0])
     shown = sorted({round(i * (count - 1) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
     charts = []
     for layer in shown if count > MOST_LAYERS else range(count):
         # 0, 5, 25, 50, 75, 95, 100 %
-        columns = list(zip(*(r["quantiles"][layer] for r in run.scores), strict=True))
-        cut = [record["cut"][layer] for record in run.scores]
+        columns = list(zip(*(record[layer] for record in rows), strict=True))
+        cut = [record[layer] for record in cuts]
+        of_layer = f", layer {layer}" if axis in LAYER_AXES else ""
         charts.append(
             Chart(
-                f"importance-{layer}",
-                f"Importance of what is alive, layer {layer}",
+                f"{axis}-importance-{layer}",
+                f"Importance of {alive}{of_layer}",
                 "Before each recorded removal; what lies below the cut was removed.",
                 x,
                 y,

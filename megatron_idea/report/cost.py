@@ -1,4 +1,4 @@
-"""Training FLOPs of a run from the shapes that it recorded, and of what it is held against."""
+"""Count the training FLOPs of a run from its recorded shapes, and of what it is compared with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_idea.shape import Shape
 
 @dataclass(frozen=True)
 class Cost:
-    """Training FLOPs after each recorded step, in the same order; evaluations are not in them."""
+    """Holds the training FLOPs up to each recorded step, without evaluations."""
 
     tokens: list[int]
     this_run: list[float]
@@ -27,7 +27,7 @@ class Cost:
 
 @functools.lru_cache(maxsize=32)
 def cost(run: Run) -> Cost:
-    """Add up a run's FLOPs. A step is computed in the shape that the step before it left."""
+    """Add up a run's FLOPs; a step runs in the shape that the step before it left."""
     model, seq_length = run.config.model, run.config.training.seq_length
 
     def per_token(shape: Shape) -> int:

@@ -1,15 +1,17 @@
-"""A run's events in words."""
+"""Put a run's events into words."""
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
+from megatron_idea.records.readable import human_mean
+from megatron_idea.records.record import mean_count
 from megatron_idea.report.run import named
 
 _WORDS = {
     "evaluated": "held-out loss {val_loss:.4f} at step {step:,}",
     "compacted": "compacted {change} at step {step:,}",
+    "layer_removed": "removed layer {layer} at step {step:,}",
     "saved": "saved step {step:,} in {seconds:.1f} s",
     "spike": "loss spike at step {step:,}: {loss:.3f}, usual {average:.3f}",
     "signal": "stopped by {name} after step {step:,}",
@@ -19,7 +21,7 @@ _WORDS = {
 
 
 def describe(event: dict[str, Any]) -> str:
-    """Say in a few words what happened; of an event that lacks something, its kind and step."""
+    """Say in a few words what happened; where fields are missing, only the kind and step."""
     kind = str(event["kind"])
     known = {"name": "a signal"} | {key: value for key, value in event.items() if value is not None}
     try:
@@ -31,10 +33,15 @@ def describe(event: dict[str, Any]) -> str:
 
 
 def _change(event: dict[str, Any]) -> str:
-    """Mean units before and after a compaction, along the axes that changed."""
+    """Name the mean units before and after a compaction, along the axes that changed."""
     before, after = event.get("before", {}), event.get("after", {})
+    means = {
+        axis: [mean_count(part[axis]) for part in (before, after)]
+        for axis in after
+        if axis in before
+    }
     return ", ".join(
-        f"{statistics.fmean(before[axis]):,.0f} to {statistics.fmean(now):,.0f} {named(axis)}"
-        for axis, now in after.items()
-        if axis in before and before[axis] != now
+        f"{human_mean(was)} to {human_mean(now)} {named(axis)}"
+        for axis, (was, now) in means.items()
+        if before[axis] != after[axis]
     )

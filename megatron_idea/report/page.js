@@ -84,7 +84,7 @@
     const rows = +frame.dataset.rows, columns = packed.length / rows;
     const row = Math.min(rows - 1, Math.floor(down * rows));
     const value = levels[packed[row * columns + Math.min(columns - 1, Math.floor(across * columns))]];
-    const text = value === undefined ? "-" : write(frame.dataset.kind, value);
+    const text = value === undefined ? frame.dataset.gap || "-" : write(frame.dataset.kind, value);
     return [line("", `layer ${row}, ${frame.dataset.unit}: ${text}`)];
   };
 

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file with everything in it, readable without a network."""
+"""Write the page of a report: one HTML file with everything in it, readable offline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from html import escape
 
 from megatron_idea import config as configuration
-from megatron_idea.records.readable import human_amount, human_count, human_duration, spread
+from megatron_idea.records.readable import (
+    human_amount,
+    human_count,
+    human_duration,
+    human_mean,
+    spread,
+)
 from megatron_idea.records.record import Record
 from megatron_idea.records.terminal import CONTROL
 from megatron_idea.report import charts, tables
@@ -20,7 +26,7 @@ from megatron_idea.report.svg import SIZE, figure
 
 
 def page(runs: Sequence[Run]) -> str:
-    """One run with everything that is known of it, or several in the same charts."""
+    """Write the page of one run with all its numbers, or of several in the same charts."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     body = _one(runs[0]) if len(runs) == 1 else _several(runs)
     whole = (
@@ -65,7 +71,7 @@ def _several(runs: Sequence[Run]) -> str:
 
 
 def _folded(run: Run) -> str:
-    """What a page of one run has beyond the charts that are drawn for all together."""
+    """Write what a page of one run has beyond the charts that are drawn for all together."""
     return (
         f'<details class="run"><summary>{escape(run.name)}<small>{escape(_subtitle(run))}</small>'
         f"</summary>{_broken(run)}{_layers(run)}<h2>Numbers</h2>{_tables(run)}{samples(run)}"
@@ -91,7 +97,7 @@ def _subtitle(run: Run) -> str:
 
 
 def _tiles(run: Run) -> str:
-    """The answer in a few numbers."""
+    """Write the outcome in a few numbers."""
     first, last = run.records[0], run.records[-1]
     sums, closing = cost(run), tables.closing(run)
     tiles = [
@@ -117,10 +123,10 @@ def _tiles(run: Run) -> str:
 
 
 def _units(axis: str, first: Record, last: Record) -> tuple[str, str, str]:
-    """Live units of an axis, now and at first."""
+    """Name the live units of an axis, now and at first."""
     mean, live = mean_of("live", axis), last.live[axis]
-    by_layer = f"{spread(live)} by layer, " if min(live) < max(live) else ""
-    return named(axis), f"{mean(last):,.0f}", f"{by_layer}began with {mean(first):,.0f}"
+    by_layer = f"{spread(live)} by layer, " if "to" in spread(live) else ""
+    return named(axis), human_mean(mean(last)), f"{by_layer}began with {human_mean(mean(first))}"
 
 
 def _tile(name: str, value: str, note: str) -> str:
@@ -130,7 +136,7 @@ def _tile(name: str, value: str, note: str) -> str:
 
 
 def _charts(figures: Sequence[Figure]) -> str:
-    """Two in a row; one that would stand alone takes the row."""
+    """Draw charts two in a row; one that would stand alone takes the row."""
     drawn = list(figures)
     if sum(not one.is_wide for one in drawn) % 2:
         last = max(i for i, one in enumerate(drawn) if not one.is_wide)
@@ -139,7 +145,7 @@ def _charts(figures: Sequence[Figure]) -> str:
 
 
 def _layers(run: Run) -> str:
-    """Maps of all layers; the scores of single ones in a row, which a phone lets slide."""
+    """Draw maps of all layers; and the scores of single ones, which a phone lets slide."""
     figures, scores = charts.layers(run), charts.distributions(run)
     row = "".join(map(figure, scores))
     return (
@@ -152,7 +158,7 @@ def _layers(run: Run) -> str:
 def _tables(run: Run) -> str:
     every = (
         tables.closing(run), tables.spent(run), tables.environment(run), tables.removed(run),
-        tables.incidents(run),
+        tables.removed_layers(run), tables.incidents(run),
     )  # fmt: skip
     return f'<div class="cards">{"".join(_card(table) for table in every if table)}</div>'
 
@@ -183,7 +189,7 @@ def _card(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    """Extremes in brackets go below their mean."""
+    """Write a cell; extremes in brackets go below their mean."""
     return f"<td>{escape(text).replace(' [', '<br>[')}</td>"
 
 

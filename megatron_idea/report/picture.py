@@ -1,4 +1,4 @@
-"""Charts as pictures: the same ones as on the page, one above the other, drawn by matplotlib."""
+"""Draw the charts of the page as a picture, one above the other, with matplotlib."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def draw(charts: Sequence[Drawn], path: Path, title: str, *, columns: int = 1) -
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Curves on white have few colours: a palette of them is a third of the size."""
+    """Write a PNG with a palette, a third of the size: curves on white have few colours."""
     from PIL import Image  # comes with matplotlib
 
     whole = io.BytesIO()
@@ -132,7 +132,7 @@ def _legend_rows(names: Sequence[str], columns: int) -> int:
 
 
 def _name_runs(figure: Any, names: Sequence[str], columns: int) -> None:
-    """One legend for all charts: which colour is which run."""
+    """Draw one legend for all charts: which colour is which run."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -144,7 +144,7 @@ def _name_runs(figure: Any, names: Sequence[str], columns: int) -> None:
 
 
 def _spelled(text: str) -> str:
-    """A run's name as it is: between two dollars matplotlib reads a formula."""
+    """Keep a run's name as it is: matplotlib reads a formula between two dollars."""
     return text.replace("$", r"\$")
 
 
@@ -188,13 +188,23 @@ def _draw_chart(axes: Axes, chart: Chart, is_first: bool) -> None:
     # Once is enough for what looks the same in all of them.
     handles += [_entry("compaction", MUTED, MARK)] if chart.marks and is_first else []
     if handles:
-        # Beside the title: there it covers no curve.
-        axes.legend(
-            handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(handles),
-            columnspacing=1.4, handlelength=1.8, handletextpad=0.5, borderaxespad=0.2,
-        )  # fmt: skip
+        _place_legend(axes, handles)
 
 
+def _place_legend(axes: Axes, handles: Sequence[Any]) -> None:
+    """Draw a legend beside the title: there it covers no curve."""
+    axes.legend(
+        handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(handles),
+        columnspacing=1.4, handlelength=1.8, handletextpad=0.5, borderaxespad=0.2,
+    )  # fmt: skip
+
+
+GAP: dict[str, Any] = {
+    "facecolor": "white",
+    "edgecolor": "#9ca3af",
+    "hatch": "/////",
+    "linewidth": 0,
+}
 MARK: dict[str, Any] = {"color": MUTED, "linestyle": "none", "marker": "|", "markersize": 9}
 
 
@@ -229,6 +239,7 @@ def _draw_band(axes: Axes, band: Band) -> None:
 
 def _draw_map(axes: Axes, drawn: HeatMap) -> None:
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
 
     # Edges of rows so that the first layer is at the top, as on the page.
     count = len(drawn.rows)
@@ -246,6 +257,9 @@ def _draw_map(axes: Axes, drawn: HeatMap) -> None:
     axes.set_yticks([layer + 0.5 for layer in labelled], [str(layer) for layer in labelled])
     axes.set_ylabel("layer")
     axes.figure.colorbar(mesh, ax=axes, pad=0.01, label=drawn.values.label)
+    if drawn.has_gaps:
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, zorder=-1, **GAP))
+        _place_legend(axes, [Rectangle((0, 0), 1, 1, label=drawn.gap, **GAP)])
 
 
 def _shade_phases(axes: Axes, drawn: Drawn, is_named: bool) -> None:

@@ -1,4 +1,4 @@
-"""What removing units did to the training loss, and how long the run took to get over it."""
+"""Measure what removing units did to the training loss, and how long it took to recover."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SUDDEN = 0.02
 
 @dataclass(frozen=True)
 class Removal:
-    """Units went at the end of a step."""
+    """Describes units that went at the end of a step, and the loss around it."""
 
     what: str
     step: int
     tokens: int
     before: Counts
-    """Stored units of a compaction, else live ones."""
+    """Stored units for a compaction, else live ones."""
     after: Counts
     loss_jump: float | None
     """Mean training loss of the steps after it minus that of the steps before; nats."""
@@ -45,12 +45,12 @@ class Removal:
 
     @property
     def is_noise(self) -> bool:
-        """Whether a jump so large is to be expected of losses that only scatter."""
+        """Tell whether losses that only scatter would jump as far."""
         return self.noise is not None and abs(self.loss_jump or 0.0) <= 2.0 * self.noise
 
 
 def removals(run: Run) -> list[Removal]:
-    """The whole removal window, then each compaction and each sudden removal, in order of steps."""
+    """List the whole removal window, then compactions and sudden removals in order of steps."""
     whole = _whole_window(run)
     return [*([whole] if whole else []), *_moments(run)]
 
@@ -73,7 +73,7 @@ def _moments(run: Run) -> Iterator[Removal]:
 
 
 def _whole_window(run: Run) -> Removal | None:
-    """All of the pruning as one removal: from its first token to its last."""
+    """Take all of the pruning as one removal: from its first token to its last."""
     begin, end = removal_window(run.config.schedule)
     tokens = [record.tokens for record in run.records]
     first, last = bisect.bisect_left(tokens, begin), bisect.bisect_right(tokens, end) - 1
@@ -104,7 +104,7 @@ def _measure(run: Run, begin: int, end: int, what: str, before: Counts, after: C
 
 
 def _recovery(run: Run, index: int, level: float) -> int | None:
-    """Tokens from the removal to the first window of steps whose mean is at the level again."""
+    """Count the tokens from the removal until the mean of a window is at the level again."""
     begin = run.records[index].tokens
     window: deque[float] = deque(maxlen=WINDOW_STEPS)
     # Not a slice: there may be very many of them, and mostly the first few decide.

@@ -1,4 +1,4 @@
-"""A run folder, read, and its curves thinned to what a picture can show."""
+"""Read a run folder, and thin its curves to what a picture can show."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from megatron_idea.records.read import (
     read_scores,
 )
 from megatron_idea.records.readable import human_count
-from megatron_idea.records.record import Record
-from megatron_idea.shape import LAYER_AXES, UNITS
+from megatron_idea.records.record import Record, mean_count
+from megatron_idea.shape import AXES, LAYER_AXES, UNITS, Shape
 
 # Points of a curve: about as many as a wide chart has columns of pixels.
 MOST_POINTS = 800
@@ -34,7 +34,7 @@ MOST_POINTS = 800
 # Compared by identity: what is worked out from a run is kept with it, see cost.
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run recorded, finished or not."""
+    """Holds what a run recorded, finished or not."""
 
     run_dir: Path
     config: Config
@@ -43,7 +43,7 @@ class Run:
     scores: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     broken: tuple[str, ...] = ()
-    """Lines of its files that are no records, by file and number; they are left out."""
+    """Lines of its files that are no records, by file and number; they were left out."""
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Consumed so far."""
+        """Return the tokens consumed so far."""
         return self.records[-1].tokens
 
     @property
@@ -64,29 +64,50 @@ class Run:
 
     @property
     def axes(self) -> list[str]:
-        """The axes that its records have counts of."""
-        return list(self.records[0].live)
+        """List the axes that the run prunes."""
+        return pruned_axes(self.config, self.records[-1])
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """List the events of a kind."""
         return [event for event in self.events if event["kind"] == kind]
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Held-out losses in order of tokens; of two at one step the later, after compaction."""
+        """List held-out losses in order of steps; of two at one step the later one."""
         by_step = {event["step"]: event for event in self.of_kind("evaluated")}
         return [by_step[step] for step in sorted(by_step)]
 
     def compactions(self) -> list[dict[str, Any]]:
-        """One event a compaction, also where a resume repeated it."""
+        """List compactions in order of steps, one also where a resume repeated it."""
         by_step = {event["step"]: event for event in self.of_kind("compacted")}
         return [by_step[step] for step in sorted(by_step)]
 
+    def removed_layers(self) -> list[dict[str, Any]]:
+        """List why layers went, in order of steps, once for each layer."""
+        by_layer = {event["layer"]: event for event in self.of_kind("layer_removed")}
+        return sorted(by_layer.values(), key=lambda event: (event["step"], event["layer"]))
+
+    def scores_of(self, axis: str) -> list[dict[str, Any]]:
+        """List the score records of an axis, oldest first."""
+        return [record for record in self.scores if record["axis"] == axis]
+
     def parameters(self, record: Record) -> str:
+        """Count the parameters in memory after a step, in words: 2.03M."""
         model = self.config.model
         return human_count(record.shape(model).parameters(model).total)
 
 
+def pruned_axes(config: Config, last: Record) -> list[str]:
+    """List the axes that a run prunes or has pruned, of those that its records count."""
+    full = Shape.full(config.model)
+
+    def has_shrunk(axis: str) -> bool:
+        return any(0 < count < full.counts(axis)[0] for count in last.live[axis])
+
+    return [a for a in AXES if a in last.live and (a in config.goals or has_shrunk(a))]
+
+
 def read_run(run_dir: Path) -> Run:
-    """Read a run folder; again only when a file of it has changed.
+    """Read a run folder, or return what was read before if no file of it has changed.
 
     Raises: UserError when it is none, or when no step has been recorded yet.
     """
@@ -120,48 +141,58 @@ def _read_run(run_dir: Path, _stamp: tuple[tuple[int, int], ...]) -> Run:
             for event in read_events(run_dir, broken)
             if event.keys() >= _OF_EVENTS.get(event["kind"], set())
         ],
-        _score_records(read_scores(run_dir, broken)),
+        _score_records(read_scores(run_dir, broken), config),
         [one for one in read_samples(run_dir, broken) if one["step"] <= records[-1].step],
         tuple(broken),
     )
 
 
 # What is drawn of an event.
-_OF_EVENTS = {"evaluated": {"step", "tokens", "val_loss"}, "compacted": {"step", "tokens"}}
+_OF_EVENTS = {
+    "evaluated": {"step", "tokens", "val_loss"},
+    "compacted": {"step", "tokens"},
+    "layer_removed": {"step", "tokens", "layer", "losses"},
+}
 
 
 def _in_order(records: Sequence[Record], config: Config, broken: list[str]) -> list[Record]:
-    """Records of this model that go forward; the others are added to ``broken``."""
+    """Keep the records of this model that go forward; name the others in ``broken``."""
     kept: list[Record] = []
     step = tokens = 0
+    last: Record | None = None
     for record in records:
+        # Neighbours with equal counts share them, see Record.parse.
+        same = last and record.live is last.live and record.stored is last.stored
         if (
-            record.is_of(config.model)
-            and record.live.keys() == (kept or [record])[0].live.keys()
+            (same or record.is_of(config.model))
+            and record.live.keys() == (last or record).live.keys()
             and record.step > step
             and record.tokens > tokens
         ):
             kept.append(record)
-            step, tokens = record.step, record.tokens
+            step, tokens, last = record.step, record.tokens, record
         else:
             broken.append(f"{METRICS}, step {record.step}")
     return kept
 
 
-def _score_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that go forward, of as many layers as the first, and have all that is drawn of them."""
+def _score_records(records: Sequence[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
+    """Keep the score records of this model that go forward and have all that is drawn of them."""
+    full = Shape.full(config.model)
     kept: list[dict[str, Any]] = []
+    done = dict.fromkeys(AXES, -1)
     for record in records:
-        if not record.keys() >= {"tokens", "quantiles", "cut"}:
+        if not record.keys() >= {"axis", "tokens", *_OF_SCORES}:
             continue
-        layers = len((kept or [record])[0]["cut"])
-        parts = [record[key] for key in _OF_SCORES if key in record]
+        axis, tokens = record["axis"], record["tokens"]
+        rows = len(full.counts(axis))
         if (
-            all(len(part) == layers for part in parts)
-            and all(len(one) == _QUANTILES for one in record["quantiles"])
-            and (not kept or record["tokens"] > kept[-1]["tokens"])
+            all(len(record[key]) == rows for key in _OF_SCORES)
+            and all(row is None or len(row) == _QUANTILES for row in record["quantiles"])
+            and tokens > done[axis]
         ):
             kept.append(record)
+            done[axis] = tokens
     return kept
 
 
@@ -170,10 +201,10 @@ _QUANTILES = 7
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Names of runs beside each other: what tells them apart.
+    """Name runs beside each other by what tells them apart.
 
-    What all names begin or end with is left out where that is long: ``…lr1e-3…``. Folders of one
-    name get as many of their parents as it takes.
+    What all names begin or end with is left out where that is long: ``…lr1e-3…``. Folders of the
+    same name get as many of their parents as it takes.
     """
     paths = [run.run_dir.resolve().parts for run in runs]
     names = _without_common([path[-1] for path in paths])
@@ -191,7 +222,7 @@ LONG = 12
 
 
 def _without_common(names: Sequence[str]) -> list[str]:
-    """Cut at separators only, and leave a word of every name."""
+    """Cut names at separators only, and leave a word of each."""
     words = [re.split(r"(?<=[_.-])", name) for name in sorted(set(names))]
     room = min(map(len, words)) - 1
     same = [len(set(column)) == 1 for column in zip(*words, strict=False)]
@@ -212,14 +243,14 @@ def _without_common(names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity over tokens in at most ``MOST_POINTS`` groups of neighbouring steps."""
+    """Holds a quantity over tokens, in at most ``MOST_POINTS`` groups of neighbouring steps."""
 
     tokens: list[int]
     middle: list[float]
     low: list[float]
     high: list[float]
     is_thinned: bool
-    """Groups have more than one step."""
+    """Whether groups have more than one step."""
 
 
 def curve(
@@ -227,7 +258,7 @@ def curve(
     value: Callable[[Record], float],
     middle: Callable[[Sequence[float]], float] = statistics.fmean,
 ) -> Curve:
-    """Thin a quantity of the records; values that are not finite are left out of their group."""
+    """Thin a quantity to a curve; values that are not finite are left out of their group."""
     thinned = Curve([], [], [], [], False)
     size = -(-len(run.records) // MOST_POINTS)
     # Groups are counted from the end: the curve ends where the run does.
@@ -247,7 +278,7 @@ def smooth(
     middle: Callable[[Sequence[float]], float] = statistics.fmean,
     window: int | None = None,
 ) -> list[float]:
-    """Centred running mean (or other middle), skips gaps.
+    """Return the centred running mean (or another ``middle``), gaps left out.
 
     ``window``: values on either side; by default about a thirtieth of the curve in all.
     """
@@ -260,20 +291,20 @@ def smooth(
 
 
 def mean_of(which: str, axis: str) -> Callable[[Record], float]:
-    """Read the mean over layers of an axis' ``live`` or ``stored`` units."""
+    """Read the ``live`` or ``stored`` units of an axis, averaged over the layers that are there."""
     seen: list[Any] = [None, 0.0]
 
     def read(record: Record) -> float:
         counts = getattr(record, which)[axis]
         if counts is not seen[0]:  # neighbours share their lists, see Record.parse
-            seen[:] = counts, statistics.fmean(counts)
+            seen[:] = counts, mean_count(counts)
         return seen[1]
 
     return read
 
 
 def number(field: str) -> Callable[[Record], float]:
-    """Read a number; a gap where it is not known."""
+    """Read a field; NaN, which leaves a gap, where it is not known."""
 
     def read(record: Record) -> float:
         value = getattr(record, field)
@@ -283,5 +314,5 @@ def number(field: str) -> Callable[[Record], float]:
 
 
 def named(axis: str) -> str:
-    """Name what an axis counts: neurons per layer, channels."""
+    """Name what an axis counts: "neurons per layer", "channels"."""
     return f"{UNITS[axis]}s per layer" if axis in LAYER_AXES else f"{UNITS[axis]}s"

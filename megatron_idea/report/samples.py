@@ -1,4 +1,4 @@
-"""What the model wrote while it was trained and shrank, prompt by prompt."""
+"""Show what the model generated while it was trained and shrank, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from megatron_idea.records.readable import human_count
+from megatron_idea.records.readable import human_count, human_mean
 from megatron_idea.report.run import Run, mean_of
 from megatron_idea.shape import UNITS
 
@@ -20,7 +20,7 @@ MOST_CHARACTERS = 500
 
 
 def samples(run: Run) -> str:
-    """The section of a page; nothing without samples."""
+    """Write the samples' section of a page; nothing without samples."""
     prompts = _by_prompt(run.samples)
     if not prompts:
         return ""
@@ -33,7 +33,7 @@ def samples(run: Run) -> str:
 
 
 def _by_prompt(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records by prompt, oldest first; of two at one step the later, as after a resume."""
+    """Group records by prompt, oldest first; of two at one step the later, as after a resume."""
     prompts: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
         if "text" in record:
@@ -60,7 +60,7 @@ def _prompt(run: Run, prompt: str, texts: Sequence[dict[str, Any]]) -> str:
 
 
 def spread_over(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most so many, at equal distances, with the first and the last."""
+    """Choose at most so many at equal distances, the first and the last among them."""
     if len(records) <= most:
         return list(records)
     return [records[round(i * (len(records) - 1) / (most - 1))] for i in range(most)]
@@ -83,7 +83,7 @@ def _text(run: Run, record: dict[str, Any]) -> str:
 
 
 def _when(run: Run, record: dict[str, Any]) -> str:
-    """Tokens, and what the model was then."""
+    """Name the tokens, and the size of the model at that time."""
     tokens = record.get("tokens")
     when = [f"{human_count(tokens)} tokens" if isinstance(tokens, (int, float)) else ""]
     # A sample is written after its step's record.
@@ -91,6 +91,6 @@ def _when(run: Run, record: dict[str, Any]) -> str:
     now = run.records[max(0, index)]
     when += [f"step {record['step']:,}"] if not when[0] else []
     if run.prunes:
-        live = (f"{mean_of('live', axis)(now):,.0f} {UNITS[axis]}s" for axis in run.axes)
+        live = (f"{human_mean(mean_of('live', a)(now))} {UNITS[a]}s" for a in run.axes)
         when += [now.phase, *live]
     return ", ".join(part for part in when if part)

@@ -1,4 +1,4 @@
-"""Charts as HTML: curves in a stretched SVG, words and numbers around it in plain elements.
+"""Draw charts as HTML: curves in a stretched SVG, words and numbers around it in plain elements.
 
 So one chart fits a phone and a wide screen: text keeps its size, lines their width. Coordinates
 are whole numbers from 0 to ``SIZE``; the page's script reads values back from them.
@@ -36,7 +36,7 @@ MAP_COLUMNS = 480
 
 
 def figure(drawn: Figure) -> str:
-    """A chart or heat map as a ``<figure>``."""
+    """Draw a chart or heat map as a ``<figure>``."""
     body, legend = (
         (_map_frame(drawn), _shades(drawn))
         if isinstance(drawn, HeatMap)
@@ -85,9 +85,10 @@ def _legend(chart: Chart) -> str:
 
 def _shades(drawn: HeatMap) -> str:
     low, high = drawn.values.write(drawn.values.low), drawn.values.write(drawn.values.high)
+    gap = f'<li><i class="key gap"></i>{escape(drawn.gap)}</li>' if drawn.has_gaps else ""
     return (
         f'<ul class="legend"><li>{escape(drawn.values.label)}: {low}'
-        f'<i class="shades"></i>{high}</li></ul>'
+        f'<i class="shades"></i>{high}</li>{gap}</ul>'
     )
 
 
@@ -130,21 +131,22 @@ def _map_frame(drawn: HeatMap) -> str:
     tall = min(340, max(120, 22 * count))
     # Beside another chart it is as tall as that.
     kind = "map" if drawn.is_wide else ""
+    gap = f' data-gap="{escape(drawn.gap)}"' if drawn.has_gaps else ""
     return (
         f'<div class="{kind} frame" style="--tall:{tall}px" data-rows="{count}" '
         f'data-levels="{values}" data-cells="{packed}" data-kind="{drawn.values.kind}" '
-        f'data-unit="{escape(drawn.values.label)}">'
+        f'data-unit="{escape(drawn.values.label)}"{gap}>'
         f'<div class="label y">layer</div><div class="ticks y">{names}</div>'
         f"{_plot(picture, drawn)}{_x_parts(drawn.x)}</div>"
     )
 
 
-# The cell of a heat map that has no value.
+# The index of a heat map's cells without a value.
 GAP = 255
 
 
 def _levels(drawn: HeatMap) -> tuple[list[float], list[bytes]]:
-    """Values that cells have, at most 255 of them, and for each row the cells as their indices."""
+    """List the values of all cells, at most 255, and for each row its cells as indices of them."""
     known = sorted({v for row in drawn.rows for v in row if math.isfinite(v)})
     if len(known) > GAP:
         low, high = known[0], known[-1]
@@ -165,8 +167,10 @@ def _nearest(known: Sequence[float], value: float) -> int:
 
 
 def _png(palette: Sequence[tuple[int, int, int]], rows: Sequence[bytes]) -> str:
-    """A PNG of palette indices in base64; a gap is transparent. Here without a library: it is all
-    that the page needs of one."""
+    """Write a PNG of palette indices, in base64; a gap is transparent.
+
+    Without a library: the page needs no more of one.
+    """
 
     def chunk(name: bytes, data: bytes) -> bytes:
         check = zlib.crc32(name + data)
@@ -211,7 +215,7 @@ def _tints(phases: Sequence[tuple[str, float, float]], x: Axis) -> str:
 
 
 def _marks(chart: Chart) -> str:
-    """A tick at the foot of the plot for every compaction."""
+    """Draw a tick at the foot of the plot for every compaction."""
     path = "".join(f"M{_across(chart.x, tokens)} {SIZE}V{SIZE - 450}" for tokens in chart.marks)
     return f'<path class="mark" d="{path}"/>' if path else ""
 
@@ -224,7 +228,7 @@ def _y_labels(axis: Axis) -> str:
 
 
 def _x_parts(x: Axis) -> str:
-    """Labels under the plot; on a narrow screen every second one."""
+    """Write labels under the plot; on a narrow screen every second one."""
     labels = []
     ticks = x.ticks(8)
     for number, (value, text) in enumerate(ticks):
@@ -285,5 +289,5 @@ def _across(axis: Axis, value: float) -> int:
 
 
 def _down(axis: Axis, value: float) -> int:
-    """Curves that leave the plot keep their slope up to a plot's height outside of it."""
+    """Return the y coordinate; a curve that leaves the plot keeps its slope for another height."""
     return round(SIZE * (1 - min(2.0, max(-1.0, axis.place(value)))))

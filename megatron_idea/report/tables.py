@@ -1,4 +1,4 @@
-"""The tables of a report: closing table, removals, cost, comparison, environment."""
+"""Make the tables of a report: closing table, removals, cost, comparison, environment."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from megatron_idea.records.readable import (
     human_amount,
     human_count,
     human_duration,
+    human_mean,
     scaled,
     spread,
 )
-from megatron_idea.records.record import Record
+from megatron_idea.records.record import Record, mean_count
 from megatron_idea.records.terminal import table
 from megatron_idea.report.chart import Table, colours_of
 from megatron_idea.report.cost import cost
 from megatron_idea.report.events import describe
 from megatron_idea.report.recovery import WINDOW_STEPS, Removal, removals
-from megatron_idea.report.run import Run, labels, mean_of, named, smooth
+from megatron_idea.report.run import Run, labels, named, smooth
 from megatron_idea.schedule import phase_ends
 from megatron_idea.shape import UNITS
 
@@ -35,7 +36,7 @@ SETTLING_STEPS = 5
 def closing(run: Run) -> Table:
     """Sum up a run: the model and its held-out loss at the ends of the phases, and its speed.
 
-    Only what was measured is shown: a moment that the run has not reached has no column.
+    A phase that the run has not ended has no column, and what was not measured no row.
     """
     moments = _moments(run)
     rows = [
@@ -50,7 +51,7 @@ def closing(run: Run) -> Table:
 
 
 def _moments(run: Run) -> dict[str, Record]:
-    """The records a reader wants side by side, by the name of their column, oldest first."""
+    """Choose the records to show side by side, by the name of their column, oldest first."""
     ends = phase_ends(run.config.schedule)
     moments = {"start": dataclasses.replace(run.records[0], step=0, tokens=0)}
     for phase, name in (("enlarged", "enlarged"), ("prune", "pruned")) if run.prunes else ():
@@ -69,9 +70,13 @@ def _units(moment: Record, axis: str) -> str:
 
 
 def _range(counts: Sequence[int]) -> str:
-    """One count, or the mean over layers and the extremes."""
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{statistics.fmean(counts):.0f} [{low}-{high}]"
+    """Write the count of all layers that are there, or their mean and the extremes."""
+    low, high = min(filter(None, counts), default=0), max(counts)
+    return str(low) if low == high else f"{_mean(counts)} [{low}-{high}]"
+
+
+def _mean(counts: Sequence[int]) -> str:
+    return human_mean(mean_count(counts)).replace(",", "")
 
 
 def _held_out(run: Run, moment: Record) -> str:
@@ -82,7 +87,7 @@ def _held_out(run: Run, moment: Record) -> str:
 
 
 def _speeds(run: Run, columns: int) -> list[str]:
-    """Median tokens/s at full size under the column in which it ends, and at the last size."""
+    """Write the median tokens/s at full size and at the last size, in their columns."""
     first, last = run.records[0], run.records[-1]
     cells = [""] * columns
     cells[-1] = speed(run, last)
@@ -92,14 +97,14 @@ def _speeds(run: Run, columns: int) -> list[str]:
 
 
 def speed(run: Run, like: Record) -> str:
-    """Median tokens/s in the shape of ``like``; nothing when it was not held for long enough."""
+    """Write the median tokens/s in the shape of ``like``; empty where it was held too shortly."""
     speeds = [record.tokens_per_s for record in run.records if record.stored == like.stored]
     settled = speeds[SETTLING_STEPS:]
     return human_count(statistics.median(settled)) if settled else ""
 
 
 def _compaction_check(run: Run) -> str:
-    """The largest change of held-out loss by a compaction, where it was measured on both sides."""
+    """Say how much compactions changed the held-out loss at most, where that was measured."""
     before = {e["step"]: e for e in run.of_kind("evaluated") if e.get("why") == "compaction_before"}
     after = {e["step"]: e for e in run.of_kind("evaluated") if e.get("why") == "compaction_after"}
     changes = [
@@ -111,7 +116,7 @@ def _compaction_check(run: Run) -> str:
 
 
 def removed(run: Run) -> Table | None:
-    """What each removal did to the training loss, and what it took."""
+    """List what each removal did to the training loss, and the work of each compaction."""
     rows = [
         (
             f"{removal.what}, step {removal.step:,}",
@@ -138,12 +143,15 @@ def removed(run: Run) -> Table | None:
 
 
 def _gone(removal: Removal) -> str:
-    """Units before and after, along the axes that changed."""
+    """Name the units before and after, along the axes that changed.
+
+    A layer that goes is counted as a layer, and not as the neurons that it had.
+    """
     pairs = ((axis, removal.before[axis], after) for axis, after in removal.after.items())
     return ", ".join(
         f"{spread(before)} → {spread(after)} {named(axis)}"
         for axis, before, after in pairs
-        if before != after
+        if any(now and was != now for was, now in zip(before, after, strict=True))
     )
 
 
@@ -165,15 +173,48 @@ def _recovery(removal: Removal) -> str:
 
 def _effort(removal: Removal) -> tuple[str, str, str]:
     event = removal.compaction or {}
+    moved = [f"{event['moved_units']:,}"] if "moved_units" in event else []
+    if layers := event.get("moved_layers"):
+        moved.append(f"{layers:,} {'layer' if layers == 1 else 'layers'}")
     return (
         f"{event['seconds']:.2f} s" if "seconds" in event else "",
-        f"{event['moved_units']:,}" if "moved_units" in event else "",
+        ", ".join(moved),
         human_amount(event["peak_bytes"], "B") if event.get("peak_bytes") else "",
     )
 
 
+def removed_layers(run: Run) -> Table | None:
+    """List the layers that went, and the losses that decided it."""
+    rows = []
+    for event in run.removed_layers():
+        losses = {int(number): loss for number, loss in event["losses"].items()}
+        own = losses.pop(event["layer"], None)
+        others = sorted(losses.items(), key=lambda item: (item[1], item[0]))[:MOST_CANDIDATES]
+        rows.append(
+            (
+                f"layer {event['layer']}, step {event['step']:,}",
+                "-" if own is None else f"{own:.4f}",
+                ", ".join(f"{number}: {loss:.4f}" for number, loss in others) or "-",
+                human_count(event["tokens"]),
+            )
+        )
+    if not rows:
+        return None
+    return Table(
+        "Layers removed, and the loss without each candidate",
+        ("removed", "loss without it", "without another candidate", "at tokens"),
+        rows,
+        "Candidates are the layers of the least importance. Each is left out for one pass over the "
+        "step's batch, and the one without which the loss is lowest goes; nats per token.",
+    )
+
+
+# Shown of a layer's rivals; prune.layer_candidates is 4 by default.
+MOST_CANDIDATES = 8
+
+
 def spent(run: Run) -> Table:
-    """Training FLOPs so far, against runs over the same tokens; and where the time went."""
+    """Sum up the training FLOPs so far, against runs over the same tokens, and the time."""
     sums = cost(run)
     scratch = sums.from_scratch[-1]
     lines = [("this run", sums.this_run[-1])]
@@ -193,7 +234,7 @@ def spent(run: Run) -> Table:
 
 
 def _time(run: Run) -> str:
-    """Of what is recorded: evaluations are not."""
+    """Say how long steps, compactions and saves took; the time of evaluations is not recorded."""
     seconds = sum(record.step_s for record in run.records)
     if not seconds:
         return ""
@@ -206,13 +247,13 @@ def _time(run: Run) -> str:
 
 
 def on_processes(run: Run) -> str:
-    """On how many, where it was recorded."""
+    """Say on how many processes the run trains, where it was recorded."""
     count = _environment(run).get("processes")
     return f"on {count} {'process' if count == 1 else 'processes'}" if count else ""
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    """Of the last process that worked on the run; empty for records from before it was noted."""
+    """Return what the last process of the run recorded of its environment; empty without it."""
     for event in reversed(run.events):
         if event["kind"] in ("started", "resumed"):
             return event.get("environment", {})
@@ -220,7 +261,7 @@ def _environment(run: Run) -> dict[str, Any]:
 
 
 def environment(run: Run) -> Table | None:
-    """What the run runs on."""
+    """List the device, the processes and the versions that the run runs on."""
     found = _environment(run)
     if not found:
         return None
@@ -230,7 +271,7 @@ def environment(run: Run) -> Table | None:
 
 
 def incidents(run: Run) -> Table | None:
-    """What did not go by plan: stops, resumes, spikes, rollbacks, skipped steps."""
+    """List what disturbed the run: stops, resumes, spikes, rollbacks, skipped steps."""
     rows = [(describe(event),) for event in run.events if event["kind"] in INCIDENTS]
     if skipped := run.records[-1].skipped:
         rows.append((f"{skipped:,} steps skipped in all",))
@@ -244,7 +285,7 @@ MOST_INCIDENTS = 20
 
 
 def compared(runs: Sequence[Run]) -> Table:
-    """One row a run, to hold them against each other."""
+    """Compare runs, a row each."""
     every = [cost(run) for run in runs]
     totals = [sums.this_run[-1] for sums in every]
     divisor, unit = scaled(max(totals), "FLOPs")
@@ -262,7 +303,7 @@ def compared(runs: Sequence[Run]) -> Table:
                 name,
                 human_count(run.tokens) + done,
                 run.parameters(last),
-                *(f"{mean_of('live', a)(last):.0f}" if a in last.live else "-" for a in axes),
+                *(_mean(last.live[axis]) if axis in last.live else "-" for axis in axes),
                 f"{losses[-1]:.4f}" if losses else "-",
                 f"{training:.4f}",
                 speed(run, last) or "-",
@@ -282,7 +323,7 @@ def compared(runs: Sequence[Run]) -> Table:
 
 
 def differences(runs: Sequence[Run]) -> Table | None:
-    """The settings in which runs differ, a row a run or, if these are fewer, a column a run."""
+    """List the settings in which runs differ, a row a run or, if these are fewer, a column."""
     every = [_flat(run.config) for run in runs]
     keys = [key for key in every[0] if len({str(settings[key]) for settings in every}) > 1]
     keys = [key for key in keys if key not in ("run_dir", "name")]
@@ -315,10 +356,10 @@ def _setting(value: Any) -> str:
 
 
 def share(run: Run) -> float:
-    """How much of the run is done."""
+    """Return how much of the run is done, in [0, 1]."""
     return min(1.0, run.tokens / run.config.schedule.total_tokens)
 
 
 def in_terminal(given: Table) -> Group:
-    """Lay a table out for a console, without its title."""
+    """Lay out a table for a terminal, without its title."""
     return table(given.columns, given.rows, note=given.note)

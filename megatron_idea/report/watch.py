@@ -1,4 +1,4 @@
-"""A run in the terminal, live: read from its folder, so from any machine that sees the disk."""
+"""Show a run live in the terminal, from any machine that sees its folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from rich.text import Text
 from megatron_idea.config import Config, ConfigError, load
 from megatron_idea.records.progress import RECENT_STEPS, time_left_s
 from megatron_idea.records.read import EVENTS, METRICS, SAMPLES, lines_of, metrics_of, read_events
-from megatron_idea.records.readable import human_amount, human_count, human_duration
-from megatron_idea.records.record import Record
+from megatron_idea.records.readable import human_amount, human_count, human_duration, human_mean
+from megatron_idea.records.record import Record, mean_count
 from megatron_idea.records.terminal import Console
 from megatron_idea.report.events import describe
-from megatron_idea.shape import UNITS, Shape
+from megatron_idea.report.run import pruned_axes
+from megatron_idea.shape import LAYER_AXES, UNITS, Shape
 
 # Losses that are kept for the sparkline; when there are more, every second one goes.
 MOST_LOSSES = 4096
@@ -41,7 +42,7 @@ PHASE_STYLE = {"enlarged": "blue", "prune": "dark_orange", "recover": "green"}
 
 
 class View:
-    """What is known of a run, and how it looks."""
+    """Keeps what is known of a run, and draws it."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -56,7 +57,7 @@ class View:
         self._events_size = 0
 
     def refresh(self) -> None:
-        """Read what the run has written since."""
+        """Read what the run has recorded since the last call."""
         if self.config is None:
             if not (self.run_dir / "config.yaml").is_file():
                 return
@@ -83,6 +84,7 @@ class View:
 
     @property
     def is_finished(self) -> bool:
+        """Tell whether the run has recorded its end."""
         return any(event["kind"] == "finished" for event in self.events)
 
     def render(self, now: float, width: int = 80, height: int = 40) -> RenderableType:
@@ -103,8 +105,7 @@ class View:
             sparks = Text(sparkline(self.losses, inside - 5), style="blue")
             parts += [self._progress(self.config, inside), Text(), self._numbers(inside), Text()]
             parts += [Text.assemble(("loss ", "bold"), sparks)]
-            for axis in self.recent[-1].live:
-                parts += self._bars(self.config, axis, inside, most=max(3, min(12, height - 26)))
+            parts += self._units(self.config, inside, height)
         if self.sample and height >= 30:
             parts += [Text(), _written(self.sample, 2 * inside)]
         if self.events:
@@ -162,31 +163,32 @@ class View:
             grid.add_row(*(part for name, value in row for part in (Text(name, "dim"), value)))
         return grid
 
-    def _bars(self, config: Config, axis: str, width: int, most: int) -> list[RenderableType]:
-        """Draw a layer's live and stored units as a bar; one bar where all layers are alike.
-
-        ``most``: bars; of more layers so many are chosen evenly over the depth.
-        """
-        last, full = self.recent[-1], Shape.full(config.model).counts(axis)[0]
-        pairs = list(zip(last.live[axis], last.stored[axis], strict=True))
-        names = [f"layer {i}" for i in range(len(pairs))]
-        if len(set(pairs)) == 1:
-            pairs, names = pairs[:1], ["every layer" if len(pairs) > 1 else "the model"]
-        elif len(pairs) > most:
-            chosen = [round(i * (len(pairs) - 1) / (most - 1)) for i in range(most)]
-            pairs, names = [pairs[i] for i in chosen], [names[i] for i in chosen]
-        room = max(5, width - 12 - 24)
-        lines = [Text(), Text(f"{UNITS[axis]}s, live and still stored", "bold")]
-        for name, (live, stored) in zip(names, pairs, strict=True):
-            bar = min(room, round(room * live / full))
-            rest = min(room, round(room * stored / full)) - bar
-            lines.append(
-                Text.assemble(
-                    f"{name:<12}", ("█" * bar, "green"), ("▒" * rest, "dark_orange"),
-                    ("·" * (room - bar - rest), "dim"), f" {live:,} of {stored:,}",
-                )
-            )  # fmt: skip
-        return [*lines]
+    def _units(self, config: Config, width: int, height: int) -> list[RenderableType]:
+        """Draw the axes that are pruned: their layers where there is room, else a line each."""
+        last = self.recent[-1]
+        full = Shape.full(config.model)
+        axes = pruned_axes(config, last)
+        by_layer = sum(axis in LAYER_AXES for axis in axes)
+        # What is left beside the rest of the frame, and a heading and a bar of each further axis.
+        room = height - 26 - 3 * (len(axes) - 1)
+        most = max(3, min(12, room // max(1, by_layer)))
+        lines: list[RenderableType] = []
+        if len(axes) > 1 and room < 2 * by_layer:
+            lines += [Text(), Text("units, live and still stored", "bold")]
+            for axis in axes:
+                live, stored = mean_count(last.live[axis]), mean_count(last.stored[axis])
+                lines.append(_bar(f"{UNITS[axis]}s", live, stored, full.counts(axis)[0], width))
+            return lines
+        for axis in axes:
+            lines += [Text(), Text(f"{UNITS[axis]}s, live and still stored", "bold")]
+            rows = zip(last.live[axis], last.stored[axis], strict=True)
+            lines += _bars(axis, list(rows), full.counts(axis)[0], width, most)
+            gone = [f"layer {number}" for number in _removed_layers(last)]
+            if axis == "num_layers" and gone:
+                named = Text(f"{'removed':<12}{', '.join(gone)}", "dim")
+                named.truncate(width, overflow="ellipsis")
+                lines.append(named)
+        return lines
 
     def _last_events(self, now: float, most: int) -> RenderableType:
         grid = Table.grid(padding=(0, 2))
@@ -194,6 +196,44 @@ class View:
             ago = human_duration(max(0.0, now - event.get("time", now)))
             grid.add_row(Text(f"{ago} ago", "dim"), Text(describe(event)))
         return grid
+
+
+def _removed_layers(record: Record) -> list[int]:
+    rows = [record.live[axis] for axis in LAYER_AXES if axis in record.live]
+    return [number for number, count in enumerate(rows[0]) if not count] if rows else []
+
+
+def _bars(
+    axis: str, pairs: Sequence[tuple[int, int]], full: int, width: int, most: int
+) -> list[Text]:
+    """Draw live and stored units as a bar a layer; one bar where layers are alike.
+
+    ``most``: bars; of more layers so many are chosen evenly over the depth.
+    """
+    if axis not in LAYER_AXES:
+        return [_bar("the model", *pairs[0], full, width)]
+    there = [pair for pair in pairs if pair[0]]
+    if len(set(there)) == 1:
+        return [_bar("every layer", *there[0], full, width)]
+    numbers = list(range(len(pairs)))
+    if len(pairs) > most:
+        numbers = [round(i * (len(pairs) - 1) / (most - 1)) for i in range(most)]
+    return [
+        _bar(f"layer {i}", *pairs[i], full, width)
+        if pairs[i][0]
+        else Text(f"{f'layer {i}':<12}removed", "dim")
+        for i in numbers
+    ]
+
+
+def _bar(name: str, live: float, stored: float, full: int, width: int) -> Text:
+    room = max(5, width - 12 - 24)
+    bar = min(room, round(room * live / full))
+    rest = max(0, min(room, round(room * stored / full)) - bar)
+    return Text.assemble(
+        f"{name:<12}", ("█" * bar, "green"), ("▒" * rest, "dark_orange"),
+        ("·" * (room - bar - rest), "dim"), f" {human_mean(live)} of {human_mean(stored)}",
+    )  # fmt: skip
 
 
 def _written(sample: dict[str, Any], room: int) -> Text:
@@ -231,7 +271,7 @@ def watch(
     every_s: float = 1.0,
     console: Console | None = None,
 ) -> None:
-    """Show a run until it is finished or the reader leaves; one frame with ``once``.
+    """Show a run until it is finished or Ctrl-C is pressed; one frame with ``once``.
 
     Raises: ConfigError when there is no such folder.
     """
@@ -241,14 +281,14 @@ def watch(
     view = View(run_dir)
     view.refresh()
     if once:
-        width = console.width if console.is_terminal else MOST_COLUMNS
-        console.print(view.render(time.time(), width), soft_wrap=True)
+        if not console.is_terminal:  # rich takes a file or a pipe to have 80 columns
+            console.width = MOST_COLUMNS
+        console.print(view.render(time.time(), console.width), soft_wrap=True)
         return
 
     def frame() -> RenderableType:
         return view.render(time.time(), console.width, console.height)
 
-    # Ctrl-C is how one leaves.
     try:
         with Live(frame(), console=console, auto_refresh=False) as live:
             while not view.is_finished:
