@@ -91,7 +91,7 @@ class RunLog:
         self._trackers = open_trackers(run_dir, config, step, started[-1] if started else 0.0)
 
     def check(self) -> None:
-        """Raises: RecordError when a record could not be written."""
+        """Raise RecordError if a record could not be written."""
         if self.failure is not None:
             raise self.failure
 

@@ -96,7 +96,7 @@ class Progress:
             self._print(text)
 
     def close(self) -> None:
-        """Stop to keep a line at the foot of the terminal."""
+        """Stop the live line; what is printed next comes below it."""
         if self._bar is not None:
             self._bar.stop()
 

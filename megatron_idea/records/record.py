@@ -17,7 +17,7 @@ Counts = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known at the end of a step."""
+    """Holds what is known at the end of a step."""
 
     step: int
     tokens: int

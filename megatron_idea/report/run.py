@@ -47,6 +47,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Return the name of the run's folder."""
         return self.run_dir.resolve().name
 
     @property
@@ -56,10 +57,12 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
+        """Tell whether all tokens of the schedule are consumed."""
         return self.tokens >= self.config.schedule.total_tokens
 
     @property
     def prunes(self) -> bool:
+        """Tell whether the configuration prunes at all."""
         return self.config.prune.strategy != "none"
 
     @property
