@@ -826,7 +826,9 @@ def test_the_tables_of_a_run_of_all_axes_count_what_is_there(of_all_axes: Path) 
 
 
 def test_layers_alone_have_a_map_of_who_is_there(tmp_path: Path) -> None:
-    config = synthetic_config(tmp_path, prune={"target": {"ffn_hidden_size": None, "num_layers": 3}})
+    config = synthetic_config(
+        tmp_path, prune={"target": {"ffn_hidden_size": None, "num_layers": 3}}
+    )
     write_synthetic_run(tmp_path, config)
     run = read_run(tmp_path)
     assert run.axes == ["num_layers"]
