@@ -21,7 +21,7 @@ from rich.table import Table
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, PruneTarget
-from megatron_idea.course import flops_between, target_shape
+from megatron_idea.course import flops_between, num_steps, target_shape
 from megatron_idea.engine.core_versions import quiet
 from megatron_idea.train import train
 
@@ -115,7 +115,7 @@ def main() -> None:
     sizes = {}
     for seed in arguments.seeds:
         configs = {name: run_config(name, seed, steps, data, out) for name in arguments.arms}
-        same_order(list(configs.values()), steps)
+        same_order(list(configs.values()), min(map(num_steps, configs.values())))
         sizes = {name: parameters(config) for name, config in configs.items()}
         apart = max(sizes.values()) / min(sizes.values()) - 1
         if apart > MOST:

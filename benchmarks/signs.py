@@ -183,10 +183,10 @@ def arm_config(name: str, seed: int, steps: int, data: str, out: Path) -> Config
 def order_digest(config: Config, steps: int) -> str:
     """SHA-256 of the tokens of the first ``steps`` steps, in the order in which they are read."""
     digest = hashlib.sha256()
-    words = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     with joined(config.parallel, config.training.seed) as groups:
         per_step = config.training.global_batch_size
-        data = open_batches(config, groups, words, "train", num_steps(config) * per_step)
+        data = open_batches(config, groups, tokenizer, "train", num_steps(config) * per_step)
         for step in range(steps):
             for batch in data.step(step * per_step):
                 digest.update(batch["tokens"].numpy().tobytes())

@@ -166,9 +166,9 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
         checkpoint.check_same_run(path, config)
     state = TrainState.fresh(config) if path is None else checkpoint.read_state(path, config)
     num_samples = num_steps(config) * config.training.global_batch_size
-    words = load_tokenizer(config.data.tokenizer)
-    data = open_batches(config, groups, words, "train", num_samples)
-    held_out = validation_batches(config, groups, words)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    data = open_batches(config, groups, tokenizer, "train", num_samples)
+    held_out = validation_batches(config, groups, tokenizer)
     trainable = assemble(config.sections, groups, state.shape, initialize=path is None)
     pruner = Pruner(config, trainable)
     if path is not None:
@@ -195,7 +195,9 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     if path is not None:
         done = state.consumed_tokens >= config.schedule.total_tokens
         progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
-    run = Run(config, groups, trainable, pruner, data, held_out, words, log, progress, StopSignal())
+    run = Run(
+        config, groups, trainable, pruner, data, held_out, tokenizer, log, progress, StopSignal()
+    )
     if plan := pruner.due_plan(trainable, state.consumed_tokens):
         apply(run, state, plan)
     return run, state

@@ -195,9 +195,9 @@ def mask_of(mlp: Any) -> torch.Tensor:
 
 def whole(trainable: Any, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
     """The unsharded ``main``, ``grad`` or moment of a parameter, flat, on every rank."""
-    from megatron_idea.engine.shards import slot
+    from megatron_idea.engine.shards import shard_of
 
-    part = slot(trainable.optimizer, parameter)
+    part = shard_of(trainable.optimizer, parameter)
     result = torch.zeros(parameter.numel(), device=parameter.device)
     if part is not None:
         value = part.state[what] if what.startswith("exp_avg") else getattr(part, what)

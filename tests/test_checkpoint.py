@@ -67,11 +67,11 @@ LAYOUTS = {
 
 def parts_of(trainable: Any) -> dict[str, tuple[Any, ...]]:
     """What this rank's optimizer holds of each parameter: numpy, so that it can be sent."""
-    from megatron_idea.engine.shards import MOMENTS, slot
+    from megatron_idea.engine.shards import MOMENTS, shard_of
 
     parts = {}
     for index, parameter in enumerate(trainable.parameters):
-        part = slot(trainable.optimizer, parameter)
+        part = shard_of(trainable.optimizer, parameter)
         if part is not None and part.state:
             values = [part.main.detach().flatten(), *(part.state[m].flatten() for m in MOMENTS)]
             step = part.state["step"]
@@ -361,7 +361,7 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.engine.optimizer import update
     from megatron_idea.engine.passes import forward_backward
-    from megatron_idea.engine.shards import slot
+    from megatron_idea.engine.shards import shard_of
     from megatron_idea.train import build, next_samples, save
 
     gc.freeze()
@@ -375,7 +375,7 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
                 run, state = build(config, groups)
                 forward_backward(run.trainable, run.data, next_samples(run, state))
                 for parameter in run.trainable.parameters:
-                    if part := slot(run.trainable.optimizer, parameter):
+                    if part := shard_of(run.trainable.optimizer, parameter):
                         moment = part.state["exp_avg"]
                         moment.copy_(part.grad.view_as(moment))
                 save(run, state, wait=True)

@@ -39,9 +39,9 @@ def take_steps(trainable: Any, steps: int) -> None:
 
 def slots(trainable: Any) -> list[Any]:
     """This rank's part of every parameter that it has a part of."""
-    from megatron_idea.engine.shards import slot
+    from megatron_idea.engine.shards import shard_of
 
-    parts = (slot(trainable.optimizer, parameter) for parameter in trainable.parameters)
+    parts = (shard_of(trainable.optimizer, parameter) for parameter in trainable.parameters)
     return [part for part in parts if part is not None]
 
 
@@ -96,10 +96,10 @@ def test_shards_of_data_parallel_ranks_tile_every_parameter_once(workers: Worker
 
 
 def owned_ranges(groups: ProcessGroups, config: Config) -> list[tuple[int, tuple[int, int] | None]]:
-    from megatron_idea.engine.shards import slot
+    from megatron_idea.engine.shards import shard_of
 
     trainable = fresh(groups, config)
-    parts = [(p.numel(), slot(trainable.optimizer, p)) for p in trainable.parameters]
+    parts = [(p.numel(), shard_of(trainable.optimizer, p)) for p in trainable.parameters]
     return [(size, (part.start, part.end) if part else None) for size, part in parts]
 
 
@@ -165,7 +165,7 @@ def test_state_gathers_whole_and_scatters_back_bit_for_bit(
 
 
 def gather_and_scatter(groups: ProcessGroups, config: Config) -> None:
-    from megatron_idea.engine.shards import slot
+    from megatron_idea.engine.shards import shard_of
 
     trainable = fresh(groups, config)
     take_steps(trainable, 2)
@@ -180,7 +180,7 @@ def gather_and_scatter(groups: ProcessGroups, config: Config) -> None:
             if together is not None:
                 assert_equal(together[row], expected, what)
         back = shards.scatter(parameter, together)
-        part = slot(trainable.optimizer, parameter)
+        part = shard_of(trainable.optimizer, parameter)
         assert (back is None) == (part is None)
         if part is not None and back is not None:
             mine = [part.main.detach(), part.state["exp_avg"], part.state["exp_avg_sq"]]

@@ -72,12 +72,12 @@ def silenced(groups: ProcessGroups, config: Config, axes: list[str]) -> Any:
 def states(trainable: Any) -> dict[str, list[tuple[str, Tensor, int]]]:
     """By parameter: (what, flat elements, place of the first) of all that this rank holds."""
     from megatron_idea.engine.model import named_parameters
-    from megatron_idea.engine.shards import slot
+    from megatron_idea.engine.shards import shard_of
 
     found = {}
     for name, parameter in named_parameters(trainable.chunks):
         of_one = [("weight", parameter.detach(), 0), ("gradient", parameter.main_grad, 0)]
-        shard = slot(trainable.optimizer, parameter)
+        shard = shard_of(trainable.optimizer, parameter)
         if shard is not None:
             held = {"main": shard.main.detach()} | shard.state
             of_one += [(n, held[n], shard.start) for n in ("main", "exp_avg", "exp_avg_sq")]

@@ -107,12 +107,12 @@ def states(trainable: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def damages(run: Any) -> dict[str, Any]:
     """Ways in which a compaction could go wrong, as functions that do it to one rank."""
-    from megatron_idea.engine.shards import slot
+    from megatron_idea.engine.shards import shard_of
 
     trainable = run.trainable
     layer, mlp = trainable.mlps[0]
-    fc2 = slot(trainable.optimizer, mlp.linear_fc2.weight)
-    fc1 = slot(trainable.optimizer, mlp.linear_fc1.weight)
+    fc2 = shard_of(trainable.optimizer, mlp.linear_fc2.weight)
+    fc1 = shard_of(trainable.optimizer, mlp.linear_fc1.weight)
 
     def swap(x: torch.Tensor, i: int, j: int) -> None:
         x[[i, j]] = x[[j, i]]

@@ -200,7 +200,7 @@ def spoil_one_step(rendezvous: str, config: Config, spoiled: int) -> list[dict[s
     """
     from megatron_idea import train as module
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
-    from megatron_idea.engine.shards import MOMENTS, slot
+    from megatron_idea.engine.shards import MOMENTS, shard_of
 
     gc.freeze()
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
@@ -217,7 +217,7 @@ def spoil_one_step(rendezvous: str, config: Config, spoiled: int) -> list[dict[s
         result = {}
         for index, parameter in enumerate(run.trainable.parameters):
             result[f"weight{index}"] = parameter.detach().float().clone().numpy()
-            part = slot(run.trainable.optimizer, parameter)
+            part = shard_of(run.trainable.optimizer, parameter)
             if part is not None:
                 result[f"main{index}"] = part.main.detach().clone().numpy()
                 for name in MOMENTS:

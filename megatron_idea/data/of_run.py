@@ -14,14 +14,14 @@ from megatron_idea.engine.distributed import ProcessGroups
 def open_batches(
     config: Config,
     groups: ProcessGroups,
-    words: Tokenizer,
+    tokenizer: Tokenizer,
     split: Literal["train", "validation"],
     num_samples: int,
 ) -> Batches:
     """This rank's micro-batches of one side of a run's data."""
     return Batches(
         config.data.train if split == "train" else config.data.validation,
-        words,
+        tokenizer,
         split=split,
         model_vocab_size=config.model.vocab_size,
         seq_length=config.training.seq_length,
@@ -36,11 +36,13 @@ def open_batches(
     )
 
 
-def validation_batches(config: Config, groups: ProcessGroups, words: Tokenizer) -> Batches | None:
+def validation_batches(
+    config: Config, groups: ProcessGroups, tokenizer: Tokenizer
+) -> Batches | None:
     """The fixed held-out samples of a run; None when ``data.validation`` is empty."""
     if not config.data.validation:
         return None
-    return open_batches(config, groups, words, "validation", config.evaluation.num_samples)
+    return open_batches(config, groups, tokenizer, "validation", config.evaluation.num_samples)
 
 
 def cache_dir(config: Config) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_idea.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from megatron_idea.engine.distributed import ProcessGroups, device
-from megatron_idea.engine.shards import slot
+from megatron_idea.engine.shards import shard_of
 
 
 def build_optimizer(
@@ -143,7 +143,7 @@ def set_state(
     parameter gets a ``step`` tensor of its own: torch's Adam adds one to it in place, so a shared
     tensor would count every parameter (a load through megatron-core shares it).
     """
-    part = slot(optimizer, parameter)
+    part = shard_of(optimizer, parameter)
     assert part is not None
     inner = optimizer.optimizer
     if main is not None:

@@ -16,7 +16,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Slot:
+class Shard:
     """What this rank's optimizer holds of one parameter: its flat elements [start, end).
 
     Without the distributed optimizer that is the whole parameter on every data-parallel rank.
@@ -37,8 +37,8 @@ class Slot:
         return main_grad.view(-1)[self.start : self.end]
 
 
-def slot(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Slot | None:
-    """This rank's part of ``parameter``; None when its shard is all on other ranks."""
+def shard_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Shard | None:
+    """Return this rank's part of ``parameter``; None when all of it is on other ranks."""
     inner = optimizer.optimizer
     if isinstance(optimizer, DistributedOptimizer):
         if parameter not in optimizer.model_param_gbuf_map:
@@ -50,7 +50,7 @@ def slot(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Slot | 
     else:
         main = getattr(parameter, "main_param", parameter)
         start, end = 0, parameter.numel()
-    return Slot(parameter, start, end, main, inner.state.get(main, {}))
+    return Shard(parameter, start, end, main, inner.state.get(main, {}))
 
 
 def has_main_copy(parameter: torch.nn.Parameter) -> bool:
@@ -108,7 +108,7 @@ class ShardExchange:
         """Each DP rank's [start, end) of each parameter."""
         if not self._sharded:
             return {}
-        parts = (slot(self._optimizer, parameter) for parameter in parameters)
+        parts = (shard_of(self._optimizer, parameter) for parameter in parameters)
         mine = torch.tensor(
             [(p.start, p.end) if p else (0, 0) for p in parts], device=self._groups.device
         )
@@ -132,7 +132,7 @@ class ShardExchange:
     @torch.no_grad()
     def gather(self, parameter: torch.nn.Parameter) -> Tensor | None:
         """Whole fp32 [3, numel] on the owner, None elsewhere; a collective over DP."""
-        part = slot(self._optimizer, parameter)
+        part = shard_of(self._optimizer, parameter)
         mine = (
             torch.stack([part.main.detach().view(-1), *(part.state[m].view(-1) for m in MOMENTS)])
             if part

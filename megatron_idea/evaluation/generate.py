@@ -190,10 +190,9 @@ def open_writer(path: Path, tokenizer: str = "") -> Iterator[Writer]:
         yield _exported(path, tokenizer)
         return
     with open_model(path) as (forward, config):
-        words = load_tokenizer(tokenizer or config.data.tokenizer)
         yield Writer(
             lambda ids: forward(torch.tensor([ids]))[0, -1].float().cpu(),
-            words,
+            load_tokenizer(tokenizer or config.data.tokenizer),
             config.training.seq_length,
         )
 
@@ -231,8 +230,8 @@ def open_model(path: Path) -> Iterator[tuple[Callable[[Tensor], Tensor], configu
 def _exported(path: Path, tokenizer: str) -> Writer:
     model = load_folder(path)
     # With our own reader of tokenizer.json the same text gets the same ids as in training.
-    words = load_tokenizer(tokenizer or path)
-    return Writer(_Cached(model).logits, words, model.config.max_position_embeddings)
+    loaded = load_tokenizer(tokenizer or path)
+    return Writer(_Cached(model).logits, loaded, model.config.max_position_embeddings)
 
 
 class _Cached:

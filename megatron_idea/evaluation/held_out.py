@@ -167,16 +167,16 @@ def evaluate_model(
     state = checkpoint.read_state(found, config)
     with joined(config.parallel, config.training.seed) as groups:
         storage.verify(found, groups)
-        words = load_tokenizer(config.data.tokenizer)
+        tokenizer = load_tokenizer(config.data.tokenizer)
         model, training = config.model, config.training
         core = transformer_config(model, training, config.parallel, state.shape)
         chunks = build_model(model, training, core, groups)
         checkpoint.load_weights(chunks, found, groups)
-        sizes = _token_sizes(words, groups.device)
+        sizes = _token_sizes(tokenizer, groups.device)
         step = functools.partial(_megatron_step, chunks, groups, sizes)
         with evaluating(chunks), progress_bar(groups.world.rank() == 0) as bar:
             return [
-                _measure(step, name, _rows(name, config, words, groups, options.limit), bar)
+                _measure(step, name, _rows(name, config, tokenizer, groups, options.limit), bar)
                 for name in (data or [OWN_DATA])
             ]
 
@@ -200,11 +200,11 @@ def _config_of(found: Path, overrides: Sequence[str], options: Options, world_si
 
 
 def _rows(
-    name: str, config: Config, words: Tokenizer, groups: ProcessGroups | None, limit: int
+    name: str, config: Config, tokenizer: Tokenizer, groups: ProcessGroups | None, limit: int
 ) -> Rows:
     """What ``name`` means, over the ranks of ``groups``, or for one process that has none."""
     if name == OWN_DATA and config.data.validation and groups is not None:
-        return open_batches(config, groups, words, "validation", config.evaluation.num_samples)
+        return open_batches(config, groups, tokenizer, "validation", config.evaluation.num_samples)
     training = config.training
     common: dict[str, Any] = {
         "model_vocab_size": config.model.vocab_size,
@@ -218,10 +218,10 @@ def _rows(
     elif torch.cuda.is_available():
         common["device"] = "cuda"
     if _is_dataset(name):
-        sequences = max(1, (check_dataset(name, words).tokens - 1) // training.seq_length)
+        sequences = max(1, (check_dataset(name, tokenizer).tokens - 1) // training.seq_length)
         return Batches(
             [BlendEntry(name)],
-            words,
+            tokenizer,
             split="validation",
             num_samples=min(limit or sequences, sequences),
             seed=training.seed,
@@ -230,7 +230,7 @@ def _rows(
         )
     parallel = config.parallel
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return RollingBatches([name], words, limit=limit, multiple=multiple, **common)
+    return RollingBatches([name], tokenizer, limit=limit, multiple=multiple, **common)
 
 
 def _check_names(data: Sequence[str]) -> None:
@@ -281,24 +281,24 @@ def _evaluate_folder(
     if not data:
         raise ConfigError(f"say what to measure {path} on: --data PREFIX_OR_TEXT")
     model = load_folder(path)
-    tokenizer = options.tokenizer or _folder_tokenizer(path)
-    words = load_tokenizer(tokenizer)
+    file = options.tokenizer or _folder_tokenizer(path)
+    tokenizer = load_tokenizer(file)
     batch_size = options.batch_size or 8
     window = options.seq_length or model.config.max_position_embeddings
     with tempfile.TemporaryDirectory() as cache:
         config = configuration.replace(
             Config(),
             model={"vocab_size": model.get_input_embeddings().num_embeddings},
-            data={"cache_dir": cache, "tokenizer": tokenizer},
+            data={"cache_dir": cache, "tokenizer": file},
             training={
                 "seq_length": window, "micro_batch_size": batch_size,
                 "global_batch_size": batch_size,
             },
         )  # fmt: skip
-        step = functools.partial(_folder_step, model, _token_sizes(words, model.device))
+        step = functools.partial(_folder_step, model, _token_sizes(tokenizer, model.device))
         with progress_bar(True) as bar:
             return [
-                _measure(step, name, _rows(name, config, words, None, options.limit), bar)
+                _measure(step, name, _rows(name, config, tokenizer, None, options.limit), bar)
                 for name in data
             ]
 

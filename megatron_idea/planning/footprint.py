@@ -22,7 +22,7 @@ from megatron_idea.config import Config, ParallelConfig, TrainingConfig
 from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.optimizer import set_state
 from megatron_idea.engine.passes import forward_backward
-from megatron_idea.engine.shards import MOMENTS, ShardExchange, has_main_copy, slot
+from megatron_idea.engine.shards import MOMENTS, ShardExchange, has_main_copy, shard_of
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.planning.dry_run import LiveBytes, Paper
 from megatron_idea.prune import compact as compaction
@@ -37,7 +37,7 @@ def build(config: Config, paper: Paper, widths: Sequence[int]) -> Trainable:
     shape = Shape.full(config.model).with_counts("ffn_hidden_size", widths)
     trainable = assemble(config.sections, paper.groups, shape, initialize=False)
     for parameter in trainable.parameters:
-        part = slot(trainable.optimizer, parameter)
+        part = shard_of(trainable.optimizer, parameter)
         if part is not None:
             moments = {name: torch.zeros_like(part.main) for name in MOMENTS}
             set_state(trainable.optimizer, parameter, 1, None, moments)
@@ -46,7 +46,7 @@ def build(config: Config, paper: Paper, widths: Sequence[int]) -> Trainable:
 
 def kept_tensors(trainable: Trainable) -> dict[str, list[Tensor]]:
     """What stays in memory between steps, by kind; a storage may come more than once."""
-    state = [p for p in (slot(trainable.optimizer, p) for p in trainable.parameters) if p]
+    state = [p for p in (shard_of(trainable.optimizer, p) for p in trainable.parameters) if p]
     buffers = [b for chunk in trainable.chunks for b in chunk.buffers]
     return {
         "weights": [
@@ -94,7 +94,7 @@ def owned_ranges(
 
 def own_shard(trainable: Trainable) -> int:
     """Elements of the optimizer shard of this rank."""
-    parts = (slot(trainable.optimizer, p) for p in trainable.parameters)
+    parts = (shard_of(trainable.optimizer, p) for p in trainable.parameters)
     return sum(part.end - part.start for part in parts if part)
 
 
@@ -109,7 +109,7 @@ def fullest_shard(trainable: Trainable) -> int:
         return sum(p.numel() for p in parameters)
     buffers = [buffer for chunk in trainable.chunks for buffer in chunk.buffers]
     ranges = owned_ranges(buffers, parameters, dp.size())
-    mine = [slot(trainable.optimizer, p) for p in parameters]
+    mine = [shard_of(trainable.optimizer, p) for p in parameters]
     assert ranges[dp.rank()] == [(p.start, p.end) if p else (0, 0) for p in mine]
     return max(sum(end - start for start, end in of_rank) for of_rank in ranges)
 

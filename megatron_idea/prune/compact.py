@@ -30,7 +30,7 @@ from megatron_idea.engine.distributed import (
 )
 from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import adam_step, finish_main_update, set_state
-from megatron_idea.engine.shards import MOMENTS, has_main_copy, slot
+from megatron_idea.engine.shards import MOMENTS, has_main_copy, shard_of
 from megatron_idea.engine.trainable import Trainable, assemble, forget_data_parallel
 from megatron_idea.prune.axis import AXES, Share, shares_of
 from megatron_idea.prune.plan import Plan, StoredUnits
@@ -403,7 +403,7 @@ def move_layers(staged: dict[str, Tensor], owners: dict[str, int], fresh: Traina
 
 def _drop(trainable: Trainable, parameter: torch.nn.Parameter) -> None:
     """Free this rank's shard of the main weight and moments."""
-    part = slot(trainable.optimizer, parameter)
+    part = shard_of(trainable.optimizer, parameter)
     if part is None:
         return
     trainable.optimizer.optimizer.state.pop(part.main, None)

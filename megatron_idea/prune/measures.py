@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_idea.config import ModelConfig
 from megatron_idea.engine.distributed import ProcessGroups
-from megatron_idea.engine.shards import slot
+from megatron_idea.engine.shards import shard_of
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.kernels import MatrixShard, matrix_scores
 from megatron_idea.prune.axis import AXES, EMBEDDING, Share, fold
@@ -111,7 +111,7 @@ def _shard(
     is_sharded = trainable.parallel.use_distributed_optimizer
     if not is_sharded and trainable.groups.shards.rank() > 0:
         return whole
-    held = slot(trainable.optimizer, parameter)
+    held = shard_of(trainable.optimizer, parameter)
     if held is None:
         return whole
     grad = held.grad if measure.needs_gradients else None

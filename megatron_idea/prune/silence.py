@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_idea.engine.distributed import on_device
-from megatron_idea.engine.shards import MOMENTS, has_main_copy, slot
+from megatron_idea.engine.shards import MOMENTS, has_main_copy, shard_of
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share, blocks
 from megatron_idea.prune.units import LocalUnits, named_shares
@@ -28,7 +28,7 @@ def silence(trainable: Trainable, gone: LocalUnits) -> None:
     """
     device = trainable.groups.device
     for _, parameter, shares in named_shares(trainable):
-        shard = slot(trainable.optimizer, parameter)
+        shard = shard_of(trainable.optimizer, parameter)
         for share in shares:
             of_axis = gone.get(share.axis, {})
             mask = of_axis.get(share.layer, of_axis.get(None))
@@ -64,7 +64,7 @@ def rescale_norms(trainable: Trainable, gains: Tensor) -> None:
         if factor == 1.0:
             continue
         parameter.data.mul_(factor)
-        shard = slot(trainable.optimizer, parameter)
+        shard = shard_of(trainable.optimizer, parameter)
         if shard is None:
             continue
         if has_main_copy(parameter):

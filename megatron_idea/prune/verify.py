@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.engine.passes import at_least, through
-from megatron_idea.engine.shards import MOMENTS, slot
+from megatron_idea.engine.shards import MOMENTS, shard_of
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share
 from megatron_idea.prune.plan import StoredUnits, Units, local_part, table_size
@@ -124,7 +124,7 @@ def unit_checksums(trainable: Trainable, stored: StoredUnits) -> dict[str, Tenso
         for axis in AXES
     }
     for _, parameter, shares in named_shares(trainable):
-        part = slot(trainable.optimizer, parameter)
+        part = shard_of(trainable.optimizer, parameter)
         if part is None:
             continue
         home = min(shares, key=lambda share: AXES.index(share.axis))
