@@ -280,7 +280,7 @@ def plan(
     from megatron_idea.planning.budget import Assumptions, make_budget
     from megatron_idea.planning.view import draw_budget, render_budget
 
-    with Console(stderr=True).status("building the model on paper"):
+    with Console(stderr=True).status("a dry run on the meta device"):
         budget = make_budget(loaded, gpus, gpu_named(gpu), Assumptions(mfu=mfu))
     if as_json:
         _print_json(dataclasses.asdict(made) | {"budget": budget})
@@ -300,7 +300,7 @@ def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> 
     from megatron_idea.planning.view import render_layouts
 
     kind = gpu_named(gpu)
-    with Console(stderr=True).status("building the model on paper in many layouts"):
+    with Console(stderr=True).status("dry runs in many layouts"):
         fitting, refused = suggest(config, gpus, kind, Assumptions(mfu=mfu))
     if as_json:
         _print_json({"fitting": fitting, "refused": refused})

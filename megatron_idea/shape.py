@@ -138,6 +138,10 @@ class Shape:
             norm=norm,
         )
 
+    def kv_cache_values(self, model: ModelConfig) -> int:
+        """Count the numbers that a server caches of one token: keys and values of all groups."""
+        return 2 * sum(self.counts("num_query_groups")) * model.kv_channels
+
     def flops_per_token(self, model: ModelConfig, seq_length: int) -> int:
         """Count the FLOPs of training on one token: forward, and backward at twice the forward.
 

@@ -190,7 +190,7 @@ def test_shapes_change_at_the_steps_worked_out_by_hand() -> None:
     assert plan == [(33, 56), (34, 40), (35, 32), (37, 24), (40, 16)]
 
 
-def test_masks_only_never_change_the_shape() -> None:
+def test_zeros_alone_never_change_the_shape() -> None:
     config = small(prune={"compact": False})
     assert shape_plan(config) == []
     assert shape_at(config, 1024) == Shape.full(config.model)
@@ -236,7 +236,7 @@ def test_the_plans_phases_add_up(paper: Config) -> None:
     assert [part.tokens for part in plan.phases] == [10**12, 3 * 10**11, 7 * 10**11]
     assert sum(part.steps for part in plan.phases) == plan.steps == 476838
     assert sum(part.flops for part in plan.phases) == plan.cost.this_run
-    assert plan.cost.target_from_scratch < plan.cost.this_run < plan.cost.masks_only
+    assert plan.cost.target_from_scratch < plan.cost.this_run < plan.cost.zeros_only
     # 2.8B over half of the tokens and mostly 1.3B over the rest: about (2.8 + 1.3) / (2 x 1.3).
     assert plan.cost.this_run / plan.cost.target_from_scratch == pytest.approx(1.55, abs=0.01)
 
@@ -278,13 +278,59 @@ def test_two_figures_are_enough_for_a_models_name() -> None:
     assert human_count(302e6, digits=2) == "302M"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "300m", "2p8b_to_1p3b"])
-def test_every_example_can_be_planned(name: str) -> None:
-    config = configs.load(EXAMPLES / f"{name}.yaml")
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_can_be_planned(path: Path) -> None:
+    config = configs.load(path)
     parallel = config.parallel
     size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     plan = forecast(config, size)
     assert plan.target.parameters.total < plan.enlarged.parameters.total
     last = plan.points[-1]
     assert last.removed == 1 and last.live == last.stored == plan.target.stored
-    assert last.stored["ffn_hidden_size"] == config.goals["ffn_hidden_size"].target
+    for axis, goal in config.goals.items():
+        assert last.stored[axis] == goal.target
+
+
+@pytest.fixture(scope="module")
+def all_axes() -> Config:
+    return configs.load(EXAMPLES / "2p8b_to_1p3b_all_axes.yaml")
+
+
+def test_all_axes_reach_the_size_that_neurons_alone_reach(paper: Config, all_axes: Config) -> None:
+    assert all_axes.model == paper.model
+    neurons, together = (forecast(config, 2).target for config in (paper, all_axes))
+    assert together.parameters.total == pytest.approx(neurons.parameters.total, rel=0.005)
+    # bf16 keys and values of 128 channels.
+    assert neurons.kv_cache_bytes_per_token == 2 * 8 * 128 * 24 * 2
+    assert together.kv_cache_bytes_per_token == 2 * 4 * 128 * 20 * 2
+
+
+def test_each_axis_is_shown_alone_and_together(all_axes: Config) -> None:
+    run = forecast(all_axes, 2)
+    assert list(run.alone) == ["ffn_hidden_size", "num_query_groups", "num_layers"]
+    for axis, size in run.alone.items():
+        others = {name: run.enlarged.stored[name] for name in run.enlarged.stored if name != axis}
+        assert size.stored == others | {axis: run.target.stored[axis]}
+        assert run.target.parameters.total < size.parameters.total < run.enlarged.parameters.total
+        assert run.target.flops_per_token < size.flops_per_token < run.enlarged.flops_per_token
+    assert [part.parameters for part in run.phases] == [
+        run.enlarged.parameters.total,
+        run.target.parameters.total,
+        run.target.parameters.total,
+    ]
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render(run))
+    text = capture.get()
+    for shown in ("neurons alone", "KV groups alone", "layers alone", "98.3K", "81.9K", "1.3B"):
+        assert shown in text
+
+
+def test_axes_in_order_begin_one_after_the_other(all_axes: Config) -> None:
+    order = ["num_layers", "ffn_hidden_size+num_query_groups"]
+    run = forecast(configs.replace(all_axes, prune={"order": order}), 2)
+    (begin,) = [point for point in run.points if point.label == "neurons and KV groups begin"]
+    (before,) = [point for point in run.points if point.label == "removal 25 %"]
+    assert begin.live["num_layers"] == run.target.stored["num_layers"]
+    assert before.live["num_query_groups"] == run.enlarged.stored["num_query_groups"]
+    assert begin.removed == pytest.approx(1 / 3, abs=1e-3)

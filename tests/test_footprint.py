@@ -1,4 +1,4 @@
-"""Figures from paper against processes that really build, train and compact the same model."""
+"""Figures of dry runs against processes that really build, train and compact the same model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import backward, ffn_shape, run_job
+from jobs import backward, run_job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,12 +22,13 @@ from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import update
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.planning import footprint
-from megatron_idea.planning.dry_run import LiveBytes, on_paper
+from megatron_idea.planning.dry_run import LiveBytes, dry_run
 from megatron_idea.prune import compact as compaction
-from megatron_idea.shape import Shape
+from megatron_idea.prune.axis import EMBEDDING
+from megatron_idea.shape import AXES, Shape
 from megatron_idea.testing import Workers
 
-LAYERS, HIDDEN, WIDTH, VOCAB, SEQUENCE = 4, 64, 1024, 2048, 64
+HIDDEN, WIDTH, VOCAB, SEQUENCE = 64, 1024, 2048, 64
 NARROW = 512
 
 # Processes, precision and layout: each kind of parallelism alone and with the others, with and
@@ -52,8 +53,8 @@ def model(precision: str = "bf16", **parallel: Any) -> Config:
     return configuration.from_dict(
         {
             "model": {
-                "num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": WIDTH,
-                "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
+                "num_layers": 4, "hidden_size": HIDDEN, "ffn_hidden_size": WIDTH,
+                "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 16,
                 "vocab_size": VOCAB, "qk_layernorm": True,
             },
             "training": {
@@ -67,13 +68,13 @@ def model(precision: str = "bf16", **parallel: Any) -> Config:
 
 
 @contextmanager
-def paper_model(config: Config, world: int, stage: int = 0) -> Iterator[tuple[Any, Trainable]]:
-    with on_paper(config, world, stage) as paper:
-        yield paper, footprint.build(config, paper, [WIDTH] * LAYERS)
+def dry_model(config: Config, world: int, stage: int = 0) -> Iterator[tuple[Any, Trainable]]:
+    with dry_run(config, world, stage) as dry:
+        yield dry, footprint.build(config, dry, Shape.full(config.model))
 
 
-def ranks_on_paper(config: Config, world: int) -> dict[int, int]:
-    """Rank -> its pipeline stage, of the ranks that ``on_paper`` can be."""
+def dry_ranks(config: Config, world: int) -> dict[int, int]:
+    """Rank -> its pipeline stage, of the ranks that ``dry_run`` can be."""
     stages = config.parallel.pipeline_model_parallel_size
     return {stage * world // stages: stage for stage in range(stages)}
 
@@ -110,18 +111,18 @@ def train_a_step(groups: Any, config: Config) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("world", "precision", "parallel"), LAYOUTS, ids=str)
-def test_paper_says_what_a_rank_measures(
+def test_a_dry_run_says_what_a_rank_measures(
     workers: Workers, world: int, precision: str, parallel: dict[str, Any]
 ) -> None:
     config = model(precision, **parallel)
     measured = run_job(workers, train_a_step, world, config)
-    stages = ranks_on_paper(config, world)
+    stages = dry_ranks(config, world)
     for rank, stage in stages.items():
-        with paper_model(config, world, stage) as (paper, trainable):
+        with dry_model(config, world, stage) as (dry, trainable):
             names = {name: p.numel() for name, p in named_parameters(trainable.chunks)}
             kept = footprint.kept_bytes(trainable)
             fullest = footprint.fullest_shard(trainable)
-            step = footprint.step(paper, trainable)
+            step = footprint.step(dry, trainable)
         assert names == measured[rank]["parameters"]
         assert kept == measured[rank]["kept"]
         peers = measured[rank : rank + world // len(stages)]
@@ -132,9 +133,9 @@ def test_paper_says_what_a_rank_measures(
         assert step.activation_bytes == pytest.approx(measured[rank]["activations"], rel=0.05)
 
 
-def compact_really(groups: Any, config: Config, relocations: Any) -> dict[str, int]:
-    """The peak of a compaction on this rank, and the bytes it sends by all-to-all."""
-    from torch.distributed import all_to_all_single
+def compact_really(groups: Any, config: Config, change: footprint.Change) -> dict[str, Any]:
+    """The peak of a compaction on this rank, and the bytes it sends itself."""
+    from torch.distributed import all_to_all_single, send
 
     trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     backward(trainable)
@@ -147,54 +148,110 @@ def compact_really(groups: Any, config: Config, relocations: Any) -> dict[str, i
         sent += row * (sum(in_splits) - in_splits[group.rank()])
         return all_to_all_single(output, given, out_splits, in_splits, group=group)
 
+    def count_sent(tensor: Any, **to: Any) -> Any:
+        nonlocal sent
+        sent += tensor.nbytes
+        return send(tensor, **to)
+
     # No name for the tensors: the first to go must be free to go.
     live = LiveBytes(t for of_kind in footprint.kept_tensors(trainable).values() for t in of_kind)
-    with mock.patch("torch.distributed.all_to_all_single", count), live:
+    patches = mock.patch.multiple(dist, all_to_all_single=count, send=count_sent)
+    with patches, live:
         compaction.free_gradients(trainable)
         live.peak = live.live
-        staged, owners = compaction.stage(trainable, relocations)
-        compaction.release(trainable)
-        shape = ffn_shape(config, [NARROW] * LAYERS)
-        fresh = assemble(config.sections, groups, shape, initialize=False, gradients=False)
-        compaction.restore(fresh, staged, owners, 1)
-        for chunk in fresh.chunks:
-            chunk.restore_grad_buffers()
-    return {"peak": live.peak, "sent": sent}
+        fresh, moved = compaction.rebuild(trainable, change.relocations, change.shape, 1)
+    names = [name for name, _ in named_parameters(fresh.chunks)]
+    return {"peak": live.peak, "sent": sent, "moved_layers": moved, "names": names}
+
+
+NEURONS = {"ffn_hidden_size": NARROW}
+ALL = {"ffn_hidden_size": 768, "num_query_groups": 2, "hidden_size": 48, "num_layers": 2}
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel"),
+    ("world", "parallel", "target"),
     [
-        (1, {}),
-        (2, {}),
-        (2, {"tensor_model_parallel_size": 2}),
-        (4, {"tensor_model_parallel_size": 2}),
+        (1, {}, NEURONS),
+        (2, {}, NEURONS),
+        (2, {"tensor_model_parallel_size": 2}, NEURONS),
+        (4, {"tensor_model_parallel_size": 2}, NEURONS),
+        (1, {}, ALL),
+        (2, {"tensor_model_parallel_size": 2}, ALL),
+        (4, {"pipeline_model_parallel_size": 2}, ALL),
+        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, ALL),
     ],
     ids=str,
 )
-def test_a_compaction_on_paper_peaks_where_a_real_one_does(
-    workers: Workers, world: int, parallel: dict[str, Any]
+def test_a_dry_compaction_peaks_where_a_real_one_does(
+    workers: Workers, world: int, parallel: dict[str, Any], target: dict[str, int]
 ) -> None:
     config = model("bf16", **parallel)
-    chances = footprint.random_relocations(config, WIDTH, NARROW)
+    shape = Shape.full(config.model)
+    for axis, count in target.items():
+        shape = shape.with_counts(axis, count)
+    (change,) = footprint.random_changes(config, [Shape.full(config.model), shape])
+    tp, pp = (
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+    )
     # gloo's threads let go of a message some time after it has arrived: the least of three counts.
-    runs = [run_job(workers, compact_really, world, config, chances)[0] for _ in range(3)]
-    measured = min(runs, key=lambda run: run["peak"])
-    with paper_model(config, world) as (paper, trainable):
-        fresh, figures = footprint.compact(paper, trainable, NARROW, chances)
-        numel = sum(buffer.numel for chunk in fresh.chunks for buffer in chunk.buffers)
-        dp = paper.groups.dp.size()
-    assert figures.peak_bytes == pytest.approx(measured["peak"], rel=0.01)
-    # By all-to-all; and the new bf16 weights are gathered at the end.
-    assert figures.sent_bytes == measured["sent"] + 2 * numel * (dp - 1) // dp
+    runs = [run_job(workers, compact_really, world, config, change) for _ in range(3)]
+    for rank, stage in dry_ranks(config, world).items():
+        measured = min((run[rank] for run in runs), key=lambda run: run["peak"])
+        with dry_model(config, world, stage) as (dry, trainable):
+            fresh, figures = footprint.compact(dry, trainable, change)
+            names = [name for name, _ in named_parameters(fresh.chunks)]
+            numel = sum(buffer.numel for chunk in fresh.chunks for buffer in chunk.buffers)
+            dp = dry.groups.dp.size()
+        assert names == measured["names"]
+        assert figures.peak_bytes == pytest.approx(measured["peak"], rel=0.01)
+        # The new bf16 weights are gathered at the end; both ends of a pipeline agree on a tied
+        # embedding when they are built.
+        sent = measured["sent"] + 2 * numel * (dp - 1) // dp
+        if pp > 1:
+            sent += 2 * VOCAB // tp * change.shape.hidden_size
+            assert measured["moved_layers"] > 0
+        assert figures.sent_bytes == sent
+
+
+@pytest.mark.parametrize("axis", [*AXES, "all"])
+@pytest.mark.parametrize(("tp", "pp", "vpp"), [(1, 1, 1), (2, 2, 1), (1, 4, 1), (2, 2, 2)])
+def test_every_stage_has_the_parameters_that_are_counted(
+    axis: str, tp: int, pp: int, vpp: int
+) -> None:
+    """Also where layers do not divide: megatron-core reads global state for the count then."""
+    config = configuration.replace(
+        model(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+        ),
+        model={"num_layers": 8},
+    )
+    shape = Shape.full(config.model)
+    for one in AXES if axis == "all" else (axis,):
+        shape = shape.with_counts(one, {**ALL, "num_layers": 5}[one])
+    total = 0
+    for stage in range(pp):
+        with dry_run(config, tp * pp, stage) as dry:
+            trainable = footprint.build(config, dry, shape)
+            built = {name: p.numel() for name, p in named_parameters(trainable.chunks)}
+            split = {n for n, p in named_parameters(trainable.chunks) if p.tensor_model_parallel}
+        assert built == footprint.parameter_sizes(config.sections, shape, stage)
+        total += sum(
+            numel * (tp if name in split else 1)
+            for name, numel in built.items()
+            if not (stage and name == EMBEDDING)  # tied: a copy
+        )
+    assert total == shape.parameters(config.model).total
 
 
 def test_messages_are_those_of_the_layout() -> None:
     """TP 2 with sequence parallelism, PP 2, DP 2: bytes by hand."""
     config = model("bf16", tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    with paper_model(config, 8) as (paper, trainable):
+    with dry_model(config, 8) as (dry, trainable):
         numel = sum(b.numel for chunk in trainable.chunks for b in chunk.buffers)
-        sent = footprint.step(paper, trainable).sent_bytes
+        sent = footprint.step(dry, trainable).sent_bytes
     # fp32 gradients are scattered and bf16 weights gathered, half of each goes to the other.
     assert sent["dp"] == numel * (4 + 2) // 2
     # Each of 2 micro-batches' residual stream goes to the next stage: half of the tokens a rank.
@@ -221,25 +278,10 @@ def test_flops_are_those_counted_in_a_training_step(workers: Workers) -> None:
     assert counted == config.batch_tokens * (linear + 2 * causal)
 
 
-@pytest.mark.parametrize("widths", [[16384] * 24, [6144] * 24])
-def test_the_paper_model_is_built_as_large_as_it_is_counted(widths: list[int]) -> None:
-    path = configuration.__file__.replace("megatron_idea/config.py", "examples/configs/")
-    config = configuration.load(f"{path}2p8b_to_1p3b.yaml")
-    with on_paper(config, 256) as paper:
-        trainable = footprint.build(config, paper, widths)
-        halves = {n for n, p in named_parameters(trainable.chunks) if p.tensor_model_parallel}
-        built = sum(
-            p.numel() * (2 if name in halves else 1)
-            for name, p in named_parameters(trainable.chunks)
-        )
-    shape = Shape.full(config.model)
-    assert built == shape.with_counts("ffn_hidden_size", widths).parameters(config.model).total
-
-
-def test_nothing_of_the_paper_job_is_left_even_after_an_error() -> None:
+def test_nothing_of_a_dry_run_is_left_even_after_an_error() -> None:
     config = model()
     state = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), paper_model(config, 1024):
+    with pytest.raises(ZeroDivisionError), dry_model(config, 1024):
         raise ZeroDivisionError
     assert not dist.is_initialized()
     assert torch.equal(torch.get_rng_state(), state)
@@ -249,9 +291,9 @@ def test_nothing_of_the_paper_job_is_left_even_after_an_error() -> None:
 
 def test_a_process_can_train_after_it_has_planned() -> None:
     config = model()
-    with paper_model(config, 4) as (paper, trainable):
-        footprint.step(paper, trainable)
-    del paper, trainable
+    with dry_model(config, 4) as (dry, trainable):
+        footprint.step(dry, trainable)
+    del dry, trainable
     groups = start_distributed(config.parallel, seed=1)
     try:
         trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)

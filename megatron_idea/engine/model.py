@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -94,23 +95,29 @@ class ShapedTransformerConfig(TransformerConfig):
         return config
 
 
-def pipeline_layout(num_layers: int, stages: int) -> list[list[str]] | None:
-    """Deal layers out to pipeline stages where they do not divide; None where they do.
+def layers_by_stage(num_layers: int, stages: int) -> list[range]:
+    """Deal layers out to pipeline stages, by their positions in the model.
 
-    Stages in the middle get one more before those at the ends, which have the embedding or the
-    output layer.
+    Where they do not divide, stages in the middle get one more before those at the ends, which
+    have the embedding or the output layer.
 
     Args:
         stages: model chunks over all pipeline ranks, in the order in which a token meets them.
     """
-    if num_layers % stages == 0:
-        return None
     counts = [num_layers // stages] * stages
     for stage in sorted(range(stages), key=lambda n: (n in (0, stages - 1), n == stages - 1))[
         : num_layers % stages
     ]:
         counts[stage] += 1
-    layout = [["decoder"] * count for count in counts]
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def pipeline_layout(num_layers: int, stages: int) -> list[list[str]] | None:
+    """Say ``layers_by_stage`` in megatron-core's words; None where layers divide."""
+    if num_layers % stages == 0:
+        return None
+    layout = [["decoder"] * len(layers) for layers in layers_by_stage(num_layers, stages)]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout

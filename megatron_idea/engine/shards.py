@@ -58,6 +58,18 @@ def has_main_copy(parameter: torch.nn.Parameter) -> bool:
     return parameter.dtype != torch.float32
 
 
+def deal(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Give each parameter an owner: largest first, to the rank that has least.
+
+    Equal over TP because sizes are.
+    """
+    load, owners = [0] * ranks, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += sizes[index]
+    return owners
+
+
 class ShardExchange:
     """Moves a parameter's main weight and moments between DP shards and one whole copy.
 
@@ -79,28 +91,15 @@ class ShardExchange:
         self._groups = groups
         self._sharded = isinstance(optimizer, DistributedOptimizer) and groups.shards.size() > 1
         self._parameters = parameters
-        self._owners = (
-            self._deal(parameters, groups.shards.size())
-            if owners is None
-            else dict(zip(map(id, parameters), owners, strict=True))
-        )
+        if owners is None:
+            owners = deal([p.numel() for p in parameters], groups.shards.size())
+        self._owners = dict(zip(map(id, parameters), owners, strict=True))
         self._ranges = self._all_ranges(parameters)
 
     @property
     def owners(self) -> list[int]:
         """The data-parallel rank that each parameter comes together on, in the model's order."""
         return [self._owners[id(parameter)] for parameter in self._parameters]
-
-    @staticmethod
-    def _deal(parameters: Sequence[torch.nn.Parameter], dp: int) -> dict[int, int]:
-        """Largest first, to the rank that has least; equal over TP because shapes are."""
-        load = [0] * dp
-        owners = {}
-        for parameter in sorted(parameters, key=lambda p: -p.numel()):
-            owner = load.index(min(load))
-            owners[id(parameter)] = owner
-            load[owner] += parameter.numel()
-        return owners
 
     def _all_ranges(
         self, parameters: Sequence[torch.nn.Parameter]

@@ -1,6 +1,6 @@
-"""What a run takes of a cluster: memory per GPU, GPU-hours, messages; and layouts that fit.
+"""Forecast what a run takes of a cluster: memory per GPU, GPU-hours, messages; layouts that fit.
 
-Memory and messages come from the code itself (``footprint.py``), FLOPs from shapes
+Memory and messages come from dry runs of the code itself (``footprint.py``), FLOPs from shapes
 (``estimate.py``). Seconds and GPU-hours are estimates: FLOPs over the GPU's peak times an assumed
 MFU, bytes over the bandwidth of data sheets. Nothing here was measured on a GPU.
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_idea import config as configuration
@@ -17,15 +19,14 @@ from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.course import shape_plan, target_shape
 from megatron_idea.engine.gpus import USABLE, Gpu
 from megatron_idea.planning import footprint
-from megatron_idea.planning.dry_run import Paper, on_paper
+from megatron_idea.planning.dry_run import DryRun, dry_run
 from megatron_idea.planning.estimate import Counts, Forecast, counts, forecast
-from megatron_idea.prune.compact import Relocations
 from megatron_idea.shape import Shape
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What cannot be read off shapes; every figure in seconds or hours rests on it."""
+    """Holds what cannot be read off shapes; every figure in seconds or hours rests on it."""
 
     mfu: float = 0.4
     """Model FLOPs utilization: share of the peak that the model's own FLOPs reach."""
@@ -41,7 +42,6 @@ class Memory:
     gradients: int
     main_weights: int
     moments: int
-    masks: int
     activations: int
 
     @property
@@ -56,12 +56,14 @@ class Stretch:
     tokens: int
     stored: Counts
     stage: int
-    """Pipeline stage whose GPUs are the fullest: the figures are theirs."""
+    """Pipeline stage whose GPUs are the fullest in this shape: the figures are theirs."""
     memory: Memory
     total_bytes: int
     compaction_peak_bytes: int
-    """Most bytes at once while compacting to this shape, gradients freed; 0 at the start."""
+    """Most bytes at once on any GPU while compacting to this shape, gradients freed; 0 at the
+    start. Which units and layers go is drawn by chance."""
     compaction_sent_bytes: int
+    """By the GPU that sends most."""
     compaction_wire_s: float
     """Those bytes over the network alone; the rebuild itself is not in it."""
     sent_bytes: dict[str, int]
@@ -78,13 +80,13 @@ class PhaseHours:
     tokens: int
     flops_per_token: float
     this_run: float
-    masks_only: float
+    zeros_only: float
     target_from_scratch: float
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage; all others between the first and the last need less than the first."""
+    """One pipeline stage of those that may be the fullest, see ``stages_to_measure``."""
 
     stage: int
     parameters: int
@@ -119,13 +121,13 @@ class Budget:
 
 
 def checkpoint_bytes(config: Config, shape: Shape) -> int:
-    """Tensors of a checkpoint: weights, both moments and, for bf16, fp32 main weights."""
+    """Add up a checkpoint's tensors: weights, both moments and, for bf16, fp32 main weights."""
     each = 2 + 4 + 8 if config.training.precision == "bf16" else 4 + 8
     return each * shape.parameters(config.model).total
 
 
 def num_microbatches(config: Config, world_size: int) -> int:
-    """Micro-batches of one data-parallel rank in an optimizer step."""
+    """Count the micro-batches of one data-parallel rank in an optimizer step."""
     parallel, training = config.parallel, config.training
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     return training.global_batch_size // (training.micro_batch_size * dp)
@@ -170,83 +172,102 @@ class _Measured:
     """One stage in one shape."""
 
     stage: int
+    layers: int
+    """On one of its GPUs."""
     parameters: int
     shard: int
     memory: Memory
     sent: dict[str, int]
 
 
-def _measure(paper: Paper, config: Config, stage: int, shape: Shape, runs: bool) -> _Measured:
+def _measure(dry: DryRun, config: Config, stage: int, shape: Shape, runs: bool) -> _Measured:
     """Build a stage's first rank; ``runs`` takes a step, else activations and messages are none."""
-    trainable = footprint.build(config, paper, shape.counts("ffn_hidden_size"))
+    trainable = footprint.build(config, dry, shape)
     kept = footprint.kept_bytes(trainable)
     shard, mine = footprint.fullest_shard(trainable), footprint.own_shard(trainable)
     for kind in ("main_weights", "moments"):
         kept[kind] = kept[kind] * shard // mine
-    step = footprint.step(paper, trainable) if runs else footprint.Step(0, {})
+    step = footprint.step(dry, trainable) if runs else footprint.Step(0, {})
     parameters = sum(p.numel() for p in trainable.parameters)
     memory = Memory(**kept, activations=step.activation_bytes)
-    return _Measured(stage, parameters, shard, memory, step.sent_bytes)
+    layers = len(trainable.mlps)
+    return _Measured(stage, layers, parameters, shard, memory, step.sent_bytes)
 
 
 def _compactions(
-    paper: Paper, config: Config, shapes: Sequence[Shape], chances: Sequence[Relocations]
+    dry: DryRun, config: Config, full: Shape, changes: Sequence[footprint.Change]
 ) -> list[footprint.Compaction]:
-    """What each change from one of ``shapes`` to the next takes."""
+    """Take a stage's first rank through all compactions."""
     done = []
-    trainable = footprint.build(config, paper, shapes[0].counts("ffn_hidden_size"))
-    for shape, chance in zip(shapes[1:], chances, strict=True):
-        trainable, compaction = footprint.compact(paper, trainable, _neurons(shape), chance)
+    trainable = footprint.build(config, dry, full)
+    for change in changes:
+        trainable, compaction = footprint.compact(dry, trainable, change)
         done.append(compaction)
     return done
 
 
-def _neurons(shape: Shape) -> int:
-    return counts(shape)["ffn_hidden_size"]
+def _corners(first: Shape, last: Shape) -> Iterator[tuple[dict[str, bool], Shape]]:
+    """Iterate over the shapes in which each axis has its first or its last count.
 
-
-def _between(start: _Measured, end: _Measured, at: _Measured, share: float) -> _Measured:
-    """``at`` with activations and messages between those of the largest and smallest shape.
-
-    ``share``: of the parameters that go from ``start`` to ``end``, those that have gone.
-
-    A peak is a maximum of sums that grow with the units of an axis: convex, so the straight line
-    between two counts is never below it.
+    Yields: axis -> whether it has the last one, for the axes that shrink; shape.
     """
-
-    def mix(a: int, b: int) -> int:
-        return round(a + share * (b - a))
-
-    activations = mix(start.memory.activations, end.memory.activations)
-    return dataclasses.replace(
-        at,
-        memory=dataclasses.replace(at.memory, activations=activations),
-        sent={kind: mix(size, end.sent[kind]) for kind, size in start.sent.items()},
-    )
+    before, after = counts(first), counts(last)
+    axes = [axis for axis in before if after[axis] < before[axis]]
+    for ends in itertools.product((False, True), repeat=len(axes)):
+        shape = first
+        for axis, at_end in zip(axes, ends, strict=True):
+            shape = shape.with_counts(axis, after[axis]) if at_end else shape
+        yield dict(zip(axes, ends, strict=True)), shape
 
 
-def _figures(paper: Paper, config: Config, stage: int, shapes: Sequence[Shape]) -> list[_Measured]:
-    """A stage in each of ``shapes``; steps are run in the first and the last."""
-    first = _measure(paper, config, stage, shapes[0], runs=True)
-    if len(shapes) == 1:
-        return [first]
-    last = _measure(paper, config, stage, shapes[-1], runs=True)
-    sizes = [shape.parameters(config.model).total for shape in shapes]
-    inner = [
-        _between(
-            first,
-            last,
-            _measure(paper, config, stage, shape, runs=False),
-            (sizes[0] - size) / (sizes[0] - sizes[-1]),
-        )
-        for shape, size in zip(shapes[1:-1], sizes[1:-1], strict=True)
+def _figures(
+    dry: DryRun, config: Config, stage: int, shapes: Sequence[Shape]
+) -> Iterator[_Measured]:
+    """Measure a stage in each of ``shapes``; steps are run in the corners between the first and the
+    last, and what lies between them is interpolated.
+
+    A peak is a maximum of sums of products of counts: convex in each count alone, so straight lines
+    from corner to corner are never below it, but for a vector or two of one number a channel.
+    Messages are such sums. The count of layers is that of the stage.
+    """
+    corners = [
+        (ends, _measure(dry, config, stage, shape, runs=True))
+        for ends, shape in _corners(shapes[0], shapes[-1])
     ]
-    return [first, *inner, last]
+    first, last = corners[0][1], corners[-1][1]
+    ends_of = {axis: (counts(shapes[0])[axis], counts(shapes[-1])[axis]) for axis in corners[0][0]}
+    if "num_layers" in ends_of:
+        ends_of["num_layers"] = (first.layers, last.layers)
+    for shape in shapes:
+        at = _measure(dry, config, stage, shape, runs=False)
+        here = counts(shape) | {"num_layers": at.layers}
+        gone = {a: (begin - here[a]) / max(1, begin - end) for a, (begin, end) in ends_of.items()}
+        shares = [
+            math.prod(gone[axis] if at_end else 1 - gone[axis] for axis, at_end in ends.items())
+            for ends, _ in corners
+        ]
+        sides = [corner for _, corner in corners]
+
+        def mix(values: Iterable[int], shares: Sequence[float] = shares) -> int:
+            return round(sum(map(operator.mul, shares, values)))
+
+        activations = mix([side.memory.activations for side in sides])
+        yield dataclasses.replace(
+            at,
+            memory=dataclasses.replace(at.memory, activations=activations),
+            sent={kind: mix([side.sent[kind] for side in sides]) for kind in first.sent},
+        )
 
 
-def outer_stages(config: Config) -> list[int]:
-    """The first and the last: a stage between them has fewer micro-batches and no embedding."""
-    return sorted({0, config.parallel.pipeline_model_parallel_size - 1})
+def stages_to_measure(config: Config, shapes: Sequence[Shape]) -> list[int]:
+    """List the pipeline stages one of which is the fullest: the ends, and perhaps the second.
+
+    A stage between the ends has fewer micro-batches in flight than the first and no embedding. But
+    where layers do not divide, the second has one more.
+    """
+    pp, stages = config.parallel.pipeline_model_parallel_size, config.parallel.num_stages
+    is_uneven = any(shape.num_layers % stages for shape in shapes)
+    return sorted({0, pp - 1} | ({1} if is_uneven and pp > 2 else set()))
 
 
 def make_budget(
@@ -261,33 +282,30 @@ def make_budget(
     run, changes = forecast(config, world_size), shape_plan(config)
     shapes = [Shape.full(config.model), *(change.shape for change in changes)]
     begins = [0, *(change.tokens for change in changes)]
-    # Drawn here: on paper every new tensor is without contents.
-    chances = [
-        footprint.random_relocations(config, *pair)
-        for pair in itertools.pairwise(map(_neurons, shapes))
-    ]
-    by_stage, compactions_by_stage = {}, {}
-    for stage in outer_stages(config):
-        with on_paper(config, world_size, stage) as paper:
-            by_stage[stage] = _figures(paper, config, stage, shapes)
-            compactions_by_stage[stage] = _compactions(paper, config, shapes, chances)
-    fullest = max(by_stage, key=lambda s: by_stage[s][0].memory.total)
-    compactions = compactions_by_stage[fullest]
+    drawn = footprint.random_changes(config, shapes)
+    by_stage, compactions = {}, []
+    for stage in stages_to_measure(config, shapes):
+        with dry_run(config, world_size, stage) as dry:
+            by_stage[stage] = list(_figures(dry, config, stage, shapes))
+            compactions.append(_compactions(dry, config, shapes[0], drawn))
+    none = footprint.Compaction(0, 0)
     stretches = []
-    for tokens, shape, at, change in zip(
-        begins, shapes, by_stage[fullest], [None, *compactions], strict=True
+    for number, (tokens, shape, *done) in enumerate(
+        zip(begins, shapes, *([none, *of_stage] for of_stage in compactions), strict=True)
     ):
+        at = max((of[number] for of in by_stage.values()), key=lambda of: of.memory.total)
+        sent_bytes = max(change.sent_bytes for change in done)
         seconds = step_seconds(config, world_size, gpu, assume, shape, at.sent)
         stretches.append(
             Stretch(
                 tokens=tokens,
                 stored=counts(shape),
-                stage=fullest,
+                stage=at.stage,
                 memory=at.memory,
                 total_bytes=at.memory.total,
-                compaction_peak_bytes=change.peak_bytes if change else 0,
-                compaction_sent_bytes=change.sent_bytes if change else 0,
-                compaction_wire_s=change.sent_bytes / assume.network_bytes_per_s if change else 0.0,
+                compaction_peak_bytes=max(change.peak_bytes for change in done),
+                compaction_sent_bytes=sent_bytes,
+                compaction_wire_s=sent_bytes / assume.network_bytes_per_s,
                 sent_bytes=at.sent,
                 checkpoint_bytes=checkpoint_bytes(config, shape),
                 step_s=sum(seconds.values()),
@@ -332,13 +350,13 @@ def _phase_hours(
             tokens=phase.tokens,
             flops_per_token=phase.flops / phase.tokens if phase.tokens else 0.0,
             this_run=phase.flops / per_hour,
-            masks_only=phase.tokens * full / per_hour,
+            zeros_only=phase.tokens * full / per_hour,
             target_from_scratch=phase.tokens * target / per_hour,
         )
 
 
 def refusal(config: Config, memory: Memory, gpu: Gpu) -> str:
-    """Why training does not fit a GPU, which kind of memory is most, and what would help."""
+    """Say why training does not fit a GPU, which memory is most, what helps; empty if it fits."""
     usable = USABLE * gpu.memory_bytes
     if memory.total <= usable:
         return ""
@@ -414,7 +432,7 @@ def suggest(
 
 
 def _legal(config: Config, world_size: int, tp: int, pp: int) -> Iterator[Config]:
-    """``config`` in this layout with each micro-batch size that it can run with."""
+    """Iterate over ``config`` in this layout with each micro-batch size that it can run with."""
     for power in range(5):
         changed = configuration.replace(
             config,
@@ -437,9 +455,9 @@ def _layouts(
 ) -> Iterator[Layout]:
     base, shape = sizes[0], Shape.full(sizes[0].model)
     stages = []
-    for stage in outer_stages(base):
-        with on_paper(base, world_size, stage) as paper:
-            stages.append(_measure(paper, base, stage, shape, runs=True))
+    for stage in stages_to_measure(base, [shape]):
+        with dry_run(base, world_size, stage) as dry:
+            stages.append(_measure(dry, base, stage, shape, runs=True))
     for config in sizes:
         times = config.training.micro_batch_size // base.training.micro_batch_size
         memory = max(

@@ -1,4 +1,4 @@
-"""What this machine offers, and which implementations a run will use because of it."""
+"""Tell what this machine offers, and which implementations a run will use because of it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _cells(row: Row) -> tuple[str, Text, Text]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Imports of accelerators talk a lot about what they miss; the table says it once."""
+    """Silence imports of accelerators, which talk a lot about what they miss; the table says it."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -77,7 +77,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _import(name: str) -> ModuleType | Exception | None:
-    """The module; None if it is not installed; the exception if it is and does not import."""
+    """Return the module; None if it is not installed; the exception if it does not import."""
     try:
         if importlib.util.find_spec(name) is None:
             return None
@@ -173,7 +173,7 @@ def _communication() -> Row:
 
 
 def _in_use() -> list[Row]:
-    """The implementations that follow, asked of the code that chooses them."""
+    """Name the implementations that follow, asked of the code that chooses them."""
     model, optimizer = _import("megatron_idea.engine.model"), _import("megatron.core.optimizer")
     if not isinstance(model, ModuleType) or not isinstance(optimizer, ModuleType):
         culprit = optimizer if isinstance(model, ModuleType) else model
@@ -197,17 +197,18 @@ def _in_use() -> list[Row]:
     ]
 
 
-# FFN widths and heads that every kernel takes.
+# Sizes that every kernel takes, before and after.
 _TRIAL = {
-    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_query_groups": 1,
+    "model": {"num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2,
               "kv_channels": 32, "ffn_hidden_size": 64, "vocab_size": 64, "qk_layernorm": True},
     "training": {"seq_length": 32},
-    "prune": {"target": {"ffn_hidden_size": 32}, "alignment": 32},
+    "prune": {"target": {"ffn_hidden_size": 32, "num_query_groups": 1, "hidden_size": 64,
+                         "num_layers": 2}, "alignment": 32},
 }  # fmt: skip
 
 
 def _trial() -> Row:
-    """A tiny model is built, steps, is compacted, saved and read again, as in a run."""
+    """Build a tiny model, step, compact it on every axis, save and read it again, as in a run."""
     try:
         with _quiet(), tempfile.TemporaryDirectory() as folder:
             _train_save_resume(folder)
@@ -220,29 +221,33 @@ def _trial() -> Row:
 def _train_save_resume(folder: str) -> None:
     import megatron_idea.train  # noqa: F401  all that a run imports
     from megatron_idea import checkpoint, config
+    from megatron_idea.course import target_shape
     from megatron_idea.engine.distributed import joined
     from megatron_idea.engine.optimizer import update
     from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.plan import Plan
     from megatron_idea.prune.pruner import Pruner
+    from megatron_idea.shape import LAYER_AXES
 
     tiny = config.from_dict({"run_dir": folder, **_TRIAL})
     with joined(tiny.parallel, tiny.training.seed) as groups:
         state = checkpoint.TrainState.fresh(tiny)
-        axis = "ffn_hidden_size"
         trainable = assemble(tiny.sections, groups, state.shape, initialize=True)
         update(trainable.optimizer, lr=0.0)  # on gradients that are zero
         pruner = Pruner(tiny, trainable)
         alive = {name: units.clone() for name, units in pruner.alive.items()}
-        alive[axis][:, 32:] = False
-        plan = Plan.of(alive, trainable.shape.with_counts(axis, 32), pruner.memory)
+        for axis, goal in tiny.goals.items():
+            alive[axis][..., goal.target :] = False
+        for axis in LAYER_AXES:
+            alive[axis][~alive["num_layers"]] = False
+        plan = Plan.of(alive, target_shape(tiny), pruner.memory)
         pruner.silence(trainable, plan)
         pruner.compact(trainable, plan)
         checkpoint.load(trainable, pruner, checkpoint.save(tiny, trainable, pruner, state))
 
 
 def _compaction() -> Row:
-    """Who plans and copies neurons on the CPU; on a GPU PyTorch does the copies."""
+    """Name who plans and copies units on the CPU; on a GPU PyTorch does the copies."""
     from megatron_idea.config import ConfigError
     from megatron_idea.prune.relocate import extension
 

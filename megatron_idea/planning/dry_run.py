@@ -1,6 +1,6 @@
-"""A rank of a job of any size, without the job: shapes and process groups, no memory, no messages.
+"""Be a rank of a job of any size, without the job: no memory, no messages.
 
-Inside ``on_paper`` every new tensor is on torch's meta device and the process groups are fake ones
+Inside ``dry_run`` every new tensor is on torch's meta device and the process groups are fake ones
 of the full world size: model, optimizer, schedule and compaction run by the code that a run uses.
 What they would send is counted on the way, and by ``LiveBytes`` what they would keep in memory.
 
@@ -41,7 +41,7 @@ META = torch.device("meta")
 
 
 class _Functions(TorchFunctionMode):
-    """What the meta device answers differently from the device that a run would have."""
+    """Answers as the device of a run would, where the meta device says something else."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ def _group_position(op: Any) -> int:
 
 
 class _Operations(TorchDispatchMode):
-    """Every new tensor is on the meta device; collectives return at once and are counted.
+    """Puts every new tensor on the meta device; collectives return at once and are counted.
 
     ``sent``: bytes that this rank sends, by (ranks of the group, whether after the micro-batches).
     A ring is assumed: of n ranks, an all-reduce of b bytes sends 2 b (n - 1) / n from each, a
@@ -127,7 +127,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of tensors that are alive, and the most there were at once; of real or meta tensors.
+    """Counts the bytes of living tensors, and the most there were at once; of real or meta tensors.
 
     Every storage that an operation returns counts until it is freed or resized. What an operation
     uses inside itself, and what an allocator loses to rounding, is not seen. ``existing`` tensors
@@ -181,25 +181,25 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Paper:
-    """A rank that exists on paper. Made by ``on_paper``."""
+class DryRun:
+    """A rank of a job that there is not. Made by ``dry_run``."""
 
     groups: ProcessGroups
     operations: _Operations
 
 
 def _echo(gathered: list[Any], own: Any, group: Any = None) -> None:
-    """``all_gather_object`` where all ranks say the same."""
+    """Stand for ``all_gather_object`` where all ranks say the same."""
     gathered[:] = [own] * len(gathered)
 
 
 def _one_by_one(messages: Sequence[dist.P2POp]) -> list[Any]:
-    """``batch_isend_irecv``, which asks for a backend of the meta device."""
+    """Stand for ``batch_isend_irecv``, which asks for a backend of the meta device."""
     return [m.op(m.tensor, m.peer, m.group, m.tag) for m in messages]
 
 
 @contextlib.contextmanager
-def on_paper(config: Config, world_size: int, pipeline_rank: int = 0) -> Iterator[Paper]:
+def dry_run(config: Config, world_size: int, pipeline_rank: int = 0) -> Iterator[DryRun]:
     """Be the first rank of pipeline stage ``pipeline_rank`` in a job of ``world_size``.
 
     No process group and no random-number state outlives it, also after an error.
@@ -233,4 +233,4 @@ def on_paper(config: Config, world_size: int, pipeline_rank: int = 0) -> Iterato
         stack.enter_context(mock.patch("torch.distributed.batch_isend_irecv", _one_by_one))
         operations = stack.enter_context(_Operations())
         stack.enter_context(_Functions())
-        yield Paper(groups, operations)
+        yield DryRun(groups, operations)

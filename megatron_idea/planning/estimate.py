@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs: parameters, FLOPs, live and stored units over time.
+"""Forecast what a run will cost: parameters, FLOPs, KV cache, live and stored units over time.
 
 Everything follows from shapes and from ``schedule.py``; no tensor is made and torch is not
 imported. Counts are those of ``course.py``: per layer, of layers that are alike.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 from rich.console import Group
 from rich.text import Text
@@ -18,14 +19,20 @@ from megatron_idea.course import (
     flops_between,
     live_at_step,
     num_steps,
-    removed_at,
+    removed_by_axis,
     shape_at,
     shape_plan,
     target_shape,
 )
 from megatron_idea.records.readable import human_count
 from megatron_idea.records.terminal import table
-from megatron_idea.schedule import learning_rate, phase, phase_ends, removal_window
+from megatron_idea.schedule import (
+    learning_rate,
+    part_of_window,
+    phase,
+    phase_ends,
+    removal_window,
+)
 from megatron_idea.shape import AXES, UNITS, ParameterCount, Shape
 
 Counts = dict[str, int]
@@ -38,6 +45,10 @@ class Size:
 
     stored: Counts
     parameters: ParameterCount
+    flops_per_token: int
+    """Of training."""
+    kv_cache_bytes_per_token: int
+    """Of serving at the training's precision: keys and values of all layers."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class PhasePlan:
     tokens: int
     steps: int
     flops: int
+    parameters: int
+    """Stored at its end."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Point:
     phase: str
     lr: float
     removed: float
-    """Share of the removal that is done, in [0, 1]."""
+    """Share of the removal that is done, in [0, 1]: the mean over the axes."""
     live: Counts
     stored: Counts
 
@@ -79,7 +92,7 @@ class Cost:
     """Training FLOPs of the run, and of two runs over the same tokens to hold it against."""
 
     this_run: int
-    masks_only: int
+    zeros_only: int
     """The same run without compaction: the enlarged model is computed to the end."""
     target_from_scratch: int
     """Plain training at the target's shape."""
@@ -99,6 +112,8 @@ class Forecast:
     vocab_size: int
     enlarged: Size
     target: Size
+    alone: dict[str, Size]
+    """Axis -> the enlarged model cut to the target on it alone."""
     seq_length: int
     batch_tokens: int
     total_tokens: int
@@ -110,7 +125,7 @@ class Forecast:
 
     @property
     def axes(self) -> list[str]:
-        """The axes along which units are removed."""
+        """List the axes along which units are removed."""
         return [axis for axis in AXES if self.enlarged.stored[axis] > self.target.stored[axis]]
 
 
@@ -133,8 +148,12 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
         num_attention_heads=model.num_attention_heads,
         kv_channels=model.kv_channels,
         vocab_size=model.vocab_size,
-        enlarged=Size(counts(full), full.parameters(model)),
-        target=Size(counts(target), target.parameters(model)),
+        enlarged=_size(config, full),
+        target=_size(config, target),
+        alone={
+            axis: _size(config, full.with_counts(axis, goal.target))
+            for axis, goal in config.goals.items()
+        },
         seq_length=config.training.seq_length,
         batch_tokens=config.batch_tokens,
         total_tokens=total,
@@ -147,7 +166,7 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
         ],
         cost=Cost(
             this_run=flops_between(config, 0, total),
-            masks_only=total * full.flops_per_token(model, config.training.seq_length),
+            zeros_only=total * full.flops_per_token(model, config.training.seq_length),
             target_from_scratch=total * target.flops_per_token(model, config.training.seq_length),
         ),
     )
@@ -158,18 +177,32 @@ def counts(shape: Shape) -> Counts:
     return {axis: shape.counts(axis)[0] for axis in AXES}
 
 
+def _size(config: Config, shape: Shape) -> Size:
+    model, training = config.model, config.training
+    width = 2 if training.precision == "bf16" else 4
+    return Size(
+        counts(shape),
+        shape.parameters(model),
+        shape.flops_per_token(model, training.seq_length),
+        width * shape.kv_cache_values(model),
+    )
+
+
 def _phases(config: Config) -> Iterator[PhasePlan]:
     begin, begin_step = 0, 0
     for name, end in phase_ends(config.schedule).items():
         # A step belongs to the phase of its last token; the run's last step may overshoot.
         is_last = end == config.schedule.total_tokens
         end_step = num_steps(config) if is_last else end // config.batch_tokens
-        yield PhasePlan(name, end - begin, end_step - begin_step, flops_between(config, begin, end))
+        flops = flops_between(config, begin, end)
+        past = shape_at(config, -(-end // config.batch_tokens) * config.batch_tokens)
+        stored = past.parameters(config.model).total
+        yield PhasePlan(name, end - begin, end_step - begin_step, flops, stored)
         begin, begin_step = end, end_step
 
 
 def _points(config: Config) -> Iterator[Point]:
-    """The moments at which a reader wants to see the curves, in order, each step once."""
+    """Iterate over moments at which a reader wants to see the curves, in order, each step once."""
     schedule, total = config.schedule, config.schedule.total_tokens
     moments = {"first step": 0.0}
     if schedule.lr_warmup_fraction:
@@ -180,6 +213,9 @@ def _points(config: Config) -> Iterator[Point]:
         moments["removal begins"] = start
         for percent in (10, 25, 50):
             moments[f"removal {percent} %"] = start + (end - start) * percent / 100
+        for begin in {goal.begin for goal in config.goals.values()} - {0.0}:
+            units = [f"{UNITS[a]}s" for a, goal in config.goals.items() if goal.begin == begin]
+            moments[f"{' and '.join(units)} begin"], _ = part_of_window(schedule, begin)
     # Ends go last so that they give their names to moments that fall on the same step.
     moments |= {f"{name} ends": end for name, end in phase_ends(schedule).items()}
     labels = {
@@ -194,7 +230,7 @@ def _points(config: Config) -> Iterator[Point]:
             step=step,
             phase=phase(schedule, tokens),
             lr=learning_rate(schedule, tokens),
-            removed=removed_at(config, tokens),
+            removed=fmean(removed_by_axis(config, tokens).values() or [0.0]),
             live=stored | live_at_step(config, step),
             stored=stored,
         )
@@ -231,7 +267,14 @@ def _units(run: Forecast) -> dict[str, str]:
 
 
 def _render_model(run: Forecast) -> Group:
-    sizes = {"enlarged": run.enlarged, "target": run.target}
+    sizes = {"model": run.target}
+    if run.axes:
+        alone = {f"{UNITS[axis]}s alone": run.alone[axis] for axis in run.axes}
+        sizes = {
+            "enlarged": run.enlarged,
+            **(alone if len(alone) > 1 else {}),
+            "target": run.target,
+        }
     rows = [
         (
             name,
@@ -240,11 +283,13 @@ def _render_model(run: Forecast) -> Group:
             human_count(size.parameters.attention),
             human_count(size.parameters.ffn),
             human_count(size.parameters.norm),
+            f"{size.flops_per_token:.2e}",
+            human_count(size.kv_cache_bytes_per_token),
             *(str(size.stored[axis]) for axis in _units(run)),
         )
-        for name, size in (sizes if run.axes else {"model": run.target}).items()
+        for name, size in sizes.items()
     ]
-    parts = ("total", "embedding", "attention", "FFN", "norms")
+    parts = ("total", "embedding", "attention", "FFN", "norms", "FLOPs/token", "KV bytes/token")
     return table(("parameters", *parts, *_units(run).values()), rows, title="Model")
 
 
@@ -256,10 +301,12 @@ def _render_phases(run: Forecast) -> Group:
             f"{part.steps:,}",
             f"{part.flops:.2e}",
             f"{part.flops / run.cost.this_run:.0%}",
+            human_count(part.parameters),
         )
         for part in run.phases
     ]
-    return table(("phase", "tokens", "steps", "FLOPs", "share of FLOPs"), rows, title="Phases")
+    columns = ("phase", "tokens", "steps", "FLOPs", "share of FLOPs", "parameters at its end")
+    return table(columns, rows, title="Phases")
 
 
 def _render_points(run: Forecast) -> Group:
@@ -299,7 +346,7 @@ def _render_cost(run: Forecast) -> Group:
         (name, f"{flops:.2e}", f"{flops / cost.target_from_scratch:.2f}")
         for name, flops in (
             ("this run", cost.this_run),
-            ("this run, masks only", cost.masks_only),
+            ("this run, zeros only", cost.zeros_only),
             ("target from scratch", cost.target_from_scratch),
         )
     ]

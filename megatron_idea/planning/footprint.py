@@ -1,12 +1,15 @@
-"""What one rank keeps in memory and sends: in training, and in a compaction.
+"""Work out what one rank keeps in memory and sends: in training, and in a compaction.
 
-The figures come from the code that a run uses, on the meta device (``meta.py``): exact for weights,
+The figures come from the code that a run uses, in a dry run (``dry_run.py``): exact for weights,
 gradients and optimizer state; for activations exact in the tensors that layers keep and make, blind
-to what kernels use inside themselves and to what an allocator loses.
+to what kernels use inside themselves and to what an allocator loses. Of a compaction the code runs
+that a live one runs, too; which units and layers go is drawn by chance.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,24 +21,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea import config as configuration
-from megatron_idea.config import Config, ParallelConfig, TrainingConfig
+from megatron_idea.config import Config, ParallelConfig, Sections, TrainingConfig
 from megatron_idea.engine.distributed import ProcessGroups
+from megatron_idea.engine.model import layers_by_stage
 from megatron_idea.engine.optimizer import set_state
 from megatron_idea.engine.passes import forward_backward
-from megatron_idea.engine.shards import MOMENTS, ShardExchange, has_main_copy, shard_of
+from megatron_idea.engine.shards import MOMENTS, ShardExchange, deal, has_main_copy, shard_of
 from megatron_idea.engine.trainable import Trainable, assemble
-from megatron_idea.planning.dry_run import LiveBytes, Paper
+from megatron_idea.planning.dry_run import DryRun, LiveBytes
 from megatron_idea.prune import compact as compaction
-from megatron_idea.prune.compact import Relocations
-from megatron_idea.prune.relocate import relocate
-from megatron_idea.shape import Shape
+from megatron_idea.prune.axis import EMBEDDING, whole_shapes
+from megatron_idea.prune.compact import Relocations, relocations_of, stored_after
+from megatron_idea.prune.plan import Plan, StoredUnits, first_units, present
+from megatron_idea.shape import LAYER_AXES, Shape
 
 
-def build(config: Config, paper: Paper, widths: Sequence[int]) -> Trainable:
+def build(config: Config, dry: DryRun, shape: Shape) -> Trainable:
     """Assemble this rank's model and optimizer as a run does, its moments as after a step."""
     config = configuration.replace(config, training={"kernel_implementation": "reference"})
-    shape = Shape.full(config.model).with_counts("ffn_hidden_size", widths)
-    trainable = assemble(config.sections, paper.groups, shape, initialize=False)
+    trainable = assemble(config.sections, dry.groups, shape, initialize=False)
     for parameter in trainable.parameters:
         part = shard_of(trainable.optimizer, parameter)
         if part is not None:
@@ -45,7 +49,7 @@ def build(config: Config, paper: Paper, widths: Sequence[int]) -> Trainable:
 
 
 def kept_tensors(trainable: Trainable) -> dict[str, list[Tensor]]:
-    """What stays in memory between steps, by kind; a storage may come more than once."""
+    """List what stays in memory between steps, by kind; a storage may come more than once."""
     state = [p for p in (shard_of(trainable.optimizer, p) for p in trainable.parameters) if p]
     buffers = [b for chunk in trainable.chunks for b in chunk.buffers]
     return {
@@ -56,12 +60,11 @@ def kept_tensors(trainable: Trainable) -> dict[str, list[Tensor]]:
         "gradients": [b.grad_data for b in buffers],
         "main_weights": [part.main.data for part in state if has_main_copy(part.parameter)],
         "moments": [part.state[name] for part in state for name in MOMENTS],
-        "masks": [b for chunk in trainable.chunks for b in chunk.module.buffers()],
     }
 
 
 def kept_bytes(trainable: Trainable) -> dict[str, int]:
-    """Bytes of ``kept_tensors`` by kind, each storage once; of real or meta tensors."""
+    """Add up ``kept_tensors`` in bytes by kind, each storage once; of real or meta tensors."""
     return {
         kind: sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
         for kind, tensors in kept_tensors(trainable).items()
@@ -75,9 +78,11 @@ def _all_kept(trainable: Trainable) -> list[Tensor]:
 def owned_ranges(
     buffers: Sequence[Any], parameters: Sequence[Tensor], dp: int
 ) -> list[list[tuple[int, int]]]:
-    """[data-parallel rank][parameter]: elements [start, end) of it in that rank's shard.
+    """Say which elements of each parameter are in each data-parallel rank's shard.
 
     The distributed optimizer's rule: each bucket of a buffer is cut into equal parts, one a rank.
+
+    Returns: [data-parallel rank][parameter], the first element and the one after the last.
     """
     place = {}
     for buffer in buffers:
@@ -93,13 +98,13 @@ def owned_ranges(
 
 
 def own_shard(trainable: Trainable) -> int:
-    """Elements of the optimizer shard of this rank."""
+    """Count the elements of this rank's optimizer shard."""
     parts = (shard_of(trainable.optimizer, p) for p in trainable.parameters)
     return sum(part.end - part.start for part in parts if part)
 
 
 def fullest_shard(trainable: Trainable) -> int:
-    """Elements of the largest optimizer shard of any data-parallel rank.
+    """Count the elements of the largest optimizer shard of any data-parallel rank.
 
     Shards differ by the padding between parameters and at the ends of buckets alone. That the rule
     holds is checked on the shard that was built, which is the first one.
@@ -127,7 +132,7 @@ class Step:
 def _microbatches_to_run(
     parallel: ParallelConfig, pipeline_rank: int, num_microbatches: int
 ) -> int:
-    """Enough for a rank to hold as many micro-batches at once as it ever does."""
+    """Return how many it takes for a rank to hold as many at once as it ever does."""
     pp = parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     if vpp == 1:
@@ -153,12 +158,12 @@ class _Batches:
 _IDS = ("tokens", "labels", "position_ids")
 
 
-def step(paper: Paper, trainable: Trainable) -> Step:
+def step(dry: DryRun, trainable: Trainable) -> Step:
     """Run micro-batches through the pipeline schedule and finish the gradients.
 
     Only as many as are in flight at once; what each sends is scaled to the number in a step.
     """
-    groups, core, operations = paper.groups, trainable.core, paper.operations
+    groups, core, operations = dry.groups, trainable.core, dry.operations
     training = trainable.training
     in_step = training.global_batch_size // (training.micro_batch_size * groups.dp.size())
     count = _microbatches_to_run(trainable.parallel, groups.pp.rank(), in_step)
@@ -185,7 +190,7 @@ def step(paper: Paper, trainable: Trainable) -> Step:
 def _by_kind(
     sent: Counter[tuple[tuple[int, ...], bool]], groups: ProcessGroups, repeats: float
 ) -> dict[str, int]:
-    """Bytes by the name of the group; those of micro-batches ``repeats`` times."""
+    """Sort bytes by the name of their group; those of micro-batches count ``repeats`` times."""
     names = {"tp": groups.tp, "pp": groups.pp, "dp": groups.dp}
     known = {tuple(dist.get_process_group_ranks(g)): name for name, g in names.items()}
     total = dict.fromkeys([*names, "embedding"], 0)
@@ -206,52 +211,124 @@ class Compaction:
     peak_bytes: int
     """Most bytes alive at once after the gradients were freed, which is what comes first."""
     sent_bytes: int
-    """To other ranks: state to its owners and back, neurons to their new ranks, new weights."""
+    """To other ranks: state to its owners and back, units to their new tensor-parallel ranks,
+    layers to their new pipeline stages, new weights."""
 
 
-def random_relocations(config: Config, before: int, after: int) -> Relocations:
-    """Where neurons go when ``after`` of ``before`` in each layer survive, drawn by chance."""
-    tp = config.parallel.tensor_model_parallel_size
-    generator = torch.Generator().manual_seed(before)
-    relocations = {}
-    for layer in range(config.model.num_layers):
-        keep = torch.zeros(before, dtype=torch.bool)
-        keep[torch.randperm(before, generator=generator)[:after]] = True
-        ids = torch.arange(before).chunk(tp)
-        key = ("ffn_hidden_size", layer)
-        relocations[key] = relocate(ids, keep.chunk(tp), config.prune.placement)
-    return relocations
+@dataclass(frozen=True)
+class Change:
+    """A compaction to ``shape``, and where units go then."""
+
+    shape: Shape
+    relocations: Relocations
 
 
-def compact(
-    paper: Paper, trainable: Trainable, width: int, relocations: Relocations
-) -> tuple[Trainable, Compaction]:
-    """Take ``trainable`` through a compaction to ``width`` neurons a layer, which ends it.
+def random_changes(config: Config, shapes: Sequence[Shape]) -> list[Change]:
+    """Draw by chance which units and layers go from each of ``shapes`` to the next.
 
-    Returns: the model at the new width, and what it took.
+    All layers of a shape have the counts of its first. Draw before a dry run: in one, new tensors
+    have no contents.
     """
-    operations = paper.operations
+    generator = torch.Generator().manual_seed(0)
+    tp, placement = config.parallel.tensor_model_parallel_size, config.prune.placement
+    full = now = shapes[0]
+    stored: StoredUnits = first_units(full)
+
+    def draw(ids: Tensor, count: int) -> Tensor:
+        return ids[torch.randperm(len(ids), generator=generator)[:count]]
+
+    changes = []
+    for target in shapes[1:]:
+        (numbers,) = stored["num_layers"]
+        shape = now.with_layers(draw(numbers, target.num_layers).tolist())
+        for axis in (*LAYER_AXES, "hidden_size"):
+            shape = shape.with_counts(axis, target.counts(axis)[0])
+        after = {axis: list(stored[axis]) for axis in stored}
+        after["num_layers"] = [torch.tensor([layer.number for layer in shape.layers])]
+        for axis in (*LAYER_AXES, "hidden_size"):
+            after[axis] = [draw(ids, shape.counts(axis)[0]) for ids in stored[axis]]
+        plan = Plan.of(present(after, now, full), shape, torch.empty(0))
+        relocations = relocations_of(plan, stored, now, tp, placement)
+        changes.append(Change(shape, relocations))
+        stored, now = stored_after(stored, relocations, now, shape), shape
+    return changes
+
+
+def parameter_sizes(sections: Sections, shape: Shape, pipeline_rank: int) -> dict[str, int]:
+    """Count the weights of each parameter that a rank of a pipeline stage has, by name."""
+    model, parallel = sections.model, sections.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    stages = layers_by_stage(shape.num_layers, parallel.num_stages)
+    layers = [layer for stage in stages[pipeline_rank::pp] for layer in stage]
+    is_last = pipeline_rank == pp - 1
+    is_tied = model.share_embeddings_and_output_weights
+    sizes = {}
+    for name, dims in whole_shapes(model, shape):
+        if found := re.match(r"decoder\.layers\.(\d+)\.", name):
+            is_here = int(found[1]) in layers
+        elif name == EMBEDDING:
+            is_here = pipeline_rank == 0 or (is_last and is_tied)
+        else:
+            is_here = is_last
+        if is_here:
+            sizes[name] = math.prod(dims) // (tp if len(dims) > 1 else 1)
+    return sizes
+
+
+def compact(dry: DryRun, trainable: Trainable, change: Change) -> tuple[Trainable, Compaction]:
+    """Take ``trainable`` through a compaction, which ends it.
+
+    Returns: the model in its new shape, and what it took.
+    """
+    operations = dry.operations
     operations.sent.clear()
+    stages_say, echo = _stages_say(trainable, change.shape), dist.all_gather_object
+
+    def all_gather(gathered: list[Any], own: Any, group: dist.ProcessGroup | None = None) -> None:
+        echo(gathered, own)
+        if group is dry.groups.pp:
+            gathered[:] = stages_say
+            gathered[group.rank()] = own
+
     with (
         mock.patch.object(ShardExchange, "_all_ranges", _all_ranges),
+        mock.patch("torch.distributed.all_gather_object", all_gather),
         LiveBytes(_all_kept(trainable)) as live,
     ):
         compaction.free_gradients(trainable)
         live.peak = live.live
-        staged, owners = compaction.stage(trainable, relocations)
-        compaction.release(trainable)
-        shape = trainable.shape.with_counts("ffn_hidden_size", width)
-        fresh = assemble(trainable.sections, paper.groups, shape, initialize=False, gradients=False)
-        compaction.restore(fresh, staged, owners, 1)
-        for chunk in fresh.chunks:
-            chunk.restore_grad_buffers()
+        fresh, _ = compaction.rebuild(trainable, change.relocations, change.shape, step=1)
     return fresh, Compaction(live.peak, sum(operations.sent.values()))
+
+
+def _stages_say(
+    trainable: Trainable, new: Shape
+) -> list[tuple[dict[str, tuple[int, int]], list[str]]]:
+    """Answer for every pipeline stage in ``move_layers``: in a dry run there is nobody to ask."""
+    sections, old = trainable.sections, trainable.shape
+    stays, groups = compaction.layers_after(old, new), trainable.groups
+    stages = range(groups.pp.size())
+    sizes = {}
+    for stage in stages:
+        sizes |= parameter_sizes(sections, new, stage)
+    answers = []
+    for stage in stages:
+        had = parameter_sizes(sections, old, stage)
+        owners = deal(list(had.values()), groups.shards.size())
+        here = {}
+        for name, owner in zip(had, owners, strict=True):
+            if (after := compaction.renamed(name, stays)) is not None:
+                is_sharded = sections.parallel.use_distributed_optimizer
+                is_here = owner == groups.shards.rank() or not is_sharded
+                here[after] = (owner, sizes[after] if is_here else 0)
+        answers.append((here, list(parameter_sizes(sections, new, stage))))
+    return answers
 
 
 def _all_ranges(
     exchange: ShardExchange, parameters: Sequence[torch.nn.Parameter]
 ) -> dict[int, list[tuple[int, int]]]:
-    """``ShardExchange._all_ranges`` by the rule: on paper there is nobody to ask."""
+    """Follow the rule in ``ShardExchange._all_ranges``: in a dry run there is nobody to ask."""
     if not exchange._sharded:
         return {}
     by_rank = owned_ranges(exchange._optimizer.buffers, parameters, exchange._groups.shards.size())

@@ -1,4 +1,4 @@
-"""A budget as tables for a terminal and as a picture."""
+"""Show a budget: tables for a terminal, and a picture."""
 
 from __future__ import annotations
 
@@ -75,9 +75,14 @@ def _render_memory(budget: Budget) -> Group:
         ("from token", *_units(budget).values(), *KINDS.values(), "total"),
         rows,
         title=f"Memory of the fullest GPU in GB ({gigabytes(budget.usable_bytes)} may be filled)",
-        note=f"pipeline stage {budget.stretches[0].stage}; activations: what layers keep and make, "
-        "without workspaces of kernels",
+        note=f"{_fullest(budget)}; activations: what layers keep and make, without workspaces of "
+        "kernels",
     )
+
+
+def _fullest(budget: Budget) -> str:
+    stages = sorted({stretch.stage for stretch in budget.stretches})
+    return f"pipeline stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
 
 
 def _render_compactions(budget: Budget) -> Group:
@@ -97,12 +102,13 @@ def _render_compactions(budget: Budget) -> Group:
         ("at token", *units, "peak", "sent", "seconds on the wire", "checkpoint after"),
         rows,
         title="Compactions, on one GPU in GB",
-        note="peak: alive at once after gradients were freed; the rebuild itself takes time on top",
+        note="peak: alive at once after gradients were freed, when units and layers go by chance; "
+        "the rebuild itself takes time on top",
     )
 
 
 def _render_hours(budget: Budget) -> Group:
-    names = ("this_run", "masks_only", "target_from_scratch")
+    names = ("this_run", "zeros_only", "target_from_scratch")
     rows = [
         (
             phase.name,
@@ -215,7 +221,7 @@ def _draw_memory(axis: Axes, budget: Budget) -> None:
 
 def _draw_hours(axis: Axes, budget: Budget) -> None:
     for name, label, color in (
-        ("masks_only", "masks only", MUTED),
+        ("zeros_only", "zeros only", MUTED),
         ("this_run", "this run", BLUE),
         ("target_from_scratch", "target from scratch", ORANGE),
     ):

@@ -194,26 +194,10 @@ def compact(
     moved_bytes = _moved_bytes(trainable, relocations)
     before = fingerprint(trainable, stored, last_bit=True)
     peak = PeakMemory()
-    attributes = {tensor_of(name): _attributes(p) for name, p in named_parameters(trainable.chunks)}
-
     # The order keeps the peak down: gradients go first and come back last, old shards go one by
     # one while survivors are staged, and all of the old is gone before the new is built.
     free_gradients(trainable)
-    staged, owners = stage(trainable, relocations, plan.shape)
-    release(trainable)
-
-    fresh = assemble(trainable.sections, groups, plan.shape, initialize=False, gradients=False)
-    for name, parameter in named_parameters(fresh.chunks):
-        known = attributes.get(tensor_of(name))  # unknown where a stage has its first layer now
-        assert known is None or _attributes(parameter) == known, (
-            f"{name} lost an attribute in the rebuild: {_attributes(parameter)}, was {known}"
-        )
-    moved_layers = 0
-    if plan.shape.num_layers < old.num_layers:
-        moved_layers = move_layers(staged, owners, fresh)
-    restore(fresh, staged, owners, step)
-    for chunk in fresh.chunks:
-        chunk.restore_grad_buffers()
+    fresh, moved_layers = rebuild(trainable, relocations, plan.shape, step)
     trainable.core, trainable.chunks = fresh.core, fresh.chunks
     trainable.optimizer, trainable.shape = fresh.optimizer, fresh.shape
     peak_bytes = peak.bytes
@@ -231,6 +215,36 @@ def compact(
         plan.digest,
     )
     return report, after
+
+
+def rebuild(
+    trainable: Trainable, relocations: Relocations, shape: Shape, step: int
+) -> tuple[Trainable, int]:
+    """Make a model of ``shape`` with the survivors' state; that of ``trainable`` is gone then.
+
+    Gradients are freed before. Collective over all ranks.
+
+    Args:
+        step: that Adam has taken.
+    Returns: the new model, and how many layers have changed their pipeline stage.
+    """
+    old = trainable.shape
+    attributes = {tensor_of(name): _attributes(p) for name, p in named_parameters(trainable.chunks)}
+    staged, owners = stage(trainable, relocations, shape)
+    release(trainable)
+    fresh = assemble(trainable.sections, trainable.groups, shape, initialize=False, gradients=False)
+    for name, parameter in named_parameters(fresh.chunks):
+        known = attributes.get(tensor_of(name))  # unknown where a stage has its first layer now
+        assert known is None or _attributes(parameter) == known, (
+            f"{name} lost an attribute in the rebuild: {_attributes(parameter)}, was {known}"
+        )
+    moved_layers = 0
+    if shape.num_layers < old.num_layers:
+        moved_layers = move_layers(staged, owners, fresh)
+    restore(fresh, staged, owners, step)
+    for chunk in fresh.chunks:
+        chunk.restore_grad_buffers()
+    return fresh, moved_layers
 
 
 def _moved_bytes(trainable: Trainable, relocations: Relocations) -> int:
@@ -319,7 +333,7 @@ def stage(
     owners: dict[str, int] = {}
     # What is cut comes first: two copies of it are there meanwhile, and most is still free then.
     for name, parameter, leaving, owner in sorted(work, key=lambda item: not item[2]):
-        new_name = _renamed(name, stays)
+        new_name = renamed(name, stays)
         whole = None if new_name is None else exchange.gather(parameter)
         _drop(trainable, parameter)
         if new_name is None:  # its layer goes
@@ -353,7 +367,7 @@ def _shrunk(shape: Shape, share: Share, relocation: Relocation) -> Shape:
     return shape.with_counts(share.axis, counts)
 
 
-def _renamed(name: str, stays: Mapping[int, int]) -> str | None:
+def renamed(name: str, stays: Mapping[int, int]) -> str | None:
     """Return the name of a parameter in the new model; None when its layer is not there."""
     found = re.match(r"decoder\.layers\.(\d+)\.", name)
     if found is None:
