@@ -36,6 +36,16 @@ def begins(before: Watch, after: Watch) -> bool:
     return after.in_spike and not before.in_spike
 
 
+def rolls_back(config: GuardConfig, before: Watch, after: Watch) -> bool:
+    """Whether the run wants to go back behind the step between the two."""
+    return config.on_spike == "rollback" and begins(before, after)
+
+
+def pauses_pruning(config: GuardConfig, watch: Watch) -> bool:
+    """Whether nothing is to be removed for now."""
+    return config.on_spike == "pause_pruning" and watch.in_spike
+
+
 def observe(config: GuardConfig, watch: Watch, loss: float, taken: bool) -> Watch:
     """The watch after a step with this loss; ``taken``: it and the gradient were finite.
 

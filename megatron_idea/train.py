@@ -212,7 +212,8 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
     begin = time.perf_counter()
     tokens = state.consumed_tokens + config.batch_tokens
     lr = learning_rate(config.schedule, tokens)
-    losses = forward_backward(trainable, run.data, next_samples(run, state))
+    samples = samples_before(run, state, state.consumed_tokens)
+    losses = forward_backward(trainable, run.data, samples)
     # Gradients are reduced over data-parallel ranks and not yet clipped.
     observed = pruner.observe(trainable, tokens)  # weights before the update, unclipped gradients
     loss, grad_norm, stopping, saved = share(run, losses)
@@ -222,33 +223,56 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
     if saved:
         finish_saving(run)
     step_s = time.perf_counter() - begin
-    watch, state.watch = state.watch, guard.observe(config.guard, state.watch, loss, taken)
+    before, state.watch = state.watch, guard.observe(config.guard, state.watch, loss, taken)
+    state.step += 1
+    state.consumed_tokens = tokens
+    state.skipped += not taken
     plan = None
     if taken:
         pruner.record(observed)
-        pausing = state.watch.in_spike and config.guard.on_spike == "pause_pruning"
-        # A compaction would save this step, and the rollback that follows would go back to it.
-        if not (guard.begins(watch, state.watch) and config.guard.on_spike == "rollback"):
-            probe = Probe(trainable, run.data, next_samples(run, state))
-            plan = pruner.plan(trainable, tokens, probe, pausing)
-    else:
-        state.skipped += 1
-    state.step += 1
-    state.consumed_tokens = tokens
+        plan = decide(run, state, before)
+    measured = Measured(loss, lr, grad_norm if math.isfinite(loss) else math.nan, step_s)
+    record = note(run, state, measured, plan)
+    if plan is not None:
+        apply(run, state, plan)
+    return record, stopping
+
+
+def decide(run: Run, state: TrainState, before: guard.Watch) -> Plan | None:
+    """Say what the step that was taken removes; ``before``: what the guard knew before it."""
+    # A compaction would save this step, and the rollback that follows would go back to it.
+    if guard.rolls_back(run.config.guard, before, state.watch):
+        return None
+    last = state.consumed_tokens - run.config.batch_tokens
+    probe = Probe(run.trainable, run.data, samples_before(run, state, last))
+    pausing = guard.pauses_pruning(run.config.guard, state.watch)
+    return run.pruner.plan(run.trainable, state.consumed_tokens, probe, pausing)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step has measured of itself."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    step_s: float
+
+
+def note(run: Run, state: TrainState, measured: Measured, plan: Plan | None) -> Record:
+    """Write down the step that ``state`` ends with, and why ``plan`` chose as it did."""
+    config, pruner, tokens = run.config, run.pruner, state.consumed_tokens
     record = Record(
         step=state.step,
         tokens=tokens,
         phase=phase(config.schedule, tokens),
-        loss=loss,
-        lr=lr,
         removed=removed_at(config, tokens),
         live=live_by_axis((plan or pruner).alive),
-        stored=(plan or trainable).shape.by_number(config.model.num_layers),
-        grad_norm=grad_norm if math.isfinite(loss) else math.nan,
-        tokens_per_s=config.batch_tokens / step_s,
-        step_s=step_s,
+        stored=(plan or run.trainable).shape.by_number(config.model.num_layers),
+        tokens_per_s=config.batch_tokens / measured.step_s,
         skipped=state.skipped,
         memory_bytes=memory_bytes(),
+        **vars(measured),
     )
     run.progress.update(run.log.write(record))
     if run.groups.is_writer:
@@ -256,9 +280,10 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
             run.log.scores({"step": state.step, "tokens": tokens, **scores})
     for trial in pruner.take_trials():
         run.log.event("layer_removed", step=state.step, tokens=tokens, **vars(trial))
-    if plan is not None:
-        apply(run, state, plan)
-    return record, stopping
+    if plan is not None and bool((plan.gains != 1).any()):
+        gains = plan.gains.tolist()
+        run.log.event("norms_rescaled", step=state.step, tokens=tokens, gains=gains)
+    return record
 
 
 def react(run: Run, state: TrainState, loss: float) -> bool:
@@ -324,10 +349,10 @@ def apply(run: Run, state: TrainState, plan: Plan) -> None:
         measure(run, state, "compaction_after")
 
 
-def next_samples(run: Run, state: TrainState) -> int:
-    """Count the training samples that come before the next step's."""
+def samples_before(run: Run, state: TrainState, tokens: int) -> int:
+    """Count the training samples that come before the step after ``tokens`` consumed tokens."""
     training = run.config.training
-    samples = state.consumed_tokens // training.seq_length + state.skipped_samples
+    samples = tokens // training.seq_length + state.skipped_samples
     # Skipping past the end of the data goes on at its beginning.
     return samples % (num_steps(run.config) * training.global_batch_size)
 

@@ -333,6 +333,51 @@ def test_smaller_sizes_are_cut_on_disk_when_asked(
             read_sizes(text)
 
 
+def shrinking_job(groups: ProcessGroups, config: Config) -> list[int]:
+    """How many models are in memory after each of twenty compactions over all axes."""
+    import gc
+
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.prune.plan import Plan, live_layers
+
+    run, _ = live_run(groups, config)
+    backward(run.trainable, 0)
+    update(run.trainable.optimizer, 1e-2)
+    alive, models = dict(run.pruner.alive), []
+    for event in range(20):
+        alive = {axis: table.clone() for axis, table in alive.items()}
+        alive["ffn_hidden_size"][:, event] = False
+        alive["hidden_size"][event] = False
+        if event in (5, 15):
+            alive["num_query_groups"][:, event // 5] = False
+        if event in (3, 9):
+            layer = event // 3
+            for axis in ("num_layers", *LAYER_AXES):
+                alive[axis][layer] = False
+        shape = run.trainable.shape.with_layers(live_layers(alive))
+        kept = shape.layers[0].number
+        for axis in LAYER_AXES:
+            shape = shape.with_counts(axis, int(alive[axis][kept].sum()))
+        shape = shape.with_counts("hidden_size", int(alive["hidden_size"].sum()))
+        plan = Plan.of(alive, shape, run.pruner.memory)
+        run.pruner.silence(run.trainable, plan)
+        run.pruner.compact(run.trainable, plan)
+        gc.collect()
+        models.append(sum(isinstance(one, GPTModel) for one in gc.get_objects()))
+    assert shape.by_number(4) == {
+        "ffn_hidden_size": [4, 0, 4, 0], "num_query_groups": [2, 0, 2, 0],
+        "hidden_size": [12], "num_layers": [2],
+    }  # fmt: skip
+    return models
+
+
+def test_twenty_compactions_leave_no_model_behind(workers: Workers) -> None:
+    (models,) = run_job(workers, shrinking_job, 1, pruned(TARGET))
+    assert models == [1] * 20
+
+
 # ------------------------------------------------------------------------- who goes, and why
 
 

@@ -362,7 +362,7 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
     from megatron_idea.engine.optimizer import update
     from megatron_idea.engine.passes import forward_backward
     from megatron_idea.engine.shards import shard_of
-    from megatron_idea.train import build, next_samples, save
+    from megatron_idea.train import build, samples_before, save
 
     gc.freeze()
     groups = start_distributed(configs[0].parallel, configs[0].training.seed, rendezvous)
@@ -373,7 +373,9 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
             patch.setattr(checkpoint, "check_same_run", lambda path, config: None)
             for config in configs:
                 run, state = build(config, groups)
-                forward_backward(run.trainable, run.data, next_samples(run, state))
+                forward_backward(
+                    run.trainable, run.data, samples_before(run, state, state.consumed_tokens)
+                )
                 for parameter in run.trainable.parameters:
                     if part := shard_of(run.trainable.optimizer, parameter):
                         moment = part.state["exp_avg"]

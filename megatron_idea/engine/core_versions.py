@@ -43,6 +43,13 @@ def async_save(strategy: Any, *arguments: Any) -> Any:
     return strategy.async_save(*arguments, **own)
 
 
+def grads_for_norm(optimizer: Any) -> list[Any]:
+    """Return the gradients that count for the global norm; 0.19 has another name for it."""
+    renamed = getattr(optimizer, "get_grads_for_grad_norm", None)
+    found: list[Any] = (renamed or optimizer.get_main_grads_for_grad_norm)()
+    return found
+
+
 def quiet() -> None:
     """Keep megatron-core's and torch's notes to developers out of a run's log."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")

@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import Tensor
 
 from megatron_idea.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from megatron_idea.engine.core_versions import grads_for_norm
 from megatron_idea.engine.distributed import ProcessGroups, device
 from megatron_idea.engine.shards import shard_of
 
@@ -78,8 +79,7 @@ def squared_grad_norm(optimizer: MegatronOptimizer) -> Tensor:
     Engine and apex it waits for each gradient. Collective over all ranks.
     """
     optimizer.prepare_grads()
-    renamed = getattr(optimizer, "get_grads_for_grad_norm", None)  # megatron-core 0.19
-    gradients = (renamed or optimizer.get_main_grads_for_grad_norm)()
+    gradients = grads_for_norm(optimizer)
     if gradients:
         squared = torch.nn.utils.get_total_norm(gradients).square().view(1)
     else:  # all shards are on other ranks
