@@ -378,6 +378,32 @@ def test_twenty_compactions_leave_no_model_behind(workers: Workers) -> None:
     assert models == [1] * 20
 
 
+def test_a_plan_from_a_stranger_is_looked_at() -> None:
+    from megatron_idea.prune.plan import unfit_plan
+
+    alive = {
+        "ffn_hidden_size": torch.ones(3, 4, dtype=torch.bool),
+        "num_query_groups": torch.ones(3, 2, dtype=torch.bool),
+        "hidden_size": torch.arange(4) < 3,
+        "num_layers": torch.ones(3, dtype=torch.bool),
+    }
+    gains = torch.ones(7)
+    assert unfit_plan(alive, alive, gains) == ""
+    layers = torch.tensor([True, True, False])
+    gone = {axis: alive[axis] & layers[:, None] for axis in LAYER_AXES}
+    assert unfit_plan(alive, {**alive, **gone, "num_layers": layers}, gains) == ""
+    everyone, nobody = torch.ones(4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
+    for changed, message in (
+        ({"hidden_size": everyone}, "revives units of hidden_size"),
+        ({"ffn_hidden_size": nobody}, "leaves nothing of ffn_hidden_size"),
+        ({"num_layers": nobody[:, 0]}, "keeps units of ffn_hidden_size in a layer that goes"),
+        ({"num_layers": layers}, "keeps units of ffn_hidden_size in a layer that goes"),
+    ):
+        assert message in unfit_plan(alive, {**alive, **changed}, gains)
+    for gain in (0.0, -1.0, float("nan"), float("inf")):
+        assert "no positive number" in unfit_plan(alive, alive, gains * gain)
+
+
 # ------------------------------------------------------------------------- who goes, and why
 
 

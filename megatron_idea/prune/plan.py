@@ -94,6 +94,22 @@ def misfit(axis: str, alive: Tensor, stored: Tensor, shape: Shape, full: Shape) 
     return ""
 
 
+def unfit_plan(alive: Units, due: Units, gains: Tensor) -> str:
+    """Say why a plan that a file has cannot be carried out; empty if it can."""
+    layers = due["num_layers"]
+    for axis in AXES:
+        if bool((due[axis] & ~alive[axis]).any()):
+            return f"its plan revives units of {axis}"
+        rows = due[axis][layers] if axis in LAYER_AXES else due[axis][None]
+        if not bool(rows.any(dim=-1).all()):
+            return f"its plan leaves nothing of {axis}"
+        if axis in LAYER_AXES and bool(due[axis][~layers].any()):
+            return f"its plan keeps units of {axis} in a layer that goes"
+    if not bool((gains.isfinite() & (gains > 0)).all()):
+        return "its plan rescales norms by no positive number"
+    return ""
+
+
 def live_counts(alive: Tensor) -> list[int]:
     """Count the live units of an axis: one number a layer, or one."""
     counts: list[int] = alive.reshape(-1, alive.shape[-1]).sum(dim=1).tolist()

@@ -27,6 +27,7 @@ from megatron_idea.prune.plan import (
     live_layers,
     misfit,
     present,
+    unfit_plan,
 )
 from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.random import RandomPrune
@@ -317,13 +318,14 @@ class Pruner:
             )
             for axis in AXES
         )
-        due = {axis: tensors.get(f"due.{axis}") for axis in AXES}
-        revived = (
-            f"its plan revives units of {axis}"
-            for axis, alive in due.items()
-            if alive is not None and bool((alive.cpu() & ~tensors[f"alive.{axis}"].cpu()).any())
+        problem = next(filter(None, found), "")
+        if problem or "gains" not in tensors:
+            return problem
+        of_now, due = (
+            {axis: tensors[f"{kind}.{axis}"].cpu().bool() for axis in AXES}
+            for kind in ("alive", "due")
         )
-        return next(filter(None, (*found, *revived)), "")
+        return unfit_plan(of_now, due, tensors["gains"].cpu())
 
     def load_state(
         self,
