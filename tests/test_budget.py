@@ -22,6 +22,7 @@ from megatron_idea.planning.budget import (
     Budget,
     checkpoint_bytes,
     make_budget,
+    step_seconds,
     suggest,
 )
 from megatron_idea.planning.dry_run import dry_run
@@ -117,6 +118,12 @@ def test_all_axes_are_worked_out_over_uneven_stages() -> None:
     for stretch in made.stretches[1:]:
         assert 0 < stretch.compaction_peak_bytes < totals[0]
         assert stretch.compaction_sent_bytes > 0
+    # 6 layers on 4 stages: two have two, where one and a half is the share.
+    compute = 16 * 64 * target_shape(config).flops_per_token(config.model, 64) / (16 * 989e12 * 0.4)
+    sent = dict.fromkeys(("tp", "pp", "dp", "embedding"), 0)
+    seconds = step_seconds(config, 16, GPUS["h100"], Assumptions(), target_shape(config), sent)
+    assert seconds["compute"] == pytest.approx(compute)
+    assert seconds["bubble"] == pytest.approx(compute * (4 / 3 * (1 + 3 / 2) - 1))
     # bf16 weights of the stage that is the fullest; buffers are padded.
     shape = target_shape(config)
     sizes = parameter_sizes(config.sections, shape, last.stage)

@@ -329,7 +329,7 @@ def test_each_axis_is_shown_alone_and_together(all_axes: Config) -> None:
 def test_axes_in_order_begin_one_after_the_other(all_axes: Config) -> None:
     order = ["num_layers", "ffn_hidden_size+num_query_groups"]
     run = forecast(configs.replace(all_axes, prune={"order": order}), 2)
-    (begin,) = [point for point in run.points if point.label == "neurons and KV groups begin"]
+    (begin,) = [point for point in run.points if point.label == "neurons, KV groups begin"]
     (before,) = [point for point in run.points if point.label == "removal 25 %"]
     assert begin.live["num_layers"] == run.target.stored["num_layers"]
     assert before.live["num_query_groups"] == run.enlarged.stored["num_query_groups"]

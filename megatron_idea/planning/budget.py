@@ -18,6 +18,7 @@ from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.course import shape_plan, target_shape
 from megatron_idea.engine.gpus import USABLE, Gpu
+from megatron_idea.engine.model import layers_by_stage
 from megatron_idea.planning import footprint
 from megatron_idea.planning.dry_run import DryRun, dry_run
 from megatron_idea.planning.estimate import Counts, Forecast, counts, forecast
@@ -143,7 +144,8 @@ def step_seconds(
 ) -> dict[str, float]:
     """Estimate one optimizer step: ``compute`` at the assumed MFU, and what waits beside it.
 
-    ``bubble``: compute x (PP - 1) / (virtual PP x micro-batches). ``tp``, ``pp``: bytes over
+    ``bubble``: compute x (PP - 1) / (virtual PP x micro-batches), and where layers do not divide
+    the wait for ranks that have more than their share. ``tp``, ``pp``: bytes over
     NVLink inside a node, over the network between nodes. ``dp``: over the network; with
     overlap_grad_reduce only what is longer than the computation.
     """
@@ -151,6 +153,8 @@ def step_seconds(
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     flops = shape.flops_per_token(config.model, config.training.seq_length)
     compute = config.batch_tokens * flops / (world_size * gpu.peak_flops * assume.mfu)
+    stages = layers_by_stage(shape.num_layers, parallel.num_stages)
+    most = max(sum(map(len, stages[rank::pp])) for rank in range(pp)) * pp / shape.num_layers
     passes = parallel.virtual_pipeline_model_parallel_size * num_microbatches(config, world_size)
 
     def wire(kind: str, ranks: int) -> float:
@@ -160,7 +164,7 @@ def step_seconds(
     dp = wire("dp", world_size) + wire("embedding", world_size)
     return {
         "compute": compute,
-        "bubble": compute * (pp - 1) / passes,
+        "bubble": compute * (most * (1 + (pp - 1) / passes) - 1),
         "tp": wire("tp", tp),
         "pp": wire("pp", tp * pp),
         "dp": max(0.0, dp - compute) if parallel.overlap_grad_reduce else dp,

@@ -215,7 +215,7 @@ def _points(config: Config) -> Iterator[Point]:
             moments[f"removal {percent} %"] = start + (end - start) * percent / 100
         for begin in {goal.begin for goal in config.goals.values()} - {0.0}:
             units = [f"{UNITS[a]}s" for a, goal in config.goals.items() if goal.begin == begin]
-            moments[f"{' and '.join(units)} begin"], _ = part_of_window(schedule, begin)
+            moments[f"{', '.join(units)} begin"], _ = part_of_window(schedule, begin)
     # Ends go last so that they give their names to moments that fall on the same step.
     moments |= {f"{name} ends": end for name, end in phase_ends(schedule).items()}
     labels = {
