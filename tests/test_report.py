@@ -540,9 +540,9 @@ def test_flops_so_far_are_those_of_the_plan(run_dir: Path) -> None:
     run = read_run(run_dir)
     sums, plan = cost(run), forecast(run.config)
     assert sums.this_run[-1] == flops_between(run.config, 0, run.tokens)
-    assert sums.masks_only[-1] == plan.cost.zeros_only
+    assert sums.zeros_only[-1] == plan.cost.zeros_only
     assert sums.from_scratch[-1] == plan.cost.target_from_scratch
-    assert sums.from_scratch[-1] < sums.ideal[-1] < sums.this_run[-1] < sums.masks_only[-1]
+    assert sums.from_scratch[-1] < sums.ideal[-1] < sums.this_run[-1] < sums.zeros_only[-1]
     model, seq_length = run.config.model, run.config.training.seq_length
     full = Shape.full(model).flops_per_token(model, seq_length)
     assert sums.this_run[0] == BATCH * full

@@ -286,7 +286,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "signed": {"prune": {"element": "signed"}},
     "global": {"prune": {"scope": "global"}},
     "ordered": {"prune": {"placement": "ordered"}},
-    "masks_only": {"prune": {"compact": False}},
+    "zeros_only": {"prune": {"compact": False}},
     "none": {"prune": {"strategy": "none"}},
     "mup": {"optimizer": {"lr_scaling": "mup_simple"}},
 }
@@ -326,7 +326,7 @@ def test_every_variant_trains_to_its_exact_width(
             assert all(0 <= w - n < 4 for w, n in zip(width, live, strict=True)), name
         else:
             assert live == [target] * 2, name
-            assert width == ([64] * 2 if name == "masks_only" else live), name
+            assert width == ([64] * 2 if name == "zeros_only" else live), name
     removed = [
         r.live["ffn_hidden_size"][0] for r in read_metrics(Path(configs["one_shot"].run_dir))
     ]

@@ -375,14 +375,14 @@ def gradients(runs: Sequence[Run]) -> Chart:
 def costs(runs: Sequence[Run]) -> Chart:
     """Draw the FLOPs so far, and those of what the run is compared with."""
     every = [(cost(run), colour, place) for run, colour, place in _each(runs, "blue")]
-    divisor, unit = scaled(max(sums.masks_only[-1] for sums, _, _ in every), "FLOPs")
+    divisor, unit = scaled(max(sums.zeros_only[-1] for sums, _, _ in every), "FLOPs")
     series = []
     for sums, colour, place in every:
         stride = -(-len(sums.tokens) // MOST_POINTS)
         curves = [("this run", sums.this_run, colour, "line")]
         if len(runs) == 1 and runs[0].prunes:
             curves += [
-                ("masks only", sums.masks_only, "red", "dashed"),
+                ("zeros only", sums.zeros_only, "red", "dashed"),
                 ("ideal", sums.ideal, "green", "dotted"),
                 ("target from scratch", sums.from_scratch, "orange", "mixed"),
             ]

@@ -17,7 +17,7 @@ class Cost:
 
     tokens: list[int]
     this_run: list[float]
-    masks_only: list[float]
+    zeros_only: list[float]
     """Had nothing been removed from memory."""
     ideal: list[float]
     """Had every unit been removed from memory in the step that silenced it."""
@@ -39,7 +39,7 @@ def cost(run: Run) -> Cost:
     shapes = (shape_of(model, stored), Shape.full(model), shape_of(model, live))
     rates = [*map(per_token, shapes), per_token(target_shape(run.config))]
     total = Cost([], [], [], [], [])
-    columns = (total.this_run, total.masks_only, total.ideal, total.from_scratch)
+    columns = (total.this_run, total.zeros_only, total.ideal, total.from_scratch)
     sums = [0.0, 0.0, 0.0, 0.0]
     for record in run.records:
         tokens = record.tokens - done

@@ -113,7 +113,7 @@ def _tiles(run: Run) -> str:
         before = [cell for cell in speeds[0][1:-1] if cell]
         note = f"at full size {before[0]}" if before else "of training steps"
         tiles.append(("tokens/s, median", speeds[0][-1] or "-", note))
-    saved = 1 - sums.this_run[-1] / sums.masks_only[-1]
+    saved = 1 - sums.this_run[-1] / sums.zeros_only[-1]
     note = f"{saved:.0%} less than at full size" if saved > 0 else "all at full size"
     tiles.append(("training compute", human_amount(sums.this_run[-1], "FLOPs"), note))
     seconds = sum(record.step_s for record in run.records)

@@ -220,7 +220,7 @@ def spent(run: Run) -> Table:
     lines = [("this run", sums.this_run[-1])]
     if run.prunes:
         lines += [
-            ("masks only, nothing compacted", sums.masks_only[-1]),
+            ("zeros only, nothing compacted", sums.zeros_only[-1]),
             ("ideal: removed is not computed", sums.ideal[-1]),
             ("target from scratch", scratch),
         ]
