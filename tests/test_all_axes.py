@@ -280,9 +280,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         for name in ours:
             assert_equal(ours[name], theirs[name], name)
     # In another layout, from a plan that the first one decided on.
-    other = {"pipeline_model_parallel_size": 1} if layout == "pp2" else TP2
-    elsewhere = killed_after(config, due[1], tmp_path / "elsewhere", parallel=other)
-    workers.run(train_on, 1 if layout == "pp2" else 2, elsewhere)
+    size, other = LAYOUTS["tp1" if layout == "pp2" else "pp2"]
+    one = {"pipeline_model_parallel_size": 1}
+    elsewhere = killed_after(config, due[1], tmp_path / "elsewhere", parallel=one | other)
+    workers.run(train_on, size, elsewhere)
     found, expected = curves(elsewhere.run_dir, due[1]), curves(config.run_dir, due[1])
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=2e-5)
     assert [r["live"] for r in found] == [r["live"] for r in expected]
