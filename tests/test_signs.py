@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from megatron_idea.config import validate
-from megatron_idea.course import flops_between
+from megatron_idea.course import flops_between, target_shape
 from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.schedule import removed as share_removed
 
@@ -43,7 +43,8 @@ def test_arms_differ_in_nothing_but_what_they_are_about(
         assert name == "scratch-equal-compute" or (
             config.schedule.total_tokens == idea.schedule.total_tokens == steps * 1024
         )
-        assert config.target_ffn_hidden_size == (256 if name == "enlarged" else 96)
+        width = 256 if name == "enlarged" else 96
+        assert target_shape(config).counts("ffn_hidden_size") == (width, width)
     long, ours = (
         flops_between(c, 0, c.schedule.total_tokens)
         for c in (configs["scratch-equal-compute"], idea)
