@@ -399,8 +399,8 @@ def index_with(shape: Shape) -> Metadata:
 
 
 OTHER_SHAPES = {
-    "a layer less": SHAPE.with_layers([0]),
-    "channels": SHAPE.with_counts("hidden_size", 4),
+    "a layer more": Shape(8, (*SHAPE.layers, dataclasses.replace(SHAPE.layers[1], number=2))),
+    "channels": SHAPE.with_counts("hidden_size", 16),
     "neurons": SHAPE.with_counts("ffn_hidden_size", 16),
     "groups": SHAPE.with_counts("num_query_groups", 2),
     "another order": Shape(8, SHAPE.layers[::-1]),
