@@ -18,6 +18,8 @@ from megatron_idea.prune.axis import whole_shapes
 from megatron_idea.prune.plan import table_size
 from megatron_idea.shape import AXES, LAYER_AXES, LayerShape, Shape
 
+MOST_LAYERS = 1 << 16
+"""Of an enlarged model that a checkpoint claims to be of."""
 FORMAT = 3  # 1 had no manifest, 2 kept masks in the model and widths of FFNs alone
 
 
@@ -101,7 +103,7 @@ def _check_model(path: Path, state: TrainState, config: Config) -> None:
     """
     model, stored = config.model, state.shape
     # Layers are counted first: a shape with as many as a stranger likes takes memory.
-    if stored.num_layers > model.num_layers or not stored.is_within(Shape.full(model)):
+    if model.num_layers > MOST_LAYERS or not stored.is_within(Shape.full(model)):
         raise CheckpointError(
             f"{path} says in state.json that it stores {stored.num_layers} layers of "
             f"{_brief(stored)}; its configuration is of a model of {model.num_layers} layers of "
