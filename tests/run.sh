@@ -53,17 +53,28 @@ with_newest_core() {
     if [[ ! -d $newest ]]; then
         echo "tests: SKIPPED: equality and checkpoints with the newest megatron-core, not installed" >&2
     elif [[ ! -d $newest/megatron_core-$installed.dist-info ]]; then
-        echo "tests: first with $(basename "$newest"/megatron_core-*.dist-info .dist-info), then $installed"
+        echo "tests: and with $(basename "$newest"/megatron_core-*.dist-info .dist-info)"
         PYTHONPATH=$newest pytest --durations=5 \
             tests/test_core_versions.py tests/test_doctor.py \
             tests/test_checkpoint.py tests/test_parallel.py \
             -k "core_versions or doctor or metadata or tp2_bf16 or dp2_overlapped or pp2_interleaved"
     fi
 }
-if (($# == 0)); then with_newest_core; fi
 wait "$installing"
 wait "$types"
+if (($# == 0)); then
+    output=$(mktemp)
+    with_newest_core >"$output" 2>&1 &
+    newest=$!
+fi
 
 # Files side by side, in the order of conftest.py. -n0 among the arguments runs one after the other,
 # with output as it comes.
-exec pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"
+status=0
+pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@" || status=$?
+if (($# == 0)); then
+    wait "$newest" || status=$?
+    cat "$output"
+    rm "$output"
+fi
+exit "$status"
