@@ -1,6 +1,6 @@
 """Which axis should shrink? One enlarged model to one number of parameters, along several ways.
 
-    python -W ignore benchmarks/axes.py [--steps 1200] [--seeds 0 1 2] [--arms NAME ...]
+    python -W ignore benchmarks/axes.py [--steps 800] [--seeds 0 1 2] [--arms NAME ...]
 
 Every arm is a run of the engine that prunes the same micro model over the same samples in the same
 order for a seed; the arms end within 1 % of one number of parameters. ``scratch`` trains the shape
@@ -23,12 +23,11 @@ from megatron_idea import config as configuration
 from megatron_idea.config import Config, PruneTarget
 from megatron_idea.course import flops_between, num_steps, target_shape
 from megatron_idea.engine.core_versions import quiet
-from megatron_idea.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
 import measure
-from signs import arm_config, corpus, figures, plus_minus, same_order, spread
+from signs import arm_config, corpus, finished, plus_minus, same_order, spread
 
 MODEL = {
     "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 192,
@@ -100,7 +99,7 @@ def show(arms: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/axes"), help="run folders")
@@ -121,10 +120,7 @@ def main() -> None:
         if apart > MOST:
             sys.exit(f"the arms' numbers of parameters are {apart:.1%} apart: {sizes}")
         for name, config in configs.items():
-            state = train(config)
-            if state.consumed_tokens < config.schedule.total_tokens:
-                sys.exit("stopped by a signal; the same call goes on from here")
-            runs[name][seed] = found = figures(config)
+            runs[name][seed] = found = finished(config)
             print(f"seed {seed}  {name:<22} {found['loss']:.4f}", flush=True)
     base = runs["ffn"]
     arms = {}

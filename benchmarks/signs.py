@@ -205,6 +205,13 @@ def same_order(configs: Sequence[Config], steps: int) -> str:
     return digests.pop()
 
 
+def finished(config: Config) -> dict[str, Any]:
+    """Train an arm to its end, if it is not there, and read its figures; leaves on a signal."""
+    if train(config).consumed_tokens < config.schedule.total_tokens:
+        sys.exit("stopped by a signal; the same call goes on from here")
+    return figures(config)
+
+
 def final_path(config: Config) -> Path:
     """The file that a run has when it is finished and measured."""
     return Path(config.run_dir) / "final.json"
@@ -390,13 +397,9 @@ def main() -> None:
         configs = {name: arm_config(name, seed, steps, data, out) for name in arguments.arms}
         orders[seed] = same_order(list(configs.values()), steps)
         for name, config in configs.items():
-            if not arguments.no_train:
-                state = train(config)
-                if state.consumed_tokens < config.schedule.total_tokens:
-                    sys.exit("stopped by a signal; the same call goes on from here")
-            elif not final_path(config).exists():
+            if arguments.no_train and not final_path(config).exists():
                 continue
-            runs[name][seed] = found = figures(config)
+            runs[name][seed] = found = figures(config) if arguments.no_train else finished(config)
             print(f"seed {seed}  {name:<22} {found['loss']:.4f}", flush=True)
     arms = summary(runs)
     signs = [row for sign in SIGNS if (row := judge(sign, runs))]

@@ -514,18 +514,13 @@ class Config:
         """The axes that pruning shrinks, in the order of the table of axes; none without it."""
         if self.prune.strategy == "none":
             return {}
-        prune, tp = self.prune, self.parallel.tensor_model_parallel_size
-        servers = prune.serve_tensor_model_parallel_size or 1
-        multiples = {
-            "ffn_hidden_size": (self.ffn_multiple, self.final_ffn_multiple),
-            "num_query_groups": (tp, math.lcm(tp, servers)),
-            "hidden_size": (prune.channel_alignment, prune.channel_alignment),
-            "num_layers": (1, 1),
-        }
+        prune, servers = self.prune, self.prune.serve_tensor_model_parallel_size
+        of_servers = {"ffn_hidden_size": 128 * servers, "num_query_groups": servers}
         parts = [part.split("+") for part in prune.order]
         goals = {}
         for axis, target in prune.target.counts.items():
-            full, (multiple, final) = getattr(self.model, axis), multiples[axis]
+            full, multiple = getattr(self.model, axis), self.multiples[axis]
+            final = math.lcm(multiple, of_servers.get(axis, 1) or 1)
             if axis == "num_layers":
                 wanted = 1  # one of zeros costs as much as any other until it is gone
             elif axis == "ffn_hidden_size":
@@ -544,6 +539,16 @@ class Config:
                 (place + 1) * share if place + 1 < len(parts) else 1.0,
             )
         return goals
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """What stored counts are multiples of, by axis."""
+        return {
+            "ffn_hidden_size": self.ffn_multiple,
+            "num_query_groups": self.parallel.tensor_model_parallel_size,
+            "hidden_size": self.prune.channel_alignment,
+            "num_layers": 1,
+        }
 
     @property
     def ffn_multiple(self) -> int:
@@ -876,13 +881,20 @@ def _validate_pruning(config: Config) -> None:
 
 def _legal_because(axis: str, config: Config) -> str:
     """Say what the final counts of an axis are multiples of, and why."""
-    goal, servers = config.goals[axis], config.prune.serve_tensor_model_parallel_size
+    what, servers = multiple_of(axis, config), config.prune.serve_tensor_model_parallel_size
+    if not servers or axis not in ("ffn_hidden_size", "num_query_groups"):
+        return what
     of_servers = "prune.serve_tensor_model_parallel_size"
-    if axis == "ffn_hidden_size":
-        what = f"TP x prune.alignment = {config.ffn_multiple}"
-        of_servers += " x 128"
-    elif axis == "num_query_groups":
-        what = f"the TP size ({config.parallel.tensor_model_parallel_size})"
-    else:
-        return f"prune.channel_alignment = {config.prune.channel_alignment}"
-    return f"{what} and of {of_servers}, together {goal.final_multiple}" if servers else what
+    of_servers += " x 128" if axis == "ffn_hidden_size" else ""
+    return f"{what} and of {of_servers}, together {config.goals[axis].final_multiple}"
+
+
+def multiple_of(axis: str, config: Config) -> str:
+    """Say what the stored counts of an axis are multiples of, and why."""
+    multiple = config.multiples[axis]
+    return {
+        "ffn_hidden_size": f"TP x prune.alignment = {multiple}",
+        "num_query_groups": f"the TP size ({multiple})",
+        "hidden_size": f"prune.channel_alignment = {multiple}",
+        "num_layers": f"{multiple}",
+    }[axis]

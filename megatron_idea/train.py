@@ -38,7 +38,7 @@ from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.evaluation.generate import sample_live
 from megatron_idea.evaluation.held_out import held_out_loss
 from megatron_idea.prune.compact import release
-from megatron_idea.prune.plan import Plan, live_by_axis
+from megatron_idea.prune.plan import Plan
 from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.relocate import extension
@@ -267,7 +267,7 @@ def note(run: Run, state: TrainState, measured: Measured, plan: Plan | None) -> 
         tokens=tokens,
         phase=phase(config.schedule, tokens),
         removed=removed_at(config, tokens),
-        live=live_by_axis((plan or pruner).alive),
+        live=pruner.live((plan or pruner).alive),
         stored=(plan or run.trainable).shape.by_number(config.model.num_layers),
         tokens_per_s=config.batch_tokens / measured.step_s,
         skipped=state.skipped,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_idea.config import ModelConfig
 from megatron_idea.prune.axis import AXES, Share, blocks, cut, fold, shares_of
-from megatron_idea.shape import Shape
+from megatron_idea.shape import LAYER_AXES, Shape
 
 H, F, GROUPS, HEADS, KV, TP, VOCABULARY = 6, 8, 4, 2, 3, 2, 10
 MODEL = ModelConfig(
@@ -138,7 +138,7 @@ def test_norms_of_heads_belong_to_no_group() -> None:
 def test_every_share_is_of_a_known_axis_and_of_one_layer_where_units_are_per_layer() -> None:
     for tensor, _, axis, _ in CASES:
         share = _share(tensor, axis)
-        assert (share.layer is not None) or not AXES[axis].is_per_layer
+        assert (share.layer is not None) or axis not in LAYER_AXES
 
 
 def test_an_unknown_tensor_is_refused() -> None:

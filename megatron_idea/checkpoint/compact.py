@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
-from megatron_idea.config import Config, ConfigError, require_multiple, validate
+from megatron_idea.config import Config, ConfigError, multiple_of, require_multiple, validate
 from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.engine.distributed import joined
 from megatron_idea.engine.model import named_parameters
@@ -116,17 +116,6 @@ def read_sizes(text: str) -> dict[str, list[int]]:
 
 def _legal(sizes: Sizes, shape: Shape, config: Config) -> dict[str, tuple[int, ...]]:
     """Return one count for each stored layer, or one, all legal for the run's own layout."""
-    tp = config.parallel.tensor_model_parallel_size
-    align = config.prune.channel_alignment
-    multiples = {
-        "ffn_hidden_size": (
-            config.ffn_multiple,
-            f"TP x prune.alignment = {config.ffn_multiple}",
-        ),
-        "num_query_groups": (tp, f"the TP size ({tp})"),
-        "hidden_size": (align, f"prune.channel_alignment = {align}"),
-        "num_layers": (1, ""),
-    }
     legal = {}
     for axis, counts in sizes.items():
         present = shape.counts(axis)
@@ -138,7 +127,7 @@ def _legal(sizes: Sizes, shape: Shape, config: Config) -> dict[str, tuple[int, .
             )
         for layer, (count, now) in enumerate(zip(each, present, strict=True)):
             what = f"--to {axis}" + (f" of layer {layer}" if axis in LAYER_AXES else "")
-            require_multiple(what, count, *multiples[axis])
+            require_multiple(what, count, config.multiples[axis], multiple_of(axis, config))
             if count > now:
                 raise ConfigError(f"{what} is {count}, and there are {now}")
             if axis == "num_layers" and count < 2:

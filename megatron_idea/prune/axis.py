@@ -39,8 +39,6 @@ class Axis:
 
     name: str
     """As in the model's configuration."""
-    is_per_layer: bool
-    """Whether every layer has units of its own; else they belong to the model."""
     is_split: bool
     """Whether a unit lives on one tensor-parallel rank; else every rank has a piece of it."""
     matrices: tuple[str, ...]
@@ -55,24 +53,21 @@ AXES = {
     for axis in (
         Axis(
             "ffn_hidden_size",
-            is_per_layer=True,
             is_split=True,
             matrices=("gate", "up", "down"),
         ),
         Axis(
             "num_query_groups",
-            is_per_layer=True,
             is_split=True,
             matrices=("query", "key", "value", "projection"),
         ),
         Axis(
             "hidden_size",
-            is_per_layer=False,
             is_split=False,
             # Those of the layers are one matrix each, over all layers.
             matrices=("word_embeddings", "output_layer", *LAYER_MATRICES),
         ),
-        Axis("num_layers", is_per_layer=False, is_split=False, matrices=LAYER_MATRICES),
+        Axis("num_layers", is_split=False, matrices=LAYER_MATRICES),
     )
 }
 

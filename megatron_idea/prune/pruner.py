@@ -108,6 +108,7 @@ class Pruner:
         )
         self.distribution = Distribution(config.schedule)
         self.decisions: dict[str, Decision] = {}
+        self._counted: tuple[Units, dict[str, list[int]]] = self.alive, live_by_axis(self.alive)
 
     def observe(self, trainable: Trainable, tokens: int) -> dict[Measure, Sums] | None:
         """Measure this step's gradients; None outside the prune phase.
@@ -245,8 +246,13 @@ class Pruner:
         """Return the shape to store from now on: as it is, or smaller when a block can be shed."""
         if not self.config.prune.compact:
             return shape
-        live = live_by_axis(alive)
-        return due_shape(shape, live, live_layers(alive), self.goals, final)
+        return due_shape(shape, self.live(alive), live_layers(alive), self.goals, final)
+
+    def live(self, alive: Units) -> dict[str, list[int]]:
+        """Count the live units of every axis; once for each ``alive``, which few steps change."""
+        if self._counted[0] is not alive:
+            self._counted = alive, live_by_axis(alive)
+        return self._counted[1]
 
     def score_records(self, tokens: int) -> list[dict[str, Any]]:
         """Describe the last plan's importances by axis, once a plan and at a bounded rate."""
