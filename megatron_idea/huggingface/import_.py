@@ -359,7 +359,7 @@ def _without_padding(tensors: _Folder, whole: Shape, config: Config) -> Shape:
     Raises: ConfigError when layers use different numbers of query heads for a key/value head.
     """
     shape = whole
-    for axis, multiple in _multiples(config).items():
+    for axis, multiple in config.multiples.items():
         if axis in LAYER_AXES:
             counts = []
             for position, count in enumerate(whole.counts(axis)):
@@ -383,20 +383,10 @@ def _without_padding(tensors: _Folder, whole: Shape, config: Config) -> Shape:
     return dataclasses.replace(shape, layers=layers)
 
 
-def _multiples(config: Config) -> dict[str, int]:
-    """What counts are multiples of in a run."""
-    return {
-        "ffn_hidden_size": config.ffn_multiple,
-        "num_query_groups": config.parallel.tensor_model_parallel_size,
-        "hidden_size": config.prune.channel_alignment,
-        "num_layers": 1,
-    }
-
-
 def _enlarged(shape: Shape, factors: Mapping[str, float], config: Config) -> Shape:
     """All layers at the legal counts nearest to so many times the largest."""
     for axis, factor in factors.items():
-        multiple, now = _multiples(config)[axis], max(shape.counts(axis))
+        multiple, now = config.multiples[axis], max(shape.counts(axis))
         if factor == 1:
             continue
         count = max(round(now * factor / multiple) * multiple, round_up(now, multiple))
