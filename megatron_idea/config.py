@@ -274,6 +274,27 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class Method:
+    """What can be known of a value of ``prune.strategy`` without building it."""
+
+    axes: tuple[str, ...]
+    """What it can prune."""
+    removal: str = "cubic"
+    """Its own curve, which ``schedule.removal: null`` stands for."""
+    finds_shape: bool = False
+    """Whether it can find the shape itself, given a number of parameters."""
+
+
+_ALL_AXES = ("ffn_hidden_size", "num_query_groups", "hidden_size", "num_layers")
+METHODS = {
+    "idea": Method(_ALL_AXES),
+    "random": Method(_ALL_AXES),
+    "magnitude": Method(_ALL_AXES),
+}
+"""By the value of ``prune.strategy``; ``none`` is plain training."""
+
+
+@dataclass(frozen=True)
 class PruneTarget:
     """The model that is shipped, in the words of the ``model`` section; null: as the enlarged one.
 
@@ -359,7 +380,7 @@ class PruneConfig:
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 
     def __post_init__(self) -> None:
-        _one_of("prune.strategy", self.strategy, ("idea", "random", "magnitude", "none"))
+        _one_of("prune.strategy", self.strategy, (*METHODS, "none"))
         _one_of("prune.element", self.element, ("abs", "squared", "signed"))
         _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
         _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))
@@ -851,6 +872,7 @@ def _validate_pruning(config: Config) -> None:
         "hidden_size or num_layers; to train without pruning set prune.strategy=none",
     )
     for axis, goal in config.goals.items():
+        _one_of(f"an axis of prune.strategy={prune.strategy}", axis, METHODS[prune.strategy].axes)
         require_multiple(
             f"prune.target.{axis}", goal.target, goal.final_multiple, _legal_because(axis, config)
         )
