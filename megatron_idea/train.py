@@ -213,9 +213,10 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
     tokens = state.consumed_tokens + config.batch_tokens
     lr = learning_rate(config.schedule, tokens)
     samples = samples_before(run, state, state.consumed_tokens)
-    losses = forward_backward(trainable, run.data, samples)
-    # Gradients are reduced over data-parallel ranks and not yet clipped.
-    observed = pruner.observe(trainable, tokens)  # weights before the update, unclipped gradients
+    with pruner.watched(trainable, tokens) as seen:
+        losses = forward_backward(trainable, run.data, samples)
+    # Weights before the update, gradients reduced over data-parallel ranks and not yet clipped.
+    observed = pruner.observe(trainable, tokens, seen)
     loss, grad_norm, stopping, saved = share(run, losses)
     taken = math.isfinite(loss) and math.isfinite(grad_norm)
     if taken:

@@ -162,7 +162,8 @@ def _plan(trainable: Trainable, pruner: Pruner, wanted: Mapping[str, tuple[int, 
             )
         pruner.scores.fold(trainable, pruner.stored)
         stats = pruner.stats(trainable)
-        if any(not bool(units[axis].any()) for units in stats.sums.values() for axis in counts):
+        known = [units[a] for units in stats.sums.values() for a in counts if a in units]
+        if not all(bool(units.any()) for units in known):
             raise ConfigError(
                 "this checkpoint has no scores: it was written before the prune phase, so which "
                 "units matter is not known yet"

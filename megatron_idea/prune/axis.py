@@ -158,21 +158,30 @@ def cut(whole: Tensor, share: Share, keep: Tensor, count: int | None = None) -> 
     return parts.reshape(shape)
 
 
-def fold(sums: Tensor, share: Share, reduction: str = "sum") -> Tensor:
-    """Reduce one number a row of a tensor, or one a column, to one for each matrix of each unit.
+def lines(sums: Tensor, share: Share) -> Tensor:
+    """Bring one number a row of a tensor, or one a column, to the units that have them.
 
     Args:
         sums: [rows] of the tensor if ``share.dim`` is 0, else [columns].
+    Returns: [lines of a unit, count], in their order in the tensor.
+    """
+    length = share.unit_numel * share.count // sums.numel()  # of a row, or of a column
+    inner = share.stride // length if share.dim == 0 else share.stride
+    return sums.view(-1, share.count, inner).transpose(1, 2).reshape(-1, share.count)
+
+
+def fold(sums: Tensor, share: Share, reduction: str = "sum") -> Tensor:
+    """Reduce what ``lines`` takes to one number for each matrix of each unit.
+
+    Args:
         reduction: ``max`` takes the largest, any other adds up.
     Returns: [matrices, count], in the order of ``share.matrices``.
     """
-    weights = [number for _, number in share.matrices]
-    length = sum(weights) * share.count // sums.numel()  # of a row, or of a column
-    inner = share.stride // length if share.dim == 0 else share.stride
-    lines = sums.view(-1, share.count, inner).transpose(1, 2).reshape(-1, share.count)
-    if len(lines) == len(weights):
-        return lines
-    parts = lines.split([number // length for number in weights])
+    of_units = lines(sums, share)
+    if len(of_units) == len(share.matrices):
+        return of_units
+    length = share.unit_numel // len(of_units)
+    parts = of_units.split([number // length for _, number in share.matrices])
     return torch.stack([part.amax(0) if reduction == "max" else part.sum(0) for part in parts])
 
 

@@ -14,15 +14,26 @@ from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.shards import shard_of
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.kernels import MatrixShard, matrix_scores
-from megatron_idea.prune.axis import AXES, EMBEDDING, Share, fold
+from megatron_idea.prune.axis import AXES, EMBEDDING, Share, fold, lines
 from megatron_idea.prune.plan import Units, live_counts
-from megatron_idea.prune.strategy import Measure
+from megatron_idea.prune.strategy import Activation, Measure
 from megatron_idea.prune.units import named_shares
 from megatron_idea.shape import LAYER_AXES
 
 Sums = dict[tuple[str, int | None], Tensor]
-"""By axis and position of a layer on this rank, None for channels: fp32 [matrices, units on this
+"""By axis and position of a layer on this rank, None for channels: fp32 [lines, units on this
 rank]. What ranks have of the same units adds up."""
+
+
+def num_lines(measure: Measure | Activation, axis: str, model: ModelConfig) -> int:
+    """Count the numbers that a measurement has of one unit."""
+    heads = model.num_attention_heads // model.num_query_groups
+    if isinstance(measure, Activation):
+        has_lines = axis == "num_query_groups" and measure.statistic in ("mean", "mean_square")
+        return heads * model.kv_channels if has_lines else 1
+    if measure.per == "line" and axis == "num_query_groups":
+        return (2 * heads + 2) * model.kv_channels
+    return len(AXES[axis].matrices)
 
 
 @torch.no_grad()
@@ -54,17 +65,24 @@ def unit_sums(trainable: Trainable, axes: Sequence[str], measure: Measure) -> Su
     for parameter, share in owned:
         place = None if share.axis == "hidden_size" else share.layer
         found = rows.setdefault((share.axis, place), {})
-        parts = fold(by_matrix[id(parameter), _per(share)], share, measure.reduction)
+        of_lines = by_matrix[id(parameter), _per(share)]
+        if measure.per == "line" and share.axis in LAYER_AXES:
+            found[share.matrices[0][0]] = lines(of_lines, share)
+            continue
+        parts = fold(of_lines, share, measure.reduction)
         for (name, _), part in zip(share.matrices, parts, strict=True):
             found[name] = merge(found[name], part) if name in found else part
-    sums = {key: _stacked(found, AXES[key[0]].matrices) for key, found in rows.items()}
+    sums = {key: _stacked(found, key[0], measure.per) for key, found in rows.items()}
     return _largest(sums, trainable.groups) if measure.reduction == "max" else sums
 
 
-def _stacked(found: Mapping[str, Tensor], matrices: Sequence[str]) -> Tensor:
+def _stacked(found: Mapping[str, Tensor], axis: str, per: str) -> Tensor:
     """Bring vectors into the order of a table, zeros where this rank has no such matrix."""
+    names = AXES[axis].matrices
+    if per == "line" and axis in LAYER_AXES:
+        return torch.cat([found[name] for name in names if name in found])
     nothing = torch.zeros_like(next(iter(found.values())))
-    return torch.stack([found.get(name, nothing) for name in matrices])
+    return torch.stack([found.get(name, nothing) for name in names])
 
 
 def _is_measured(share: Share, axes: Sequence[str]) -> bool:

@@ -7,16 +7,16 @@ input is in some channels only the input says.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_idea.engine.model import unwrap
 from megatron_idea.engine.passes import MicroBatches, forward_loss, through
 from megatron_idea.engine.trainable import Trainable
+from megatron_idea.prune.activations import decoder_layers, residual_norms
 from megatron_idea.prune.plan import StoredUnits
 
 
@@ -43,7 +43,7 @@ class Probe:
             return inputs["hidden_states"], *outputs[1:]
 
         with contextlib.ExitStack() as hooks:
-            for layer in self._layers():
+            for layer in decoder_layers(self._trainable):
                 if shape.layers[layer.layer_number - 1].number in without:
                     hook = layer.register_forward_hook(leave_out, with_kwargs=True)
                     hooks.callback(hook.remove)
@@ -74,32 +74,11 @@ class Probe:
             return add
 
         with contextlib.ExitStack() as hooks:
-            for row, norm in self._norms():
+            for row, norm, _behind in residual_norms(trainable):
                 hooks.callback(norm.register_forward_pre_hook(watch(row)).remove)
             self._pass()
         dist.all_reduce(sums)
         return sums.cpu()
-
-    def _layers(self) -> Iterator[Any]:
-        for chunk in self._trainable.chunks:
-            model: Any = unwrap(chunk)
-            yield from model.decoder.layers
-
-    def _norms(self) -> Iterator[tuple[int, torch.nn.Module]]:
-        """Iterate over what stands where norms are; Transformer Engine's are in the layers behind.
-
-        Yields: row of ``norm_inputs``, module.
-        """
-        shape = self._trainable.shape
-        for layer in self._layers():
-            number = shape.layers[layer.layer_number - 1].number
-            yield 2 * number, layer.input_layernorm
-            yield 2 * number + 1, layer.pre_mlp_layernorm
-        for chunk in self._trainable.chunks:
-            model: Any = unwrap(chunk)
-            final = model.decoder.final_layernorm
-            if final is not None:
-                yield 2 * self._trainable.model.num_layers, final
 
     def _pass(self) -> list[Tensor]:
         chunks, data = self._trainable.chunks, self._data

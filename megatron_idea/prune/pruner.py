@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_idea.config import Config
 from megatron_idea.course import finished_axes, removed_by_axis
 from megatron_idea.engine.distributed import assert_same_on_all_ranks, on_device
 from megatron_idea.engine.trainable import Trainable
+from megatron_idea.prune.activations import watched
 from megatron_idea.prune.compact import CompactReport, compact
 from megatron_idea.prune.distribution import Decision, Distribution
 from megatron_idea.prune.idea import IdeaPrune
@@ -31,11 +33,11 @@ from megatron_idea.prune.plan import (
 )
 from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.random import RandomPrune
-from megatron_idea.prune.scores import Scores
+from megatron_idea.prune.scores import Measured, Scores
 from megatron_idea.prune.silence import rescale_norms, silence
 from megatron_idea.prune.strategy import (
+    Activation,
     Counts,
-    Measure,
     Removed,
     Stats,
     Strategy,
@@ -49,14 +51,14 @@ from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_shape
 
 def build_strategy(config: Config) -> Strategy | None:
     """Build the method that ``prune.strategy`` names; None for plain training."""
-    goals = config.goals
-    if config.prune.strategy == "none":
-        return None
-    if config.prune.strategy == "random":
-        return RandomPrune(config.prune, goals, config.training.seed)
-    if config.prune.strategy == "magnitude":
-        return Magnitude(config.prune, goals)
-    return IdeaPrune(config.prune, goals)
+    prune, goals = config.prune, config.goals
+    methods: dict[str, Callable[[], Strategy | None]] = {
+        "none": lambda: None,
+        "idea": lambda: IdeaPrune(prune, goals),
+        "random": lambda: RandomPrune(prune, goals, config.training.seed),
+        "magnitude": lambda: Magnitude(prune, goals),
+    }
+    return methods[prune.strategy]()
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Pruner:
         self.due = None
         self.trials: list[LayerTrial] = []
         self.scores = (
-            Scores(self.strategy, self.full, config.prune.history, trainable.groups.device)
+            Scores(self.strategy, config.model, config.prune.history, trainable.groups.device)
             if self.strategy is not None
             else None
         )
@@ -110,16 +112,28 @@ class Pruner:
         self.decisions: dict[str, Decision] = {}
         self._counted: tuple[Units, dict[str, list[int]]] = self.alive, live_by_axis(self.alive)
 
-    def observe(self, trainable: Trainable, tokens: int) -> dict[Measure, Sums] | None:
+    def watched(
+        self, trainable: Trainable, tokens: int
+    ) -> contextlib.AbstractContextManager[dict[Activation, Sums]]:
+        """Watch the forward passes of the step that ends at ``tokens``, if a method asks for it."""
+        gathers = self.scores is not None and gathers_scores(self.config.schedule, tokens)
+        return watched(trainable, self.scores.activations if gathers and self.scores else {})
+
+    def observe(
+        self, trainable: Trainable, tokens: int, seen: Mapping[Activation, Sums] | None = None
+    ) -> dict[Measured, Sums] | None:
         """Measure this step's gradients; None outside the prune phase.
 
         Call after gradients are reduced and before the optimizer clips and steps.
+
+        Args:
+            seen: what ``watched`` saw.
         """
         if self.scores is None or not gathers_scores(self.config.schedule, tokens):
             return None
-        return self.scores.observe(trainable)
+        return self.scores.observe(trainable, seen)
 
-    def record(self, observed: dict[Measure, Sums] | None) -> None:
+    def record(self, observed: dict[Measured, Sums] | None) -> None:
         """Let an observation count: the step that it comes from was taken."""
         if observed is not None:
             assert self.scores is not None

@@ -8,21 +8,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_idea.config import ModelConfig
 from megatron_idea.engine.distributed import on_device
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import AXES
-from megatron_idea.prune.measures import Sums, all_reduce, carries, unit_sums
+from megatron_idea.prune.measures import Sums, all_reduce, carries, num_lines, unit_sums
 from megatron_idea.prune.plan import StoredUnits, local_part, table_size
-from megatron_idea.prune.strategy import Measure, Strategy
+from megatron_idea.prune.strategy import Activation, Measure, Strategy
 from megatron_idea.prune.units import local_layers
 from megatron_idea.shape import LAYER_AXES, Shape
+
+Measured = Measure | Activation
 
 
 class Scores:
     """What a strategy wants to know of units.
 
-    Every data-parallel rank adds up each step's sums over its own optimizer shards in ``pending``;
-    observing is one read of weights and gradients and no communication. When a plan is due,
+    Every rank adds up each step's sums over its own optimizer shards, and of the tokens that it has
+    seen, in ``pending``; observing is one read of weights, gradients and activations and, but for
+    statistics of split sequences, no communication. When a plan is due,
     ``pending`` is reduced over data-parallel ranks, brought into original numbering over tensor-
     and pipeline-parallel ranks, and let into ``average``:
 
@@ -30,29 +34,48 @@ class Scores:
     """
 
     def __init__(
-        self, strategy: Strategy, full: Shape, history: float, device: torch.device
+        self, strategy: Strategy, model: ModelConfig, history: float, device: torch.device
     ) -> None:
-        self._strategy = strategy
-        self._full = full
+        self._model = model
+        self._full = Shape.full(model)
         self._history = history
         self._device = device
-        self._averaged = tuple(m for m in strategy.measures if m.needs_gradients)
-        self.average = {m: self._empty() for m in self._averaged}
-        self.pending: dict[Measure, Sums] = {}
+        self._axes = {m: m.axes(strategy.axes) for m in strategy.measures}
+        self._averaged = tuple(
+            m for m in self._axes if isinstance(m, Activation) or m.needs_gradients
+        )
+        self.average = {m: self._empty(m) for m in self._averaged}
+        self.pending: dict[Measured, Sums] = {}
         self.pending_steps = 0
 
-    def _empty(self) -> dict[str, Tensor]:
-        sizes = {axis: table_size(axis, self._full) for axis in self._strategy.axes}
+    def _empty(self, measure: Measured) -> dict[str, Tensor]:
+        tables = {}
+        for axis in self._axes[measure]:
+            *rows, units = table_size(axis, self._full)
+            number = num_lines(measure, axis, self._model)
+            tables[axis] = torch.zeros(*rows, number, units, device=self._device)
+        return tables
+
+    @property
+    def activations(self) -> dict[Activation, tuple[str, ...]]:
+        """What forward passes have to be watched for, and the axes of each."""
+        return {m: axes for m, axes in self._axes.items() if isinstance(m, Activation)}
+
+    def observe(
+        self, trainable: Trainable, seen: Mapping[Activation, Sums] | None = None
+    ) -> dict[Measured, Sums]:
+        """Measure this step's gradients; what comes of it counts once ``record`` is called.
+
+        Args:
+            seen: what ``watched`` saw of the step's passes, of ``activations``.
+        """
+        seen = seen or {}
         return {
-            axis: torch.zeros(*rows, len(AXES[axis].matrices), units, device=self._device)
-            for axis, (*rows, units) in sizes.items()
+            m: seen[m] if isinstance(m, Activation) else unit_sums(trainable, self._axes[m], m)
+            for m in self._averaged
         }
 
-    def observe(self, trainable: Trainable) -> dict[Measure, Sums]:
-        """Measure this step's gradients; what comes of it counts once ``record`` is called."""
-        return {m: unit_sums(trainable, self._strategy.axes, m) for m in self._averaged}
-
-    def record(self, observed: Mapping[Measure, Sums]) -> None:
+    def record(self, observed: Mapping[Measured, Sums]) -> None:
         """Let a step count."""
         for measure, sums in observed.items():
             kept = self.pending.setdefault(measure, {})
@@ -68,16 +91,17 @@ class Scores:
             return
         for measure, average in self.average.items():
             weight = (1 - self._history) / self.pending_steps
-            for axis, value in self._collect(trainable, stored, self.pending[measure]).items():
+            found = self._collect(trainable, stored, measure, self.pending[measure])
+            for axis, value in found.items():
                 average[axis].mul_(self._history).add_(value, alpha=weight)
         self.pending, self.pending_steps = {}, 0
 
-    def now(self, trainable: Trainable, stored: StoredUnits) -> dict[Measure, dict[str, Tensor]]:
+    def now(self, trainable: Trainable, stored: StoredUnits) -> dict[Measured, dict[str, Tensor]]:
         """Return averages, and measures of weights as they are; equal on every rank."""
-        fresh = {
-            m: self._collect(trainable, stored, unit_sums(trainable, self._strategy.axes, m))
-            for m in self._strategy.measures
-            if not m.needs_gradients
+        fresh: dict[Measured, dict[str, Tensor]] = {
+            m: self._collect(trainable, stored, m, unit_sums(trainable, axes, m))
+            for m, axes in self._axes.items()
+            if not isinstance(m, Activation) and not m.needs_gradients
         }
         return self.average | fresh
 
@@ -85,10 +109,10 @@ class Scores:
         """Return averages and pending sums in original numbering; collective over all ranks."""
         tensors = {}
         for number, measure in enumerate(self._averaged):
-            tables = self._collect(trainable, stored, self.pending.get(measure, {}))
+            tables = self._collect(trainable, stored, measure, self.pending.get(measure, {}))
             if self.pending_steps:  # reduced now, as one that goes on from here will have it
                 self.pending[measure] = self._spread(tables, trainable, stored)
-            for axis in self._strategy.axes:
+            for axis in tables:
                 tensors[f"average.{number}.{axis}"] = self.average[measure][axis].clone()
                 tensors[f"pending.{number}.{axis}"] = tables[axis]
         return tensors
@@ -97,9 +121,9 @@ class Scores:
         """Return tensors of the names and sizes of ``state``, to be read into."""
         return {
             f"{kind}.{number}.{axis}": table
-            for number in range(len(self._averaged))
+            for number, measure in enumerate(self._averaged)
             for kind in ("average", "pending")
-            for axis, table in self._empty().items()
+            for axis, table in self._empty(measure).items()
         }
 
     def load_state(
@@ -112,16 +136,18 @@ class Scores:
         """Take over what ``state`` returned, in the present layout."""
         self.pending, self.pending_steps = {}, pending_steps
         for number, measure in enumerate(self._averaged):
-            for axis in self._strategy.axes:
-                self.average[measure][axis].copy_(tensors[f"average.{number}.{axis}"])
+            for axis, average in self.average[measure].items():
+                average.copy_(tensors[f"average.{number}.{axis}"])
             if pending_steps:
-                tables = {axis: tensors[f"pending.{number}.{axis}"] for axis in self._strategy.axes}
+                tables = {axis: tensors[f"pending.{number}.{axis}"] for axis in self._axes[measure]}
                 self.pending[measure] = self._spread(tables, trainable, stored)
 
-    def _collect(self, trainable: Trainable, stored: StoredUnits, sums: Sums) -> dict[str, Tensor]:
+    def _collect(
+        self, trainable: Trainable, stored: StoredUnits, measure: Measured, sums: Sums
+    ) -> dict[str, Tensor]:
         """Bring sums over local units to tables in original numbering, equal on every rank."""
         all_reduce(list(sums.values()), dist.ReduceOp.SUM, trainable.groups.shards)
-        tables = self._empty()
+        tables = self._empty(measure)
         for (axis, layer), value in sums.items():
             of_layer, ids = self._place(trainable, stored, axis, layer)
             self._part(tables, axis, of_layer)[:, ids] = value
@@ -134,7 +160,7 @@ class Scores:
     ) -> Sums:
         """Cut tables down to this rank's units; one of the ranks that share them has the values."""
         sums: Sums = {}
-        for axis, layer in local_layers(trainable, self._strategy.axes):
+        for axis, layer in local_layers(trainable, list(tables)):
             of_layer, ids = self._place(trainable, stored, axis, layer)
             value = self._part(tables, axis, of_layer)[:, ids]
             sums[axis, layer] = (
@@ -144,7 +170,7 @@ class Scores:
 
     @staticmethod
     def _part(tables: Mapping[str, Tensor], axis: str, layer: int) -> Tensor:
-        """View [matrices, units] of an axis, in a layer where layers have units of their own."""
+        """View [lines, units] of an axis, in a layer where layers have units of their own."""
         return tables[axis][layer] if axis in LAYER_AXES else tables[axis]
 
     def _place(

@@ -6,7 +6,7 @@ model, no rank and no optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,19 +36,51 @@ class Measure:
     ``weight`` |w|: from the weights as they are when a plan is made."""
     reduction: str
     """``sum``, ``sum_of_squares``, ``max``."""
+    per: str = "matrix"
+    """``matrix``: one number for each matrix of a unit, as the table of axes has them. ``line``,
+    of neurons and KV groups: one for each row that makes activations and each column that reads
+    them: gate, up, down; the rows of queries, key and value, the columns of the projection."""
 
     @property
     def needs_gradients(self) -> bool:
         return self.element != "weight"
+
+    def axes(self, pruned: Sequence[str]) -> tuple[str, ...]:
+        """List what is measured for a method that prunes some axes."""
+        return tuple(pruned)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A mean over the tokens, or samples, of training steps, of what passes through a unit.
+
+    A KV group has as many activations as its query heads have channels; a channel's are those of
+    all norms of the residual stream, added up.
+    """
+
+    statistic: str
+    """``mean``, ``mean_square``: of each activation, over tokens. ``sequence_mean``: over samples,
+    the square of the mean over a sample's tokens of the activation's size (of a KV group, its L2
+    norm); ``sequence_norm``: over samples, the L2 norm over its tokens. ``cosine``: over tokens,
+    between the residual stream before and after a layer, whatever is pruned."""
+    skip_first: bool = False
+    """Leave the first token of each sequence out: it often gathers attention and nothing else."""
+
+    def axes(self, pruned: Sequence[str]) -> tuple[str, ...]:
+        """List what is measured for a method that prunes some axes."""
+        if self.statistic == "cosine":
+            return ("num_layers",)
+        return tuple(axis for axis in pruned if axis != "num_layers")
 
 
 @dataclass(frozen=True)
 class Stats:
     """What was measured, reduced over all ranks and equal on all of them."""
 
-    sums: Mapping[Measure, Units]
-    """fp32 [layers, matrices, units] for neurons and KV groups, [matrices, units] for channels and
-    layers; 0 for units that are gone. Measures of gradients are moving averages over steps."""
+    sums: Mapping[Measure | Activation, Units]
+    """fp32 [layers, lines, units] for neurons and KV groups, [lines, units] for channels and
+    layers, where lines are matrices unless the measure says otherwise; 0 for units that are gone.
+    All but measures of weights are moving averages over steps."""
     sizes: Mapping[str, Tensor]
     """Axis -> fp32 [matrices, 1], for layers [matrices, units]: weights that a unit has in each
     matrix, those of living units of the other axes alone."""
@@ -61,11 +93,14 @@ class Strategy(Protocol):
 
     axes: tuple[str, ...]
     """What it prunes."""
-    measures: tuple[Measure, ...]
+    measures: tuple[Measure | Activation, ...]
     """What it has to know; nothing is measured for a method that asks for nothing."""
     layer_candidates: int
     """Of so many layers of the least importance that one goes which the loss misses least; 0: the
     least important one."""
+    mend: str
+    """What is done to weights between a plan and the zeros that it asks for: ``none``; others are
+    in ``Pruner.mend``."""
 
     def is_due(self, alive: Units, removed: Removed) -> bool:
         """Say whether anything has to go by now; nothing is asked of the method before."""
@@ -117,8 +152,9 @@ class Scheduled:
     an axis against each other, and the mean over layers follows the schedule.
     """
 
-    measures: tuple[Measure, ...] = ()
+    measures: tuple[Measure | Activation, ...] = ()
     layer_candidates = 0
+    mend = "none"
 
     def __init__(self, config: PruneConfig, goals: Mapping[str, AxisGoal]) -> None:
         self.axes = tuple(goals)
