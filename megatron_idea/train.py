@@ -244,10 +244,14 @@ def decide(run: Run, state: TrainState, before: guard.Watch) -> Plan | None:
     # A compaction would save this step, and the rollback that follows would go back to it.
     if guard.rolls_back(run.config.guard, before, state.watch):
         return None
-    last = state.consumed_tokens - run.config.batch_tokens
-    probe = Probe(run.trainable, run.data, samples_before(run, state, last))
     pausing = guard.pauses_pruning(run.config.guard, state.watch)
-    return run.pruner.plan(run.trainable, state.consumed_tokens, probe, pausing)
+    return run.pruner.plan(run.trainable, state.consumed_tokens, probe(run, state), pausing)
+
+
+def probe(run: Run, state: TrainState) -> Probe:
+    """Return the batch of the step that ``state`` ends with, to look at the model again."""
+    last = state.consumed_tokens - run.config.batch_tokens
+    return Probe(run.trainable, run.data, samples_before(run, state, last))
 
 
 @dataclass(frozen=True)
@@ -337,6 +341,7 @@ def apply(run: Run, state: TrainState, plan: Plan) -> None:
     if run.config.checkpoint.before_compaction and compacts and run.pruner.due is None:
         run.pruner.decide(plan)
         save(run, state, wait=True)  # the compaction needs it complete, and its memory
+    run.pruner.mend(run.trainable, plan, probe(run, state))
     run.pruner.silence(run.trainable, plan)
     if not compacts:
         return

@@ -278,6 +278,16 @@ class Pruner:
         trials, self.trials = self.trials, []
         return trials
 
+    def mend(self, trainable: Trainable, plan: Plan, probe: Probe) -> None:
+        """Let the weights that stay make up for what the plan removes; ``silence`` comes next.
+
+        A function of the model, the plan and the batch of ``probe``, so a run that was interrupted
+        in between does it again and alike.
+        """
+        if self.strategy is None or self.strategy.mend == "none":
+            return
+        raise NotImplementedError(self.strategy.mend)
+
     def silence(self, trainable: Trainable, plan: Plan) -> None:
         """Zero what the plan removes.
 
