@@ -225,35 +225,50 @@ class ScheduleConfig:
     """One curve over consumed tokens; ``schedule.py`` has the functions."""
 
     kind: str = "integrated"
-    """``integrated``: one warm-up, one cosine over all tokens. ``restarted``: the cosine ends with
-    the enlarged phase; pruning begins with a new warm-up and a new cosine (the naive pipeline)."""
+    """``integrated``: one warm-up, one decay over all tokens. ``restarted``: the decay ends with
+    the enlarged phase; pruning begins with a new warm-up and a new decay (the naive pipeline)."""
     total_tokens: int = 4_000_000
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 5e-6
-    """Learning rate at the last token."""
+    """Learning rate at the last token; without a meaning for ``lr_decay_style: constant``, which
+    ends at ``lr``."""
+    lr_decay_style: str = "cosine"
+    """From the warm-up's end on: ``cosine`` or ``linear`` to the last token; ``WSD``: ``lr``, then
+    linear over the last ``lr_wsd_decay_fraction``; ``constant``: ``lr`` to the end."""
     lr_warmup_fraction: float = 0.01
     """Share of all tokens in the linear warm-up."""
+    lr_wsd_decay_fraction: float = 0.1
+    """Share of all tokens in the decay of ``WSD``; with ``restarted``, of each curve's own."""
     enlarged_fraction: float = 0.5
     prune_fraction: float = 0.15
     recover_fraction: float = 0.35
     """Shares of all tokens in the three phases; they add up to 1."""
     prune_warmup_fraction: float = 0.05
     """Share of the prune phase in which scores are gathered and nothing is removed."""
-    removal: str = "cubic"
-    """``cubic``: gradual. ``one_shot``: everything at the end of the prune warm-up."""
+    removal: str | None = None
+    """``cubic``: gradual, most of it early. ``linear``: gradual. ``rounds``: equal parts, ever
+    further apart. ``one_shot``: everything at the end of the prune warm-up. null: the method's."""
+    rounds: int = 20
+    """How many, for ``removal: rounds``: the first when the prune warm-up ends, the last when the
+    prune phase does."""
 
     def __post_init__(self) -> None:
         _one_of("schedule.kind", self.kind, ("integrated", "restarted"))
-        _one_of("schedule.removal", self.removal, ("cubic", "one_shot"))
+        styles = ("cosine", "WSD", "linear", "constant")
+        _one_of("schedule.lr_decay_style", self.lr_decay_style, styles)
+        if self.removal is not None:
+            curves = ("cubic", "linear", "rounds", "one_shot")
+            _one_of("schedule.removal", self.removal, curves)
+        _require(self.rounds >= 1, f"schedule.rounds is {self.rounds}; it must be at least 1")
         _require(self.total_tokens > 0, "schedule.total_tokens must be positive")
         _require(
             0 <= self.min_lr <= self.lr and 0 < self.lr < math.inf,
             f"schedule.min_lr ({self.min_lr}) must be between 0 and schedule.lr ({self.lr})",
         )
         for name in (
-            "lr_warmup_fraction", "enlarged_fraction", "prune_fraction", "recover_fraction",
-            "prune_warmup_fraction",
+            "lr_warmup_fraction", "lr_wsd_decay_fraction", "enlarged_fraction", "prune_fraction",
+            "recover_fraction", "prune_warmup_fraction",
         ):  # fmt: skip
             value = getattr(self, name)
             _require(0 <= value <= 1, f"schedule.{name} is {value}; it must be in [0, 1]")
@@ -270,6 +285,25 @@ class ScheduleConfig:
             or self.lr_warmup_fraction < min(self.enlarged_fraction, 1 - self.enlarged_fraction),
             "schedule.kind=restarted warms up twice: lr_warmup_fraction must be shorter than the "
             "enlarged phase and than the rest",
+        )
+        if self.lr_decay_style == "WSD":
+            self._require_room_for_wsd()
+
+    def _require_room_for_wsd(self) -> None:
+        decay, shortest = self.lr_wsd_decay_fraction, 1.0
+        if self.kind == "restarted":
+            shortest = min(self.enlarged_fraction, 1 - self.enlarged_fraction)
+        _require(
+            decay > 0,
+            "schedule.lr_wsd_decay_fraction must be above 0 for lr_decay_style=WSD; without a "
+            "decay it is lr_decay_style=constant",
+        )
+        _require(
+            self.lr_warmup_fraction + decay * shortest <= shortest + 1e-9,
+            f"schedule.lr_decay_style=WSD warms up before it decays: lr_warmup_fraction "
+            f"({self.lr_warmup_fraction}) + {'' if shortest == 1 else f'{shortest:g} x '}"
+            f"lr_wsd_decay_fraction ({decay}) must be at most {shortest:g}, the share of all "
+            f"tokens that {'the' if shortest == 1 else 'the shorter'} curve has",
         )
 
 
@@ -560,6 +594,12 @@ class Config:
                 (place + 1) * share if place + 1 < len(parts) else 1.0,
             )
         return goals
+
+    @property
+    def removal(self) -> str:
+        """The removal curve, null decided: the method's own; ``cubic`` where nothing is pruned."""
+        own = "cubic" if self.prune.strategy == "none" else METHODS[self.prune.strategy].removal
+        return self.schedule.removal or own
 
     @property
     def multiples(self) -> dict[str, int]:

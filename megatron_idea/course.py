@@ -38,13 +38,13 @@ def removed_at(config: Config, tokens: int) -> float:
     """Return the share of the removal that is due by ``tokens`` consumed tokens, in [0, 1]."""
     if config.prune.strategy == "none":
         return 0.0
-    return removed(config.schedule, tokens)
+    return removed(config.schedule, config.removal, tokens)
 
 
 def removed_by_axis(config: Config, tokens: int) -> dict[str, float]:
     """Return each axis's share of its removal that is due by ``tokens`` consumed tokens."""
     return {
-        axis: removed(config.schedule, tokens, goal.begin, goal.end)
+        axis: removed(config.schedule, config.removal, tokens, goal.begin, goal.end)
         for axis, goal in config.goals.items()
     }
 

@@ -30,33 +30,54 @@ def phase(schedule: ScheduleConfig, tokens: int) -> str:
     return "recover"
 
 
-def _warmup_cosine(
-    lr: float, min_lr: float, warmup_tokens: float, span: float, tokens: float
-) -> float:
-    if tokens < warmup_tokens:
-        return lr * tokens / warmup_tokens
-    progress = min(1.0, (tokens - warmup_tokens) / max(span - warmup_tokens, 1.0))
-    return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * progress))
+def lr_curves(schedule: ScheduleConfig) -> list[tuple[int, int]]:
+    """First (excluded) and last token of each learning-rate curve: one, or two if restarted."""
+    ends = phase_ends(schedule)
+    if schedule.kind == "integrated":
+        return [(0, ends["recover"])]
+    return [(0, ends["enlarged"]), (ends["enlarged"], ends["recover"])]
+
+
+def lr_decay_begins(schedule: ScheduleConfig) -> list[float]:
+    """Tokens at which each learning-rate curve of style ``WSD`` leaves its peak."""
+    share = 1.0 - schedule.lr_wsd_decay_fraction
+    return [begin + share * (end - begin) for begin, end in lr_curves(schedule)]
 
 
 def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
     """Learning rate of the step that brings the run to ``tokens`` consumed tokens.
 
-    Integrated: lr * t / w for t < w, then the cosine
-    min_lr + (lr - min_lr) (1 + cos(pi (t - w) / (T - w))) / 2 over all T tokens.
-    Restarted: the same curve twice, over the enlarged phase and over the rest.
+    Integrated: lr * t / w for t < w, then with p = (t - w) / (T - w), over all T tokens,
+
+    - cosine: min_lr + (lr - min_lr) (1 + cos(pi p)) / 2
+    - linear: lr (1 - p) + min_lr p
+    - WSD: as linear, with p = 1 - (T - t) / (f T), and 0 before the last share f of the tokens
+    - constant: lr, whatever min_lr is; the last learning rate is lr, too
+
+    Restarted: the same curve twice, over the enlarged phase and over the rest. Each warms up over
+    w tokens; in each, the decay of WSD is the share f of the curve's own span.
 
     Returns: in [0, schedule.lr].
     Source: IDEA Prune (arXiv 2503.05920), one cosine over the three stages; the warm-up is ours.
+    The names are Megatron-LM's; Adapt-Pruner (arXiv 2502.03460) releases a linear warm-up of 5 %
+    and WSD with a linear decay over the last 10 %.
     """
-    total = schedule.total_tokens
-    warmup = schedule.lr_warmup_fraction * total
-    if schedule.kind == "integrated":
-        return _warmup_cosine(schedule.lr, schedule.min_lr, warmup, total, tokens)
-    start = phase_ends(schedule)["enlarged"]
-    if tokens <= start:
-        return _warmup_cosine(schedule.lr, schedule.min_lr, warmup, start, tokens)
-    return _warmup_cosine(schedule.lr, schedule.min_lr, warmup, total - start, tokens - start)
+    curves = lr_curves(schedule)
+    begin, end = curves[0] if tokens <= curves[0][1] else curves[-1]
+    tokens, span = tokens - begin, end - begin
+    lr, min_lr, style = schedule.lr, schedule.min_lr, schedule.lr_decay_style
+    warmup = schedule.lr_warmup_fraction * schedule.total_tokens
+    if tokens < warmup:
+        return lr * tokens / warmup
+    if style == "constant":
+        return lr
+    progress = min(1.0, (tokens - warmup) / max(span - warmup, 1.0))
+    if style == "cosine":
+        return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * progress))
+    if style == "WSD":
+        decay = max(schedule.lr_wsd_decay_fraction * span, 1.0)
+        progress = min(1.0, max(0.0, 1.0 - (span - tokens) / decay))
+    return lr * (1.0 - progress) + min_lr * progress
 
 
 def removal_window(schedule: ScheduleConfig) -> tuple[float, int]:
@@ -74,23 +95,47 @@ def part_of_window(
     return first + begin * (last - first), last if end == 1 else first + end * (last - first)
 
 
-def removed(schedule: ScheduleConfig, tokens: int, begin: float = 0.0, end: float = 1.0) -> float:
+def removed(
+    schedule: ScheduleConfig, curve: str, tokens: int, begin: float = 0.0, end: float = 1.0
+) -> float:
     """Share of all that is to be removed that is gone once ``tokens`` tokens are consumed.
 
-    1 - (1 - (t - start) / (stop - start))^3 in the removal window, or in the part of it from
-    ``begin`` to ``end``; 0 before, 1 after.
+    0 before the removal window, or the part of it from ``begin`` to ``end``; 1 after; in it, with
+    p = (t - start) / (stop - start), by ``curve``, which is ``Config.removal``:
+
+    - cubic: 1 - (1 - p)^3
+    - linear: p
+    - rounds: n / N, where n of the N = ``schedule.rounds`` events have happened by t. Event i
+      comes once p = i (i - 1) / (N (N - 1)): the first at the window's start, the last at its end
+    - one_shot: 1, that is one round
 
     Returns: in [0, 1]; never decreases with ``tokens``.
-    Source: Zhu and Gupta 2017, eq. 1; the window is our reading of IDEA Prune.
+    Source: cubic: Zhu and Gupta 2017, eq. 1; the window is our reading of IDEA Prune. rounds:
+    Adapt-Pruner (arXiv 2502.03460), where the tokens after event i are 2 i / (N (N + 1)) of all
+    from the first event on: so it is here when prune : recover is (N - 1) : 2, the prune warm-up
+    left aside.
     """
     start, stop = part_of_window(schedule, begin, end)
     if tokens >= stop:
         return 1.0
+    if curve in ("rounds", "one_shot"):
+        count = schedule.rounds if curve == "rounds" else 1
+        return _rounds_begun(count, round(start), round(stop), tokens) / count
     if tokens < start:
         return 0.0
-    if schedule.removal == "one_shot":
-        return 1.0
-    return 1.0 - (1.0 - (tokens - start) / (stop - start)) ** 3
+    progress = (tokens - start) / (stop - start)
+    return progress if curve == "linear" else 1.0 - (1.0 - progress) ** 3
+
+
+def _rounds_begun(count: int, start: int, stop: int, tokens: int) -> int:
+    """Count the i in 1 ... ``count`` with i (i - 1) (stop - start) <= (t - start) n (n - 1).
+
+    In whole numbers: 0.07 of 100 tokens are more than 7 in floats, and an event a step too late.
+    """
+    if tokens < start:
+        return 0
+    most = (tokens - start) * count * (count - 1) // max(1, stop - start)
+    return min(count, (1 + math.isqrt(1 + 4 * most)) // 2)
 
 
 def gathers_scores(schedule: ScheduleConfig, tokens: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_idea.config import (
+    METHODS,
     BlendEntry,
     Config,
     ConfigError,
@@ -121,7 +122,10 @@ def test_a_wrong_type_is_refused_by_its_key(override: str, message: str) -> None
         ("optimizer.clip_grad=-1", "must not be negative"),
         ("optimizer.lr_scaling=mup", "legal values: none, mup_simple"),
         ("schedule.kind=cyclic", "legal values: integrated, restarted"),
-        ("schedule.removal=linear", "legal values: cubic, one_shot"),
+        ("schedule.removal=sudden", "legal values: cubic, linear, rounds, one_shot"),
+        ("schedule.rounds=0", r"schedule\.rounds is 0; it must be at least 1"),
+        ("schedule.lr_decay_style=wsd", "legal values: cosine, WSD, linear, constant"),
+        ("schedule.lr_wsd_decay_fraction=1.5", r"must be in \[0, 1\]"),
         ("schedule.total_tokens=0", "must be positive"),
         ("schedule.min_lr=1.0", "must be between 0 and"),
         ("schedule.prune_warmup_fraction=1.0", "must be below 1"),
@@ -153,6 +157,45 @@ def test_phases_that_do_not_add_up_are_refused_with_their_sum() -> None:
 def test_a_restarted_schedule_needs_room_for_both_warm_ups() -> None:
     with pytest.raises(ConfigError, match="warms up twice"):
         load(None, ["schedule.kind=restarted", "schedule.lr_warmup_fraction=0.5"])
+
+
+WSD = ("schedule.lr_decay_style=WSD", "schedule.lr_warmup_fraction=0.05")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.lr_wsd_decay_fraction=0"], "it is lr_decay_style=constant"),
+        (
+            ["schedule.lr_wsd_decay_fraction=0.96"],
+            r"lr_warmup_fraction .0\.05. \+ lr_wsd_decay_fraction .0\.96. must be at most 1, the "
+            "share of all tokens that the curve has",
+        ),
+        (
+            ["schedule.lr_wsd_decay_fraction=0.91", "schedule.kind=restarted"],
+            r"\+ 0\.5 x lr_wsd_decay_fraction .0\.91. must be at most 0\.5, .* shorter curve has",
+        ),
+    ],
+)
+def test_wsd_needs_room_for_warm_up_and_decay(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, [*WSD, *overrides])
+
+
+def test_wsd_may_decay_right_after_its_warm_up() -> None:
+    load(None, [*WSD, "schedule.lr_wsd_decay_fraction=0.95"])
+    load(None, [*WSD, "schedule.lr_wsd_decay_fraction=0.9", "schedule.kind=restarted"])
+    # Another style has no such decay.
+    load(None, ["schedule.lr_wsd_decay_fraction=0"])
+
+
+def test_a_removal_that_is_left_out_is_the_methods_own() -> None:
+    assert Config().schedule.removal is None
+    for strategy, method in METHODS.items():
+        assert replace(Config(), prune={"strategy": strategy}).removal == method.removal
+    assert replace(Config(), prune={"strategy": "none"}).removal == "cubic"
+    assert replace(Config(), schedule={"removal": "linear"}).removal == "linear"
+    assert load(None, ["schedule.removal=null"]) == Config()
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
@@ -293,8 +336,8 @@ def test_every_key_that_is_a_text_is_in_the_list() -> None:
     full = load(None, [f"{key}=[{value}]" for key, value in lists.items()])
     choices = {
         "training.precision", "training.kernel_implementation", "optimizer.lr_scaling",
-        "schedule.kind", "schedule.removal", "prune.strategy", "prune.element", "prune.row_reduce",
-        "prune.matrix_reduce", "prune.ema_on", "prune.scope", "prune.placement",
+        "schedule.kind", "schedule.lr_decay_style", "prune.strategy", "prune.element",
+        "prune.row_reduce", "prune.matrix_reduce", "prune.ema_on", "prune.scope", "prune.placement",
         "prune.norm_rescale", "prune.order[]", "checkpoint.on_damage", "guard.on_spike",
     }  # fmt: skip
     found = texts(dataclasses.asdict(full), "")

@@ -25,7 +25,7 @@ from megatron_idea.course import (
 )
 from megatron_idea.planning.estimate import forecast, render
 from megatron_idea.records.readable import human_count
-from megatron_idea.schedule import removal_window
+from megatron_idea.schedule import learning_rate, removal_window
 from megatron_idea.shape import ParameterCount, Shape, due_shape
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
@@ -133,15 +133,23 @@ def simulated_plan(config: Config) -> list[ShapeChange]:
     alignment=st.sampled_from((1, 2, 8)),
     block=st.integers(0, 16),
     interval=st.sampled_from((1, 3, 7)),
-    removal=st.sampled_from(("cubic", "one_shot")),
+    removal=st.sampled_from(("cubic", "linear", "rounds", "one_shot")),
+    rounds=st.integers(1, 30),
     steps=st.integers(1, 120),
 )
 def test_planned_shapes_are_those_of_the_pruner_step_by_step(
-    full: int, target: int, alignment: int, block: int, interval: int, removal: str, steps: int
+    full: int,
+    target: int,
+    alignment: int,
+    block: int,
+    interval: int,
+    removal: str,
+    rounds: int,
+    steps: int,
 ) -> None:
     config = small(
         model={"ffn_hidden_size": full * alignment},
-        schedule={"total_tokens": steps * 16, "removal": removal},
+        schedule={"total_tokens": steps * 16, "removal": removal, "rounds": rounds},
         prune={
             "target": {"ffn_hidden_size": min(target, full - 1) * alignment},
             "alignment": alignment,
@@ -188,6 +196,42 @@ def test_shapes_change_at_the_steps_worked_out_by_hand() -> None:
     # 16 + 48 (1 - 16 (s - 32) / 154)^3 neurons, rounded: 51, 40, 32, 26, 21, 19, 17, 16.
     plan = [(change.tokens // 16, neurons(change.shape)) for change in shape_plan(small())]
     assert plan == [(33, 56), (34, 40), (35, 32), (37, 24), (40, 16)]
+
+
+def test_linear_shapes_change_at_the_steps_worked_out_by_hand() -> None:
+    # 64 - 48 (16 (s - 32) / 154) after steps 33, 34, ...: 59, 54, 49, 44, 39, 34, 29, 24, 19, 16.
+    plan = shape_plan(small(schedule={"removal": "linear"}))
+    assert [(change.tokens // 16, neurons(change.shape)) for change in plan] == [
+        (34, 56), (36, 48), (37, 40), (39, 32), (40, 24), (42, 16),
+    ]  # fmt: skip
+
+
+def test_rounds_change_the_shape_when_they_happen() -> None:
+    # Removal from token 512 to 832 in 5 rounds: at 0, 1, 3, 6, 10 tenths of the window.
+    config = small(
+        schedule={
+            "removal": "rounds", "rounds": 5, "prune_fraction": 0.3125, "recover_fraction": 0.1875
+        }
+    )  # fmt: skip
+    live = [live_at_step(config, step)["ffn_hidden_size"] for step in (31, 32, 33, 34, 38, 44, 52)]
+    assert live == [64, 54, 54, 45, 35, 26, 16]
+    plan = [(change.tokens // 16, neurons(change.shape)) for change in shape_plan(config)]
+    assert plan == [(32, 56), (34, 48), (38, 40), (44, 32), (52, 16)]
+
+
+def test_the_plan_names_the_curves_and_shows_where_wsd_decays() -> None:
+    schedule = {"lr_decay_style": "WSD", "removal": "rounds", "prune_warmup_fraction": 0.2}
+    config = small(schedule=schedule)
+    run = forecast(config)
+    (begins,) = [point for point in run.points if point.label == "LR decay begins"]
+    assert (begins.step, begins.lr) == (58, learning_rate(config.schedule, 928))
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(render(run))
+    assert "Curves: learning rate WSD, removal 20 rounds" in capture.get()
+    twice = forecast(small(schedule=schedule | {"kind": "restarted"}))
+    labels = [point.label for point in twice.points]
+    assert labels.index("LR decay begins") < labels.index("LR decay begins again")
 
 
 def test_zeros_alone_never_change_the_shape() -> None:

@@ -17,8 +17,8 @@ from jobs import backward, live_run, on_ranks, random_tokens, small, whole
 from torch import Tensor
 
 from megatron_idea.config import Config, ScheduleConfig, replace
+from megatron_idea.course import removed_at
 from megatron_idea.schedule import learning_rate, phase_ends
-from megatron_idea.schedule import removed as share_removed
 from megatron_idea.testing import TOLERANCE, assert_close, assert_equal
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def test_2_live_neurons_follow_the_schedule_in_every_layer_and_never_return(
     counts = []
     for _ in range(STEPS):
         (record,) = run_steps(run, state, 1)
-        share = share_removed(run.config.schedule, state.consumed_tokens)
+        share = removed_at(run.config, state.consumed_tokens)
         assert record.live["ffn_hidden_size"] == [round(24 - 12 * share)] * 2
         alive = run.pruner.alive[NEURONS]
         assert not (alive & ~before).any(), "a removed neuron came back"

@@ -48,7 +48,7 @@ from megatron_idea.report.page import page
 from megatron_idea.report.recovery import WINDOW_STEPS, removals
 from megatron_idea.report.run import Run, read_run
 from megatron_idea.report.svg import figure
-from megatron_idea.schedule import learning_rate, phase, phase_ended, removed
+from megatron_idea.schedule import learning_rate, phase, phase_ended
 from megatron_idea.shape import AXES, LAYER_AXES, Shape
 
 BATCH = 8 * 256
@@ -88,7 +88,7 @@ def write_synthetic_run(run_dir: Path, config: Config, steps: int | None = None)
     with open(run_dir / "metrics.jsonl", "w") as file:
         for step in range(1, (steps or num_steps(config)) + 1):
             before, tokens = (step - 1) * config.batch_tokens, step * config.batch_tokens
-            gone = removed(schedule, tokens) * 0.625
+            gone = removed_at(config, tokens) * 0.625
             loss = 2.4 + 5.2 * math.exp(-step / 40) + 0.12 * gone - 0.4 * step / 400
             width = stored.counts("ffn_hidden_size")[0]
             speed = 9.0e6 / (400 + width) * rng.uniform(0.94, 1.06)

@@ -12,9 +12,8 @@ from types import ModuleType
 import pytest
 
 from megatron_idea.config import validate
-from megatron_idea.course import flops_between, target_shape
+from megatron_idea.course import flops_between, removed_at, target_shape
 from megatron_idea.records.read import read_events, read_metrics
-from megatron_idea.schedule import removed as share_removed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STEPS = 20
@@ -59,9 +58,7 @@ def test_the_loss_is_measured_right_after_a_one_shot_removal(
 ) -> None:
     config = signs.arm_config(name, 0, steps, str(dataset), tmp_path)
     batch = config.batch_tokens
-    removed = next(
-        step for step in range(steps) if share_removed(config.schedule, step * batch) > 0
-    )
+    removed = next(step for step in range(steps) if removed_at(config, step * batch) > 0)
     assert removed * batch % config.evaluation.every_tokens == 0
     assert removed % config.prune.mask_interval_steps == 0
 

@@ -37,7 +37,7 @@ from megatron_idea.huggingface import names as huggingface
 from megatron_idea.prune.axis import cut, shares_of
 from megatron_idea.prune.plan import misfit
 from megatron_idea.records.readable import human_widths, megabytes
-from megatron_idea.schedule import phase
+from megatron_idea.schedule import learning_rate, phase
 from megatron_idea.shape import AXES, LAYER_AXES, UNITS, LayerShape, Shape, round_up
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -483,9 +483,10 @@ def _model_card(
         f"| sequence length in training | {config.training.seq_length:,} |",
         f"| trained tokens | {tokens:,} of {total:,} ({phase(schedule, max(tokens, 1))} phase), "
         f"step {state.step:,} |",
-        f"| schedule | {schedule.kind}, lr {schedule.lr:g} to {schedule.min_lr:g}, phases "
+        f"| schedule | {schedule.kind}, {schedule.lr_decay_style}, lr {schedule.lr:g} to "
+        f"{learning_rate(schedule, total):g}, phases "
         f"{schedule.enlarged_fraction:g} / {schedule.prune_fraction:g} / "
-        f"{schedule.recover_fraction:g}, removal {schedule.removal} |",
+        f"{schedule.recover_fraction:g}, removal {config.removal} |",
         f"| pruning | strategy {prune.strategy}, target {target or 'none'}, "
         f"element {prune.element}, rows {prune.row_reduce}, matrices {prune.matrix_reduce}, "
         f"ema {prune.ema:g} on {prune.ema_on}, scope {prune.scope} |",

@@ -28,6 +28,7 @@ from megatron_idea.records.readable import human_count
 from megatron_idea.records.terminal import table
 from megatron_idea.schedule import (
     learning_rate,
+    lr_decay_begins,
     part_of_window,
     phase,
     phase_ends,
@@ -118,6 +119,9 @@ class Forecast:
     batch_tokens: int
     total_tokens: int
     steps: int
+    lr_decay_style: str
+    removal: str
+    """The removal curve, with the number of rounds where it has them."""
     phases: list[PhasePlan]
     points: list[Point]
     compactions: list[Compaction]
@@ -158,6 +162,10 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
         batch_tokens=config.batch_tokens,
         total_tokens=total,
         steps=num_steps(config),
+        lr_decay_style=config.schedule.lr_decay_style,
+        removal=f"{config.schedule.rounds} rounds"
+        if config.removal == "rounds"
+        else config.removal,
         phases=list(_phases(config)),
         points=list(_points(config)),
         compactions=[
@@ -208,6 +216,9 @@ def _points(config: Config) -> Iterator[Point]:
     if schedule.lr_warmup_fraction:
         moments["LR warm-up ends"] = schedule.lr_warmup_fraction * total
     moments |= {f"{percent} %": total * percent / 100 for percent in (25, 50, 75, 90)}
+    if schedule.lr_decay_style == "WSD":
+        names = ("LR decay begins", "LR decay begins again")
+        moments |= dict(zip(names, lr_decay_begins(schedule), strict=False))
     if config.prune.strategy != "none":
         start, end = removal_window(schedule)
         moments["removal begins"] = start
@@ -322,7 +333,9 @@ def _render_points(run: Forecast) -> Group:
         for point in run.points
     ]
     each = [name for unit in _units(run).values() for name in (f"live {unit}", "stored")]
-    return table(("at", "step", "tokens", "LR", "removed", *each), rows, title="Curves")
+    title = f"Curves: learning rate {run.lr_decay_style}"
+    title += f", removal {run.removal}" if run.axes else ""
+    return table(("at", "step", "tokens", "LR", "removed", *each), rows, title=title)
 
 
 def _render_compactions(run: Forecast) -> Group:
