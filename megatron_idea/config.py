@@ -324,6 +324,8 @@ METHODS = {
     "idea": Method(_ALL_AXES),
     "random": Method(_ALL_AXES),
     "magnitude": Method(_ALL_AXES),
+    "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True),
+    "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True),
 }
 """By the value of ``prune.strategy``; ``none`` is plain training."""
 
@@ -333,6 +335,8 @@ class PruneTarget:
     """The model that is shipped, in the words of the ``model`` section; null: as the enlarged one.
 
     A configuration that has a target at all says all of it: what it leaves out is not pruned.
+    With ``parameters`` the method finds the shape: each axis that is given may shrink, and keeps
+    at least so much; none given: all axes of the method may, down to the least legal count.
     """
 
     ffn_hidden_size: int | None = None
@@ -342,15 +346,22 @@ class PruneTarget:
     hidden_size: int | None = None
     """Channels of the residual stream; ``kv_channels`` and the number of heads stay."""
     num_layers: int | None = None
+    parameters: int | None = None
+    """Most weights that it may have, a tied embedding counted once; for methods that find the shape
+    themselves."""
 
     def __post_init__(self) -> None:
-        for name, value in self.counts.items():
-            _require(value > 0, f"prune.target.{name} is {value}; it must be positive")
+        for name, value in vars(self).items():
+            _require(
+                value is None or value > 0, f"prune.target.{name} is {value}; it must be positive"
+            )
 
     @property
     def counts(self) -> dict[str, int]:
         """What is given, by axis."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        counts = {name: value for name, value in vars(self).items() if value is not None}
+        counts.pop("parameters", None)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -359,6 +370,7 @@ class AxisGoal:
 
     full: int
     target: int
+    """With ``prune.target.parameters`` a forecast: what equal shares of all axes come to."""
     multiple: int
     """Stored counts are multiples of this."""
     final_multiple: int
@@ -368,6 +380,8 @@ class AxisGoal:
     begin: float = 0.0
     end: float = 1.0
     """The part of the removal window in which the axis shrinks, in shares of the window."""
+    least: int = 1
+    """Fewest units that may be left: the target, unless the method finds the shape."""
 
 
 @dataclass(frozen=True)
@@ -426,6 +440,7 @@ class PruneConfig:
         _one_of("prune.scope", self.scope, ("layer", "global"))
         _one_of("prune.placement", self.placement, ("min", "ordered"))
         _one_of("prune.norm_rescale", self.norm_rescale, ("none", "mean_square"))
+        self._check_method()
         _require(0 <= self.ema <= 1, f"prune.ema is {self.ema}; it must be in [0, 1]")
         _require(self.history < 1, "prune.ema keeps only history: scores would stay 0 for ever")
         _require(self.mask_interval_steps >= 1, "prune.mask_interval_steps must be at least 1")
@@ -441,6 +456,26 @@ class PruneConfig:
                 sorted(ordered) == sorted(self.target.counts),
                 f"prune.order must name each axis of prune.target once: "
                 f"{', '.join(self.target.counts)}",
+            )
+
+    def _check_method(self) -> None:
+        """Refuse what the method cannot follow. Raises: ConfigError."""
+        if self.strategy == "none":
+            return
+        if METHODS[self.strategy].finds_shape:
+            free = not self.order and self.scope == "layer"
+            _require(
+                free,
+                f"prune.strategy={self.strategy} shares out itself what goes where and when: leave "
+                "prune.order empty and prune.scope at layer",
+            )
+        else:
+            finders = [name for name, method in METHODS.items() if method.finds_shape]
+            _require(
+                self.target.parameters is None,
+                "prune.target.parameters is for methods that find the shape themselves, "
+                f"{' and '.join(finders)}; prune.strategy={self.strategy} needs the shape, as in "
+                "prune.target.ffn_hidden_size",
             )
 
     @property
@@ -565,17 +600,28 @@ class Config:
         return self.training.global_batch_size * self.training.seq_length
 
     @property
+    def parameter_goal(self) -> int | None:
+        """Most weights that the shipped model may have, where the method finds its shape."""
+        return None if self.prune.strategy == "none" else self.prune.target.parameters
+
+    @property
     def goals(self) -> dict[str, AxisGoal]:
         """The axes that pruning shrinks, in the order of the table of axes; none without it."""
         if self.prune.strategy == "none":
             return {}
-        prune, servers = self.prune, self.prune.serve_tensor_model_parallel_size
-        of_servers = {"ffn_hidden_size": 128 * servers, "num_query_groups": servers}
+        prune, finals, multiples = self.prune, self.final_multiples, self.multiples
         parts = [part.split("+") for part in prune.order]
+        least = targets = prune.target.counts
+        if prune.target.parameters is not None:
+            least = least or {
+                # An axis without room stays one: axes do not depend on the parallel layout.
+                axis: min(finals[axis], getattr(self.model, axis))
+                for axis in METHODS[prune.strategy].axes
+            }
+            targets = self._equal_shares(prune.target.parameters, least)
         goals = {}
-        for axis, target in prune.target.counts.items():
-            full, multiple = getattr(self.model, axis), self.multiples[axis]
-            final = math.lcm(multiple, of_servers.get(axis, 1) or 1)
+        for axis, target in targets.items():
+            full, multiple, final = getattr(self.model, axis), multiples[axis], finals[axis]
             if axis == "num_layers":
                 wanted = 1  # one of zeros costs as much as any other until it is gone
             elif axis == "ffn_hidden_size":
@@ -592,8 +638,21 @@ class Config:
                 max(1, wanted // multiple) * multiple,
                 place * share,
                 (place + 1) * share if place + 1 < len(parts) else 1.0,
+                least[axis],
             )
         return goals
+
+    def _equal_shares(self, parameters: int, least: dict[str, int]) -> dict[str, int]:
+        from megatron_idea.shape import equal_shares  # it imports this module
+
+        legal = {
+            axis: range(
+                count, max(count, getattr(self.model, axis)) + 1, self.final_multiples[axis]
+            )
+            for axis, count in least.items()
+        }
+        shape = equal_shares(self.model, parameters, tuple(legal.items()))
+        return {axis: shape.counts(axis)[0] for axis in legal}
 
     @property
     def removal(self) -> str:
@@ -609,6 +668,16 @@ class Config:
             "num_query_groups": self.parallel.tensor_model_parallel_size,
             "hidden_size": self.prune.channel_alignment,
             "num_layers": 1,
+        }
+
+    @property
+    def final_multiples(self) -> dict[str, int]:
+        """What counts of the shipped model are multiples of, by axis."""
+        servers = self.prune.serve_tensor_model_parallel_size
+        groups = math.lcm(self.multiples["num_query_groups"], servers or 1)
+        return self.multiples | {
+            "ffn_hidden_size": self.final_ffn_multiple,
+            "num_query_groups": groups,
         }
 
     @property
@@ -911,16 +980,18 @@ def _validate_pruning(config: Config) -> None:
         "prune.target names nothing to prune: give it ffn_hidden_size, num_query_groups, "
         "hidden_size or num_layers; to train without pruning set prune.strategy=none",
     )
-    for axis, goal in config.goals.items():
+    for axis, count in prune.target.counts.items():
+        goal = config.goals[axis]
         _one_of(f"an axis of prune.strategy={prune.strategy}", axis, METHODS[prune.strategy].axes)
         require_multiple(
-            f"prune.target.{axis}", goal.target, goal.final_multiple, _legal_because(axis, config)
+            f"prune.target.{axis}", count, goal.final_multiple, _legal_because(axis, config)
         )
         _require(
-            goal.target < goal.full,
-            f"prune.target.{axis} ({goal.target}) must be below model.{axis} ({goal.full}); leave "
+            count < goal.full,
+            f"prune.target.{axis} ({count}) must be below model.{axis} ({goal.full}); leave "
             "it out to keep all, and to train without pruning set prune.strategy=none",
         )
+    _validate_parameter_goal(config)
     least = max(2, config.parallel.num_stages)
     layers = config.goals.get("num_layers")
     _require(
@@ -938,6 +1009,23 @@ def _validate_pruning(config: Config) -> None:
     _require(
         prune.compaction_block % config.ffn_multiple == 0,
         f"prune.compaction_block ({prune.compaction_block}) must be a multiple of {what}",
+    )
+
+
+def _validate_parameter_goal(config: Config) -> None:
+    from megatron_idea.shape import Shape  # it imports this module
+
+    if config.parameter_goal is None:
+        return
+    full = least = Shape.full(config.model)
+    for axis, goal in config.goals.items():
+        least = least.with_counts(axis, goal.least)
+    fewest, all_of_them = (shape.parameters(config.model).total for shape in (least, full))
+    counts = ", ".join(f"{axis} {goal.least}" for axis, goal in config.goals.items())
+    _require(
+        fewest <= config.parameter_goal < all_of_them,
+        f"prune.target.parameters ({config.parameter_goal:,}) must be at least {fewest:,}, what is "
+        f"left with {counts}, and below {all_of_them:,}, what the enlarged model has",
     )
 
 

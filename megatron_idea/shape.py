@@ -13,8 +13,10 @@ No torch here: planning, training and reports count parameters and FLOPs with th
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megatron_idea.config import AxisGoal, ModelConfig
@@ -229,3 +231,57 @@ def due_shape(
         if axis != "num_layers":
             smaller = smaller.with_counts(axis, needed)
     return smaller.with_layers(layers) if due else shape
+
+
+@lru_cache
+def equal_shares(
+    model: ModelConfig, parameters: int, legal: tuple[tuple[str, range], ...]
+) -> Shape:
+    """Shrink axes by one common share until at most ``parameters`` weights are left.
+
+    The share is rounded to legal counts. What that leaves over goes to the axis whose legal counts
+    differ least in weights. The size never falls when ``parameters`` grows.
+
+    Args:
+        legal: legal counts of each axis that shrinks, ascending, up to the enlarged one.
+
+    Returns: the least shape, where that has more weights than ``parameters``.
+    """
+    full, counts_of = Shape.full(model), dict(legal)
+    steps = max(1, *(len(counts) - 1 for counts in counts_of.values()))
+
+    def resized(counts: Mapping[str, int]) -> Shape:
+        shape = full
+        for axis, count in counts.items():
+            shape = shape.with_counts(axis, count)
+        return shape
+
+    def size(counts: Mapping[str, int]) -> int:
+        return resized(counts).parameters(model).total
+
+    def at(share: int) -> dict[str, int]:
+        """Counts once ``share`` of ``steps`` have gone, to the nearest legal ones."""
+        return {
+            axis: counts[-1 - (2 * share * (len(counts) - 1) + steps) // (2 * steps)]
+            for axis, counts in counts_of.items()
+        }
+
+    start = at(0)
+    finest = min(
+        (axis for axis, counts in counts_of.items() if len(counts) > 1),
+        key=lambda axis: size(start) - size(start | {axis: counts_of[axis][-2]}),
+        default=next(iter(counts_of)),
+    )
+
+    def filled(counts: Mapping[str, int]) -> dict[str, int]:
+        choices = counts_of[finest]
+        fit = bisect_right(choices, parameters, key=lambda count: size({**counts, finest: count}))
+        return {**counts, finest: choices[max(0, fit - 1)]}
+
+    share = bisect_left(range(steps), True, key=lambda share: size(at(share)) <= parameters)
+    counts = filled(at(share))
+    if counts[finest] == counts_of[finest][-1]:  # it has no more to give: less of the others goes
+        before = filled(at(max(0, share - 1)))
+        if size(counts) < size(before) <= parameters:
+            counts = before
+    return resized(counts)

@@ -16,6 +16,7 @@ from megatron_idea.config import (
     Config,
     ConfigError,
     ParallelConfig,
+    PruneTarget,
     from_dict,
     load,
     replace,
@@ -130,7 +131,7 @@ def test_a_wrong_type_is_refused_by_its_key(override: str, message: str) -> None
         ("schedule.min_lr=1.0", "must be between 0 and"),
         ("schedule.prune_warmup_fraction=1.0", "must be below 1"),
         ("schedule.prune_fraction=1.5", r"must be in \[0, 1\]"),
-        ("prune.strategy=taylor", "legal values: idea, random, magnitude, none"),
+        ("prune.strategy=taylor", "magnitude, adapt_pruner, efficient_llm, none"),
         ("prune.element=cubed", "legal values: abs, squared, signed"),
         ("prune.row_reduce=min", "legal values: mean, sum, l2, max"),
         ("prune.matrix_reduce=min", "legal values: max, mean, sum"),
@@ -280,6 +281,79 @@ def test_plain_training_ignores_the_target_width() -> None:
     config = replace(Config(), prune={"strategy": "none", "target": {"ffn_hidden_size": 7}})
     validate(config, 1)
     assert not config.goals
+
+
+GOAL = "prune.target.parameters=800_000"  # of 2,294,912
+ADAPT, EFFICIENT = "prune.strategy=adapt_pruner", "prune.strategy=efficient_llm"
+
+
+def test_a_number_of_parameters_is_a_target_of_its_own() -> None:
+    config = load(None, [ADAPT, GOAL])
+    assert config.prune.target == PruneTarget(parameters=800_000), "the default width is not in it"
+    assert config.prune.target.counts == {}
+    assert config.parameter_goal == 800_000
+    assert load(None, [EFFICIENT, GOAL]).parameter_goal == 800_000
+    assert load(None, ["prune.strategy=none", GOAL]).parameter_goal is None
+    assert Config().parameter_goal is None
+    validate(config, 1)
+
+
+def test_with_parameters_the_axes_that_are_given_shrink_and_keep_at_least_so_much() -> None:
+    def least(*overrides: str) -> dict[str, int]:
+        config = load(None, ["prune.target.parameters=1_200_000", *overrides])
+        validate(config, config.parallel.model_parallel_size)
+        return {axis: goal.least for axis, goal in config.goals.items()}
+
+    smallest = {"ffn_hidden_size": 8, "num_query_groups": 1}
+    assert least(ADAPT) == smallest
+    assert least(EFFICIENT) == smallest | {"hidden_size": 64}
+    served = "prune.serve_tensor_model_parallel_size=2"
+    assert least(ADAPT, served) == {"ffn_hidden_size": 256, "num_query_groups": 2}
+    two = "parallel.tensor_model_parallel_size=2"
+    assert least(ADAPT, two) == {"ffn_hidden_size": 16, "num_query_groups": 2}
+    assert least(EFFICIENT, "prune.target.ffn_hidden_size=64") == {"ffn_hidden_size": 64}
+
+
+def test_a_shape_is_the_least_that_may_be_left_of_it() -> None:
+    shape = ["prune.target.ffn_hidden_size=256", "prune.target.num_query_groups=1"]
+    for method in ("prune.strategy=idea", ADAPT, EFFICIENT):
+        config = load(None, [method, *shape])
+        validate(config, 1)
+        assert {axis: (goal.target, goal.least) for axis, goal in config.goals.items()} == {
+            "ffn_hidden_size": (256, 256),
+            "num_query_groups": (1, 1),
+        }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([GOAL], "adapt_pruner and efficient_llm; prune.strategy=idea needs the shape"),
+        ([GOAL, "prune.strategy=random"], "prune.strategy=random needs the shape"),
+        ([ADAPT, "prune.target.parameters=0"], "prune.target.parameters is 0; it must be positive"),
+        ([ADAPT, GOAL, "prune.scope=global"], "leave prune.order empty and prune.scope at layer"),
+        ([EFFICIENT, "prune.order=[ffn_hidden_size]"], "leave prune.order empty"),
+        # Embedding 524,288, attention 4 x 24,576, FFN 4 x 3,072, norms 1,152.
+        ([ADAPT, "prune.target.parameters=636031"], "636,031. must be at least 636,032, what is "),
+        ([ADAPT, "prune.target.parameters=636031"], "left with ffn_hidden_size 8, num_query_grou"),
+        ([ADAPT, "prune.target.parameters=2294912"], "below 2,294,912, what the enlarged mo"),
+        ([ADAPT, GOAL, "prune.target.ffn_hidden_size=1024"], "must be below model.ffn_hidden_size"),
+        ([ADAPT, GOAL, "prune.target.ffn_hidden_size=70"], "nearest legal values: 64, 72"),
+        ([ADAPT, GOAL, "prune.target.hidden_size=64"], "legal values: ffn_hidden_size, num_query_"),
+        ([EFFICIENT, GOAL, "prune.target.num_layers=2"], "legal values: ffn_hidden_size, num_quer"),
+        ([EFFICIENT, "prune.target.num_layers=2"], "an axis of prune.strategy=efficient_llm"),
+    ],
+)  # fmt: skip
+def test_what_a_method_that_finds_the_shape_cannot_follow_is_refused(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(load(None, overrides), 1)
+
+
+def test_the_bounds_of_the_parameters_are_legal_up_to_the_enlarged_model() -> None:
+    for goal in (636_032, 2_294_911):
+        validate(load(None, [ADAPT, f"prune.target.parameters={goal}"]), 1)
 
 
 def test_the_default_block_is_a_legal_sixteenth_of_the_width() -> None:

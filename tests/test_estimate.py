@@ -370,6 +370,86 @@ def test_each_axis_is_shown_alone_and_together(all_axes: Config) -> None:
         assert shown in text
 
 
+MODELS = {
+    "tied": ({}, {}),
+    "untied": ({"share_embeddings_and_output_weights": False}, {}),
+    "with QK norm": ({"qk_layernorm": True, "num_query_groups": 4}, {}),
+    "TP 2": ({"num_attention_heads": 8, "num_query_groups": 8}, {"tensor_model_parallel_size": 2}),
+    "one group": ({"num_query_groups": 1}, {}),
+}
+
+
+def finds_shape(strategy: str, goal: int, of: str, **least: int) -> Config:
+    model, parallel = MODELS[of]
+    prune = {"strategy": strategy, "target": {"parameters": goal, **least}}
+    return configs.from_dict({"model": model, "parallel": parallel, "prune": prune})
+
+
+def total(config: Config, counts: dict[str, int]) -> int:
+    shape = Shape.full(config.model)
+    for axis, count in counts.items():
+        shape = shape.with_counts(axis, count)
+    return shape.parameters(config.model).total
+
+
+@pytest.mark.parametrize("of", MODELS)
+@pytest.mark.parametrize("strategy", ["adapt_pruner", "efficient_llm"])
+@settings(max_examples=40, deadline=None)
+@given(shares=st.tuples(*[st.floats(0, 0.999)] * 2), floor=st.booleans())
+def test_a_forecast_meets_its_number_of_parameters_within_a_block(
+    strategy: str, of: str, shares: tuple[float, float], floor: bool
+) -> None:
+    given_least = {"ffn_hidden_size": 256} if floor else {}
+    any_goal = finds_shape(strategy, 1, of, **given_least)
+    least = total(any_goal, {axis: goal.least for axis, goal in any_goal.goals.items()})
+    full = total(any_goal, {})
+    sizes = []
+    for share in sorted(shares):
+        number = int(least + share * (full - least))
+        config = finds_shape(strategy, number, of, **given_least)
+        configs.validate(config, config.parallel.model_parallel_size)
+        goals = config.goals
+        for goal in goals.values():
+            assert goal.least <= goal.target <= goal.full
+            assert goal.target % goal.final_multiple == 0
+        assert not floor or goals["ffn_hidden_size"].least == 256
+        targets = {axis: goal.target for axis, goal in goals.items()}
+        size = target_shape(config).parameters(config.model).total
+        neurons = goals["ffn_hidden_size"]
+        more = targets | {"ffn_hidden_size": neurons.target + neurons.final_multiple}
+        assert size == total(config, targets) <= number < total(config, more)
+        sizes.append(size)
+    assert sizes == sorted(sizes), "more parameters never make a smaller model"
+
+
+def test_a_forecast_shrinks_all_axes_by_one_share_and_neurons_take_what_is_left() -> None:
+    def targets(config: Config) -> list[int]:
+        return [goal.target for goal in config.goals.values()]
+
+    # 8 groups of one query head of 32, and 1024 neurons, in each of 4 layers.
+    half = finds_shape("adapt_pruner", 1_600_000, "TP 2")
+    assert total(half, {"ffn_hidden_size": 528, "num_query_groups": 4}) == 1_598_592
+    assert targets(half) == [528, 4]
+    # One weight less, and the neurons give it: 16 of 384 weights in 4 layers.
+    assert targets(finds_shape("adapt_pruner", 1_598_591, "TP 2")) == [512, 4]
+    assert targets(finds_shape("efficient_llm", 900_000, "TP 2")) == [656, 4, 64]
+
+
+def test_a_plan_says_that_the_shape_is_a_forecast() -> None:
+    config = finds_shape("efficient_llm", 1_200_000, "tied")
+    run = forecast(config)
+    assert run.parameter_goal == 1_200_000
+    assert run.target.parameters.total <= 1_200_000
+    assert run.points[-1].stored == run.target.stored
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render(run))
+    text = capture.get()
+    assert "target: 1,200,000 parameters; the method finds the shape, below is a forecast" in text
+    assert "\nforecast " in text and "\ntarget " not in text.partition("Compute for")[0]
+    assert forecast(Config()).parameter_goal is None
+
+
 def test_axes_in_order_begin_one_after_the_other(all_axes: Config) -> None:
     order = ["num_layers", "ffn_hidden_size+num_query_groups"]
     run = forecast(configs.replace(all_axes, prune={"order": order}), 2)

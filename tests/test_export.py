@@ -24,11 +24,13 @@ from megatron_idea import checkpoint, cli
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.reader import CheckpointTensors
-from megatron_idea.checkpoint.state import CheckpointError
+from megatron_idea.checkpoint.state import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.data.tokenizer import DataError, copy_tokenizer, load_tokenizer, train_tokenizer
 from megatron_idea.evaluation.held_out import load_folder
 from megatron_idea.huggingface.export import (
+    Exported,
+    _model_card,
     _with_heads,
     byte_tokenizer_json,
     export_checkpoint,
@@ -480,6 +482,16 @@ def test_the_command_writes_a_folder_with_a_model_card(plain: Path, tmp_path: Pa
         f"| ffn_hidden_size | 24 | {live} | {live + live % 2} |", "| num_layers | 2 | 2 | 2 |",
     ):  # fmt: skip
         assert said in card
+
+
+def test_a_model_card_names_the_number_of_parameters_and_no_forecast() -> None:
+    target = {"ffn_hidden_size": 64, "parameters": 1_200_000}
+    prune = {"strategy": "adapt_pruner", "target": target}
+    config = configuration.from_dict({"prune": prune})
+    full = Shape.full(config.model)
+    state, exported = TrainState.fresh(config), Exported(Path("out"), full, full, full, 1, 1)
+    card = _model_card(config, state, exported, "padded", "float32")
+    assert "| pruning | strategy adapt_pruner, target parameters 1,200,000, element" in card
 
 
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(

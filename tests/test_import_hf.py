@@ -161,6 +161,16 @@ def test_an_enlarged_model_computes_the_same(
     assert_close(theirs(tmp_path / "large")[0], theirs(source)[0], "logits", 1e-5)
 
 
+def test_sizes_of_the_folder_are_no_floor_beside_a_number_of_parameters(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", "llama_untied")
+    overrides = [*LEGAL, "prune.strategy=adapt_pruner", "prune.target.parameters=12_000"]
+    imported = import_checkpoint(
+        source, tmp_path / "run", overrides=overrides, enlarge={"ffn_hidden_size": 2}
+    )
+    target = configuration.load(imported.config_path).prune.target
+    assert target == configuration.PruneTarget(parameters=12_000)
+
+
 SMALL = {"ffn_hidden_size": 24, "num_query_groups": 2, "hidden_size": 16, "num_layers": 2}
 
 

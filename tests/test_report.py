@@ -548,6 +548,19 @@ def test_flops_so_far_are_those_of_the_plan(run_dir: Path) -> None:
     assert sums.this_run[0] == BATCH * full
 
 
+def test_where_the_method_finds_the_shape_it_is_the_one_trained_from_scratch(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    model, seq_length = run.config.model, run.config.training.seq_length
+    target = configs.PruneTarget(parameters=Shape.full(model).parameters(model).total // 2)
+    prune = {"strategy": "adapt_pruner", "target": target}
+    other = dataclasses.replace(run, config=configs.replace(run.config, prune=prune))
+    forecast_rate = target_shape(other.config).flops_per_token(model, seq_length)
+    assert forecast_rate != target_shape(run.config).flops_per_token(model, seq_length)
+    assert cost(other).from_scratch == cost(run).from_scratch, "the run ended with its target"
+    early = dataclasses.replace(other, records=run.records[: len(run.records) // 2])
+    assert cost(early).from_scratch[0] == BATCH * forecast_rate
+
+
 def test_a_jump_within_its_noise_is_marked(run_dir: Path) -> None:
     step = read_run(run_dir).compactions()[-1]["step"]
     change_records(

@@ -450,7 +450,11 @@ def _model_card(
 ) -> str:
     schedule, prune, model = config.schedule, config.prune, config.model
     tokens, total = state.consumed_tokens, schedule.total_tokens
-    target = ", ".join(f"{axis} {goal.target:,}" for axis, goal in config.goals.items())
+    # With a number of parameters the goals' targets are only a forecast.
+    goals = {axis: goal.target for axis, goal in config.goals.items()}
+    if config.parameter_goal is not None:
+        goals = {"parameters": config.parameter_goal}
+    target = ", ".join(f"{name} {count:,}" for name, count in goals.items())
     heads_per_group = model.num_attention_heads // model.num_query_groups
     lines = [
         "---",

@@ -106,6 +106,8 @@ def import_checkpoint(
     base: dict[str, Any] = {"model": model, "training": _training(hf), "prune": {}}
     target = {axis: max(before.counts(axis)) for axis in AXES}
     target = {axis: count for axis, count in target.items() if count < model[axis]}
+    if given.prune.target.parameters is not None:
+        target = {}  # beside it they would be the least that the method may leave
     if target:
         base["prune"]["target"] = target
     elif config_path is None and not any(o.startswith("prune.") for o in overrides):

@@ -113,6 +113,9 @@ class Forecast:
     vocab_size: int
     enlarged: Size
     target: Size
+    parameter_goal: int | None
+    """Most weights of the shipped model, where the method finds its shape: ``target`` and all that
+    follows from it is then a forecast in equal shares."""
     alone: dict[str, Size]
     """Axis -> the enlarged model cut to the target on it alone."""
     seq_length: int
@@ -154,6 +157,7 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
         vocab_size=model.vocab_size,
         enlarged=_size(config, full),
         target=_size(config, target),
+        parameter_goal=config.parameter_goal,
         alone={
             axis: _size(config, full.with_counts(axis, goal.target))
             for axis, goal in config.goals.items()
@@ -259,7 +263,10 @@ def render(run: Forecast) -> Group:
 
 def _headline(run: Forecast) -> Text:
     processes = "process" if run.world_size == 1 else "processes"
-    model = run.enlarged.stored
+    model, goal = run.enlarged.stored, run.parameter_goal
+    found = (
+        "\ntarget: {:,} parameters; the method finds the shape, below is a forecast in equal shares"
+    )
     return Text.assemble(
         (f"{run.run_dir}\n", "bold"),
         f"{human_count(run.total_tokens)} tokens in {run.steps:,} steps of "
@@ -269,6 +276,7 @@ def _headline(run: Forecast) -> Text:
         f"vocabulary {run.vocab_size}, sequence {run.seq_length}\n",
         f"{run.world_size} {processes}: TP {run.tensor_parallel} x PP {run.pipeline_parallel} "
         f"x DP {run.data_parallel}",
+        "" if goal is None else found.format(goal),
     )
 
 
@@ -284,7 +292,7 @@ def _render_model(run: Forecast) -> Group:
         sizes = {
             "enlarged": run.enlarged,
             **(alone if len(alone) > 1 else {}),
-            "target": run.target,
+            "target" if run.parameter_goal is None else "forecast": run.target,
         }
     rows = [
         (

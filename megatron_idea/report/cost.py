@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from megatron_idea.course import target_shape
+from megatron_idea.course import finished_axes, target_shape
 from megatron_idea.records.record import shape_of
 from megatron_idea.report.run import Run
 from megatron_idea.shape import Shape
@@ -22,7 +22,8 @@ class Cost:
     ideal: list[float]
     """Had every unit been removed from memory in the step that silenced it."""
     from_scratch: list[float]
-    """Plain training of the target's shape, over the same tokens."""
+    """Plain training of the target's shape, over the same tokens; where the method finds the shape
+    it is the one found, and until then the forecast."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -37,7 +38,7 @@ def cost(run: Run) -> Cost:
     done = run.records[0].tokens - run.config.batch_tokens
     live, stored = run.records[0].live, run.records[0].stored
     shapes = (shape_of(model, stored), Shape.full(model), shape_of(model, live))
-    rates = [*map(per_token, shapes), per_token(target_shape(run.config))]
+    rates = [*map(per_token, shapes), per_token(_target(run))]
     total = Cost([], [], [], [], [])
     columns = (total.this_run, total.zeros_only, total.ideal, total.from_scratch)
     sums = [0.0, 0.0, 0.0, 0.0]
@@ -56,3 +57,11 @@ def cost(run: Run) -> Cost:
             live = record.live
             rates[2] = per_token(shape_of(model, live))
     return total
+
+
+def _target(run: Run) -> Shape:
+    config, last = run.config, run.records[-1]
+    found = len(finished_axes(config, last.tokens)) == len(config.goals)
+    if config.parameter_goal is not None and found:
+        return shape_of(config.model, last.live)
+    return target_shape(config)
