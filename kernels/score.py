@@ -1,15 +1,17 @@
 """Sums over the rows or the columns of many matrices: what a unit's weights mean to the loss.
 
 Each matrix [R, C] is a flat shard [lo, hi) of row-major weights and gradients, as the distributed
-optimizer holds them. One value e(w, g) per weight is reduced over its row or over its column:
+optimizer holds them. One value e(w, g, v) per weight is reduced over its row or over its column:
 
-    abs |w g|    squared (w g)^2    signed w g    weight |w|, without gradients
+    abs |w g|    squared (w g)^2    signed w g    fisher |w g - w^2 v / 2|
+    weight |w|, without gradients
 
-Shapes: w_N, g_N [hi - lo]; result [R] per row, [C] per column. The kernels know nothing of units:
-``fold`` in prune/axis.py makes neurons, groups or channels of rows and columns.
+Shapes: w_N, g_N, v_N [hi - lo]; result [R] per row, [C] per column. The kernels know nothing of
+units: ``fold`` in prune/axis.py makes neurons, groups or channels of rows and columns.
 
-Bytes at the limit, per weight: 2 (bf16) or 4 (fp32) for itself and 4 for its fp32 gradient. Three
-kernels for all matrices, whatever their number and shapes: a table tells each program its matrix.
+Bytes at the limit, per weight: 2 (bf16) or 4 (fp32) for itself and 4 for its fp32 gradient, for
+``fisher`` 4 more for v. Three kernels for all matrices, whatever their number and shapes: a table
+tells each program its matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from megatron_idea.kernels.dispatch import jit, launch, tl, uses_triton
 
-ELEMENTS = ("abs", "squared", "signed", "weight")
+ELEMENTS = ("abs", "squared", "signed", "fisher", "weight")
 REDUCTIONS = ("sum", "sum_of_squares", "max")
 
 
@@ -42,6 +44,8 @@ class MatrixShard:
     g: Tensor | None = None
     """Their gradients, [N]; element ``weight`` does without."""
     lo: int = 0
+    v: Tensor | None = None
+    """Diagonal of the Fisher matrix, [N]: ``fisher`` alone reads it; None stands for zeros."""
 
     @property
     def size(self) -> int:
@@ -65,11 +69,11 @@ def matrix_scores(
     device: torch.device,
     implementation: str = "auto",
 ) -> list[Tensor]:
-    """Reduce e(w, g) over the rows or columns of every matrix.
+    """Reduce e(w, g, v) over the rows or columns of every matrix.
 
     Args:
-        shards: all on ``device``. In Triton weights are bf16 or fp32, one dtype for all, and
-            gradients fp32; in PyTorch any floating-point dtype.
+        shards: all on ``device``. In Triton weights are bf16 or fp32, one dtype for all,
+            gradients and v fp32; in PyTorch any floating-point dtype.
         element: of ``ELEMENTS``, as above.
         reduction: ``sum``, ``sum_of_squares`` (of e), ``max`` (not of ``signed``).
         implementation: ``auto`` (Triton on CUDA, PyTorch elsewhere), ``triton``, ``reference``.
@@ -98,8 +102,11 @@ def _check(
         assert s.per in ("row", "column"), s.per
         if s.w is None:
             continue
-        for t in (s.w,) if element == "weight" else (s.w, s.g):
-            assert t is not None and t.shape == (len(s.w),), "w and g must be flat, equally long"
+        read = [s.w] if element == "weight" else [s.w, s.g]
+        if element == "fisher" and s.v is not None:
+            read.append(s.v)
+        for t in read:
+            assert t is not None and t.shape == (len(s.w),), "w, g and v: flat, equally long"
             assert t.is_floating_point() and t.device == device, (t.dtype, t.device)
             assert not triton or t.is_contiguous(), t.stride()
             assert not triton or t is s.w or t.dtype == torch.float32, t.dtype
@@ -114,7 +121,7 @@ def _reference(shard: MatrixShard, element: str, reduction: str, device: torch.d
     out = torch.zeros(shard.size, device=device)
     if shard.w is None or len(shard.w) == 0:
         return out
-    e_N = _elements(shard.w, shard.g, element, reduction)
+    e_N = _elements(shard.w, shard.g, shard.v, element, reduction)
     n = len(e_N)
     # The shard is the end of one row, then whole rows, then the start of one row.
     head = min(-lo % columns, n)
@@ -140,7 +147,9 @@ def _reference(shard: MatrixShard, element: str, reduction: str, device: torch.d
     return out
 
 
-def _elements(w_N: Tensor, g_N: Tensor | None, element: str, reduction: str) -> Tensor:
+def _elements(
+    w_N: Tensor, g_N: Tensor | None, v_N: Tensor | None, element: str, reduction: str
+) -> Tensor:
     if element == "weight":
         e_N = w_N.float().abs()
     else:
@@ -148,7 +157,9 @@ def _elements(w_N: Tensor, g_N: Tensor | None, element: str, reduction: str) -> 
         e_N = w_N.float() * g_N.float()
     if element == "squared":
         e_N = e_N.square_()
-    elif element == "abs":
+    elif element in ("abs", "fisher"):
+        if element == "fisher" and v_N is not None:
+            e_N = e_N.sub_(w_N.float().square().mul_(v_N.float()), alpha=0.5)
         e_N = e_N.abs_()
     return e_N.square_() if reduction == "sum_of_squares" else e_N
 
@@ -182,31 +193,39 @@ def _fold(e, AXIS: tl.constexpr, REDUCTION: tl.constexpr):
 
 @jit
 def _shard(entry_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """w, g, lo, n, C of an entry. A cast forgets what a pointer argument would tell: say it."""
+    """w, g, v, lo, n, C of an entry. A cast forgets what a pointer argument would tell: say it."""
     w_ptr = tl.load(entry_ptr + 1).to(tl.pointer_type(DTYPE))
     g_ptr = tl.load(entry_ptr + 2).to(tl.pointer_type(tl.float32))
-    lo = tl.load(entry_ptr + 3)
-    n = tl.load(entry_ptr + 4)
-    width = tl.load(entry_ptr + 5)
+    v_ptr = tl.load(entry_ptr + 3).to(tl.pointer_type(tl.float32))
+    lo = tl.load(entry_ptr + 4)
+    n = tl.load(entry_ptr + 5)
+    width = tl.load(entry_ptr + 6)
     if ALIGNED:
         w_ptr = tl.multiple_of(w_ptr, 16)
         g_ptr = tl.multiple_of(g_ptr, 16)
+        v_ptr = tl.multiple_of(v_ptr, 16)
         lo = tl.multiple_of(lo, 16)
         n = tl.multiple_of(n, 16)
         width = tl.multiple_of(width, 16)
-    return w_ptr, g_ptr, lo, n, width
+    return w_ptr, g_ptr, v_ptr, lo, n, width
 
 
 @jit
 def _tile(
-    w_ptr, g_ptr, lo, n, width, rows, columns, ELEMENT: tl.constexpr, REDUCTION: tl.constexpr
-):
+    w_ptr, g_ptr, v_ptr, lo, n, width, rows, columns,
+    ELEMENT: tl.constexpr, REDUCTION: tl.constexpr,
+):  # fmt: skip
     """e of these rows and columns; 0 for what is not in the shard."""
     at = (rows * width - lo)[:, None] + columns[None, :]
     here = (at >= 0) & (at < n) & (columns < width)[None, :]
-    e = tl.load(w_ptr + at, mask=here, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + at, mask=here, other=0.0).to(tl.float32)
+    e = w
     if ELEMENT != "weight":
-        e = e * tl.load(g_ptr + at, mask=here, other=0.0)
+        e = w * tl.load(g_ptr + at, mask=here, other=0.0)
+    if ELEMENT == "fisher":
+        # A tile, since Triton's interpreter makes no mask of one boolean.
+        has_v = tl.full(at.shape, v_ptr.to(tl.int64), tl.int64) != 0
+        e = e - 0.5 * (w * w * tl.load(v_ptr + at, mask=here & has_v, other=0.0))
     if ELEMENT == "squared":
         e = e * e
     elif ELEMENT != "signed":
@@ -217,7 +236,8 @@ def _tile(
 
 
 # Entries of the tables of rows and of columns:
-#     0 first program, 1 w, 2 g, 3 lo, 4 n, 5 C, 6 first row, 7 end row, 8 place of the results
+#     0 first program, 1 w, 2 g, 3 v, 4 lo, 5 n, 6 C, 7 first row, 8 end row, 9 place of the results
+# with 0 for the address of what is not there.
 # C is no constexpr: one launch takes matrices of any width, and with the hint above its loads are
 # as wide as they were with one.
 
@@ -229,17 +249,17 @@ def _rows_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS whole rows of one shard."""
-    entry_ptr = table_ptr + tl.load(owner_ptr + tl.program_id(0)) * 9
+    entry_ptr = table_ptr + tl.load(owner_ptr + tl.program_id(0)) * 10
     program = tl.program_id(0) - tl.load(entry_ptr)
-    w_ptr, g_ptr, lo, n, width = _shard(entry_ptr, DTYPE, ALIGNED)
-    rows = tl.load(entry_ptr + 6) + program * ROWS + tl.arange(0, ROWS)
+    w_ptr, g_ptr, v_ptr, lo, n, width = _shard(entry_ptr, DTYPE, ALIGNED)
+    rows = tl.load(entry_ptr + 7) + program * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(0, width, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
-        e = _tile(w_ptr, g_ptr, lo, n, width, rows, columns, ELEMENT, REDUCTION)
+        e = _tile(w_ptr, g_ptr, v_ptr, lo, n, width, rows, columns, ELEMENT, REDUCTION)
         total = _join(total, e, REDUCTION)
-    out_at = out_ptr + tl.load(entry_ptr + 8) + rows
-    tl.store(out_at, _fold(total, 1, REDUCTION), mask=rows < tl.load(entry_ptr + 7))
+    out_at = out_ptr + tl.load(entry_ptr + 9) + rows
+    tl.store(out_at, _fold(total, 1, REDUCTION), mask=rows < tl.load(entry_ptr + 8))
 
 
 @jit
@@ -249,19 +269,19 @@ def _columns_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program: COLUMNS columns of a chunk of ROWS * STEPS rows; a partial sum for each."""
-    entry_ptr = table_ptr + tl.load(owner_ptr + tl.program_id(0)) * 9
+    entry_ptr = table_ptr + tl.load(owner_ptr + tl.program_id(0)) * 10
     program = tl.program_id(0) - tl.load(entry_ptr)
-    w_ptr, g_ptr, lo, n, width = _shard(entry_ptr, DTYPE, ALIGNED)
+    w_ptr, g_ptr, v_ptr, lo, n, width = _shard(entry_ptr, DTYPE, ALIGNED)
     blocks = tl.cdiv(width, COLUMNS)
     chunk = program // blocks
     columns = program % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.load(entry_ptr + 6) + chunk * (ROWS * STEPS)
+    first = tl.load(entry_ptr + 7) + chunk * (ROWS * STEPS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(STEPS):
         rows = first + step * ROWS + tl.arange(0, ROWS)
-        e = _tile(w_ptr, g_ptr, lo, n, width, rows, columns, ELEMENT, REDUCTION)
+        e = _tile(w_ptr, g_ptr, v_ptr, lo, n, width, rows, columns, ELEMENT, REDUCTION)
         total = _join(total, e, REDUCTION)
-    partials_at = partials_ptr + tl.load(entry_ptr + 8) + chunk * width + columns
+    partials_at = partials_ptr + tl.load(entry_ptr + 9) + chunk * width + columns
     tl.store(partials_at, _fold(total, 0, REDUCTION), mask=columns < width)
 
 
@@ -329,8 +349,9 @@ def _tables(shards: Sequence[MatrixShard], element: str) -> _Tables:
     for shard in shards:
         if shard.w is not None and len(shard.w):
             g = 0 if element == "weight" or shard.g is None else shard.g.data_ptr()
+            v = 0 if element != "fisher" or shard.v is None else shard.v.data_ptr()
             (first, end), width = shard.rows, shard.shape[1]
-            what = (shard.w.data_ptr(), g, shard.lo, len(shard.w), width)
+            what = (shard.w.data_ptr(), g, v, shard.lo, len(shard.w), width)
             # Bytes of the addresses and elements of the others, in sixteens.
             aligned = all(x % 16 == 0 for x in what)
             if shard.per == "row":

@@ -395,7 +395,8 @@ class PruneConfig:
     """Axes one after the other, in equal parts of the removal window, as in ``[ffn_hidden_size,
     num_query_groups+num_layers]``: axes with a plus between them shrink together. Empty: all do."""
     element: str = "abs"
-    """Importance of one weight: ``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g."""
+    """Importance of one weight: ``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g, ``fisher``
+    |w g - w^2 v / 2| with Adam's second moment v."""
     row_reduce: str = "mean"
     """Over the weights of a unit in a matrix: ``mean``, ``sum``, ``l2``, ``max``."""
     matrix_reduce: str = "max"
@@ -429,12 +430,13 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _one_of("prune.strategy", self.strategy, (*METHODS, "none"))
-        _one_of("prune.element", self.element, ("abs", "squared", "signed"))
+        _one_of("prune.element", self.element, ("abs", "squared", "signed", "fisher"))
         _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
         _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))
         _require(
             (self.element, self.row_reduce) != ("signed", "max"),
-            "prune.row_reduce=max needs values of one sign: set prune.element to abs or squared",
+            "prune.row_reduce=max needs values of one sign: "
+            "set prune.element to abs, squared or fisher",
         )
         _one_of("prune.ema_on", self.ema_on, ("history", "new"))
         _one_of("prune.scope", self.scope, ("layer", "global"))

@@ -144,6 +144,11 @@ def flat(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
     return draw(size, dtype=dtype), draw(size + 1)[1:].clone()
 
 
+def second_moment(g: Tensor) -> Tensor:
+    """Some v that makes both terms of ``fisher`` count."""
+    return (g.roll(1) * 2).square()
+
+
 def scores_of(
     shards: list[MatrixShard], element: str = "abs", reduction: str = "sum"
 ) -> list[Tensor]:
@@ -152,8 +157,11 @@ def scores_of(
 
 def definition(w: Tensor, g: Tensor, shard: MatrixShard, element: str, reduction: str) -> Tensor:
     """In fp64, from the whole matrix."""
-    w, g = w.double().view(shard.shape), g.double().view(shard.shape)
-    e = {"abs": (w * g).abs(), "squared": (w * g) ** 2, "signed": w * g, "weight": w.abs()}[element]
+    w, g, v = (t.double().view(shard.shape) for t in (w, g, second_moment(g)))
+    e = {
+        "abs": (w * g).abs(), "squared": (w * g) ** 2, "signed": w * g, "weight": w.abs(),
+        "fisher": (w * g - w**2 * v / 2).abs(),
+    }[element]  # fmt: skip
     axis = 1 if shard.per == "row" else 0
     if reduction == "max":
         return e.amax(axis)
@@ -174,14 +182,19 @@ SHAPES = [((16, 130), "row"), ((5, 272), "row"), ((130, 8), "column"), ((130, 13
 
 @pytest.mark.parametrize(
     ("dtype", "element", "reduction"),
-    [(torch.float32, *pair) for pair in PAIRS] + [(torch.bfloat16, "abs", "sum")],
+    [(torch.float32, *pair) for pair in PAIRS]
+    + [(torch.float32, "fisher", "max"), (torch.bfloat16, "fisher", "sum")]
+    + [(torch.bfloat16, "abs", "sum")],
     ids=str,
 )
 def test_scores_of_all_matrices_are_the_definition(
     dtype: torch.dtype, element: str, reduction: str
 ) -> None:
     held = [flat(*shape, dtype=dtype) for shape, _ in SHAPES]
-    shards = [MatrixShard(*what, w, g) for what, (w, g) in zip(SHAPES, held, strict=True)]
+    shards = [
+        MatrixShard(*what, w, g, v=second_moment(g))
+        for what, (w, g) in zip(SHAPES, held, strict=True)
+    ]
     first, second = (scores_of(shards, element, reduction) for _ in range(2))
     for shard, (w, g), scores, again in zip(shards, held, first, second, strict=True):
         assert scores.dtype == torch.float32
@@ -199,17 +212,21 @@ def test_scores_of_all_matrices_are_the_definition(
     ],
 )
 @pytest.mark.parametrize("per", ["row", "column"])
-@pytest.mark.parametrize("reduction", ["sum", "max"])
+@pytest.mark.parametrize(
+    ("element", "reduction"), [("abs", "sum"), ("abs", "max"), ("fisher", "sum")]
+)
 def test_shards_add_up_to_the_whole(
-    shape: tuple[int, int], cuts: tuple[int, ...], per: str, reduction: str
+    shape: tuple[int, int], cuts: tuple[int, ...], per: str, element: str, reduction: str
 ) -> None:
     w, g = flat(*shape, dtype=torch.bfloat16)
+    v = second_moment(g)
     shards = [
-        MatrixShard(shape, per, w[lo:hi], g[lo:hi], lo) for lo, hi in itertools.pairwise(cuts)
+        MatrixShard(shape, per, w[lo:hi], g[lo:hi], lo, v[lo:hi])
+        for lo, hi in itertools.pairwise(cuts)
     ]
-    parts = torch.stack(scores_of(shards, "abs", reduction))
+    parts = torch.stack(scores_of(shards, element, reduction))
     together = parts.amax(0) if reduction == "max" else parts.sum(0)
-    assert_scores(together, definition(w, g, shards[0], "abs", reduction))
+    assert_scores(together, definition(w, g, shards[0], element, reduction))
 
 
 @pytest.mark.parametrize("per", ["row", "column"])
@@ -235,6 +252,18 @@ def test_the_magnitude_of_weights_reads_no_gradient() -> None:
         assert_scores(scores, definition(w, w, shard, "weight", "sum"))
 
 
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_one_matrix_without_second_moments_leaves_those_of_others_alone(skipped: int) -> None:
+    """A shard without v beside one whose v lies at any address, that of w and g aligned."""
+    w, g = flat(24, 48)
+    v = torch.cat([draw(skipped), second_moment(g)])[skipped:]
+    for per in ("row", "column"):
+        shards = [MatrixShard((24, 48), per, w, g), MatrixShard((24, 48), per, w, g, v=v)]
+        without, with_v = scores_of(shards, "fisher")
+        assert_scores(without, definition(w, g, shards[0], "abs", "sum"))
+        assert_scores(with_v, definition(w, g, shards[1], "fisher", "sum"))
+
+
 def test_a_non_finite_gradient_stays_visible() -> None:
     for reduction in REDUCTIONS:
         w, g = flat(20, 8)
@@ -256,11 +285,12 @@ def test_what_a_kernel_cannot_read_is_refused_before_a_launch(
         [MatrixShard((8, 20), "row", w.half(), g)],
         [MatrixShard((8, 20), "row", w, g.bfloat16())],
         [MatrixShard((8, 20), "row", w, g.to("meta"))],
+        [MatrixShard((8, 20), "row", w, g, v=g.bfloat16())],
         [MatrixShard((8, 20), "row", w.repeat_interleave(2)[::2], g)],
         [good, MatrixShard((8, 20), "row", w.bfloat16(), g)],
     ):
         with pytest.raises(AssertionError):
-            scores_of(shards)
+            scores_of(shards, "fisher")
     for x in (draw(3, 16).half(), draw(3, 16).double()):
         with pytest.raises(AssertionError):
             masked_swiglu(x, **TRITON)

@@ -103,7 +103,7 @@ def shards(dtype: torch.dtype, skipped: int = 0) -> list[MatrixShard]:
         ((HIDDEN, WIDTH), "column"), ((2 * WIDTH, HIDDEN), "column"),
     ):  # fmt: skip
         w, g = (torch.zeros(shape[0] * shape[1], dtype=d)[skipped:] for d in (dtype, torch.float32))
-        found.append(MatrixShard(shape, per, w, g, skipped))
+        found.append(MatrixShard(shape, per, w, g, skipped, v=g))
     return found
 
 
@@ -114,10 +114,12 @@ def scores(matrices: list[MatrixShard], element: str = "abs", reduction: str = "
 @pytest.mark.parametrize(
     ("dtype", "element", "reduction", "loads"),
     [
-        # 1 vector of bf16 weights or 2 of fp32, and 2 of gradients.
+        # 1 vector of bf16 weights or 2 of fp32, 2 of gradients, 2 of second moments.
         (torch.bfloat16, "abs", "sum", 3),
         (torch.float32, "abs", "max", 4),
         (torch.bfloat16, "weight", "sum", 1),
+        (torch.bfloat16, "fisher", "sum", 5),
+        (torch.float32, "fisher", "max", 6),
     ],
     ids=str,
 )
@@ -127,8 +129,9 @@ def test_scores_are_three_launches_with_full_vectors(
     matrices = [*shards(dtype), MatrixShard((64, HIDDEN), "row"), *shards(dtype, skipped=16)]
     rows, columns, finalise = compiled(lambda: scores(matrices, element, reduction))
     # Narrow: the table's entry, and the results.
-    gate(rows, loads, 0, registers=56, narrow=(10, 1))
-    gate(columns, loads, 0, registers=56, narrow=(10, 1))
+    narrow = (11 if element == "fisher" else 10, 1)
+    gate(rows, loads, 0, registers=56, narrow=narrow)
+    gate(columns, loads, 0, registers=56, narrow=narrow)
     gate(finalise, 0, 0, registers=48, narrow=(24, 1))
 
 

@@ -27,17 +27,31 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple
     return w.to(dtype), g
 
 
+def second_moment(g: Tensor) -> Tensor:
+    """Some v that makes both terms of ``fisher`` count."""
+    return (g.roll(1) * 2).square()
+
+
 def scores_of(
-    w: Tensor, g: Tensor | None, shape: tuple[int, int], per: str, *names: str, lo: int = 0
+    w: Tensor,
+    g: Tensor | None,
+    shape: tuple[int, int],
+    per: str,
+    *names: str,
+    lo: int = 0,
+    v: Tensor | None = None,
 ) -> Tensor:
-    (scores,) = matrix_scores([MatrixShard(shape, per, w, g, lo)], *names, device=CPU)
+    (scores,) = matrix_scores([MatrixShard(shape, per, w, g, lo, v)], *names, device=CPU)
     return scores
 
 
-def dense(w: Tensor, g: Tensor, per: str, element: str, reduction: str) -> Tensor:
+def dense(w: Tensor, g: Tensor, v: Tensor, per: str, element: str, reduction: str) -> Tensor:
     """The definition, over the whole matrix, in fp64."""
-    e = w.double() * g.double()
-    e = {"abs": e.abs(), "squared": e**2, "signed": e, "weight": w.double().abs()}[element]
+    w, g, v = w.double(), g.double(), v.double()
+    e = {
+        "abs": (w * g).abs(), "squared": (w * g) ** 2, "signed": w * g, "weight": w.abs(),
+        "fisher": (w * g - w**2 * v / 2).abs(),
+    }[element]  # fmt: skip
     axis = 1 if per == "row" else 0
     if reduction == "max":
         return e.amax(axis)
@@ -52,10 +66,11 @@ def test_a_whole_matrix_gives_the_definition(
     shape: tuple[int, int], element: str, reduction: str, per: str, dtype: torch.dtype
 ) -> None:
     w, g = matrix(*shape, dtype)
-    scores = scores_of(w.flatten(), g.flatten(), shape, per, element, reduction)
+    v = second_moment(g)
+    scores = scores_of(w.flatten(), g.flatten(), shape, per, element, reduction, v=v.flatten())
     assert scores.dtype == torch.float32
     # Products and sums are fp32 also for bf16 weights.
-    assert_close(scores, dense(w, g, per, element, reduction), tolerance=2e-6)
+    assert_close(scores, dense(w, g, v, per, element, reduction), tolerance=2e-6)
 
 
 def test_by_hand() -> None:
@@ -65,6 +80,9 @@ def test_by_hand() -> None:
     assert_equal(scores_of(w, g, (2, 2), "row", "signed"), torch.tensor([-1.0, -1.0]))
     assert_equal(scores_of(w, g, (2, 2), "row", "abs", "max"), torch.tensor([2.0, 3.0]))
     assert_equal(scores_of(w, None, (2, 2), "column", "weight"), torch.tensor([4.0, 6.0]))
+    # 1 - 1, -2 - 4, -3 - 9, 2 - 4
+    v = torch.tensor([2.0, 2.0, 2.0, 0.5])
+    assert_equal(scores_of(w, g, (2, 2), "row", "fisher", v=v), torch.tensor([6.0, 14.0]))
     # Only -2 and -3: the end of the first row, the start of the second.
     assert_equal(scores_of(w[1:3], g[1:3], (2, 2), "row", lo=1), torch.tensor([2.0, 3.0]))
 
@@ -83,14 +101,15 @@ def test_shards_add_up_to_the_whole_wherever_it_is_cut(
 ) -> None:
     rows, columns, bounds = sharded
     w, g = (x.flatten() for x in matrix(rows, columns))
+    v = second_moment(g)
     parts = torch.stack(
         [
-            scores_of(w[lo:hi], g[lo:hi], (rows, columns), per, *pair, lo=lo)
+            scores_of(w[lo:hi], g[lo:hi], (rows, columns), per, *pair, lo=lo, v=v[lo:hi])
             for lo, hi in itertools.pairwise(bounds)
         ]
     )
     together = parts.amax(0) if pair[1] == "max" else parts.sum(0)
-    whole = scores_of(w, g, (rows, columns), per, *pair)
+    whole = scores_of(w, g, (rows, columns), per, *pair, v=v)
     if pair[1] == "max":
         assert_equal(together, whole)
     else:
@@ -108,16 +127,26 @@ def test_a_shard_leaves_what_it_does_not_touch_at_zero(lo: int, hi: int, per: st
     inside = inside.view(5, 7)
     touched = inside.any(1 if per == "row" else 0)
     assert not scores[~touched].any()
-    assert_close(scores, dense(w * inside, g, per, "abs", "sum"), tolerance=2e-6)
+    assert_close(scores, dense(w * inside, g, g, per, "abs", "sum"), tolerance=2e-6)
 
 
 def test_inputs_are_left_alone() -> None:
     w, g = (x.flatten() for x in matrix(5, 7))
-    before = w.clone(), g.clone()
+    v = second_moment(g)
+    before = w.clone(), g.clone(), v.clone()
     for pair in PAIRS:
-        scores_of(w, g, (5, 7), "row", *pair)
+        scores_of(w, g, (5, 7), "row", *pair, v=v)
     assert_equal(w, before[0], "weights")
     assert_equal(g, before[1], "gradients")
+    assert_equal(v, before[2], "second moments")
+
+
+def test_without_second_moments_fisher_is_abs() -> None:
+    w, g = (x.flatten() for x in matrix(5, 7))
+    for v in (None, torch.zeros(35)):
+        assert_equal(
+            scores_of(w, g, (5, 7), "row", "fisher", v=v), scores_of(w, g, (5, 7), "row", "abs")
+        )
 
 
 def test_a_non_finite_gradient_stays_visible() -> None:
@@ -154,6 +183,7 @@ def test_every_matrix_of_a_list_has_its_own_result() -> None:
         (MatrixShard((2, 2), "row", torch.ones(4), torch.ones(3)), ()),
         (MatrixShard((2, 2), "row", torch.ones(4)), ()),
         (MatrixShard((2, 2), "row", torch.ones(4), torch.ones(4, dtype=torch.int32)), ()),
+        (MatrixShard((2, 2), "row", torch.ones(4), torch.ones(4), 0, torch.ones(3)), ("fisher",)),
         (MatrixShard((2, 2), "rows"), ()),
         (MatrixShard((2, 2), "row"), ("l1",)),
         (MatrixShard((2, 2), "row"), ("abs", "mean")),

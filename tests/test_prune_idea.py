@@ -103,7 +103,7 @@ def test_signed_sums_count_by_their_size() -> None:
 
 
 def test_the_maximum_of_signed_values_is_refused_before_training() -> None:
-    with pytest.raises(ConfigError, match="to abs or squared"):
+    with pytest.raises(ConfigError, match="to abs, squared or fisher"):
         strategy(element="signed", row_reduce="max")
 
 

@@ -30,6 +30,7 @@ METHODS = [
     {},
     {"element": "squared"},
     {"element": "signed"},
+    {"element": "fisher"},
     {"row_reduce": "l2"},
     {"row_reduce": "max"},
 ]
@@ -69,15 +70,32 @@ def average(pruner: Any) -> Tensor:
     return table[NEURONS].clone()
 
 
+def elements(trainable: Any, parameter: torch.nn.Parameter, element: str) -> Tensor:
+    """The definition, in fp64, over a whole weight, gradient and second moment."""
+    w, g = (whole(trainable, parameter, what).double() for what in ("main", "grad"))
+    v = torch.zeros_like(w)
+    if trainable.optimizer.optimizer.state:
+        v = whole(trainable, parameter, "exp_avg_sq").double()
+    e = {
+        "abs": (w * g).abs(), "squared": (w * g) ** 2, "signed": w * g,
+        "fisher": (w * g - w**2 * v / 2).abs(),
+    }[element]  # fmt: skip
+    return e.view_as(parameter)
+
+
+def enlarge_second_moments(trainable: Any) -> None:
+    """After a step: v is far below g on so small a model; make w^2 v as large as w g."""
+    for state in trainable.optimizer.optimizer.state.values():
+        state["exp_avg_sq"].sqrt_().mul_(50)
+
+
 def dense(trainable: Any, element: str, row_reduce: str) -> Tensor:
     """[local layers, 3, f]: the definition, in fp64, over whole weights and gradients."""
     layers = []
     for _, mlp in trainable.mlps:
         rows = []
         for weight in (mlp.linear_fc1.weight, mlp.linear_fc2.weight):
-            main, grad = (whole(trainable, weight, x).double() for x in ("main", "grad"))
-            e = (main * grad).view_as(weight)
-            e = {"abs": e.abs(), "squared": e**2, "signed": e}[element]
+            e = elements(trainable, weight, element)
             rows += e.chunk(2) if weight is mlp.linear_fc1.weight else [e.T]
         reduce = {
             "mean": lambda r: r.sum(1), "l2": lambda r: (r**2).sum(1), "max": lambda r: r.amax(1),
@@ -111,6 +129,7 @@ def test_sums_are_those_of_main_weights_and_reduced_gradients(
         backward(trainable, seed=0)
         # Before the first step bf16 weights and their main weights are the same numbers.
         update(trainable.optimizer, 1e-3)
+        enlarge_second_moments(trainable)
         sums = observe(trainable, pruner, seed=1)
         prune = pruner.config.prune
         expected = dense(trainable, prune.element, prune.row_reduce)
@@ -280,13 +299,13 @@ def test_what_is_read_back_goes_on_as_what_was_saved(groups: ProcessGroups, conf
 MODEL_AXES = ("ffn_hidden_size", "num_query_groups", "hidden_size", "num_layers")
 
 
-def _by_hand(trainable: Any) -> dict[str, torch.Tensor]:
-    """Sums of |w g| over each matrix of each unit, fp64, from the whole tensors of one process."""
+def _by_hand(trainable: Any, element: str) -> dict[str, torch.Tensor]:
+    """Sums over each matrix of each unit, fp64, from the whole tensors of one process."""
     from megatron_idea.engine.model import named_parameters
 
     e = {
-        name: (whole(trainable, p, "main") * whole(trainable, p, "grad")).double().abs().view_as(p)
-        for name, p in named_parameters(trainable.chunks)
+        name: elements(trainable, parameter, element)
+        for name, parameter in named_parameters(trainable.chunks)
     }
     model = trainable.model
     groups = model.num_query_groups
@@ -318,27 +337,37 @@ def _by_hand(trainable: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _all_axes(groups: ProcessGroups, config: Config) -> dict[str, Any]:
+def _all_axes(groups: ProcessGroups, config: Config, stepped: bool) -> dict[str, Any]:
     """Tables of every axis as a job of any layout has them, and of one process by hand."""
+    from megatron_idea.engine.optimizer import update
     from megatron_idea.engine.trainable import assemble
     from megatron_idea.prune.pruner import Pruner
     from megatron_idea.shape import Shape
 
     trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
     pruner = Pruner(config, trainable)
+    if stepped:
+        backward(trainable, seed=1)
+        update(trainable.optimizer, 0.0)  # weights stay, whatever the order of sums
+        enlarge_second_moments(trainable)
     backward(trainable)
     pruner.record(pruner.scores.observe(trainable))
     pruner.scores.fold(trainable, pruner.stored)
     (average,) = pruner.scores.average.values()
     found = {axis: table.double().numpy() for axis, table in average.items()}
     if groups.world.size() == 1:
-        found["by hand"] = {axis: table.numpy() for axis, table in _by_hand(trainable).items()}
+        by_hand = _by_hand(trainable, config.prune.element)
+        found["by hand"] = {axis: table.numpy() for axis, table in by_hand.items()}
     return found
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("tied", "element", "stepped"),
+    [(True, "abs", False), (False, "abs", False), (True, "fisher", True)],
+    ids=["tied", "untied", "fisher"],
+)
 def test_units_of_every_axis_are_measured_and_alike_in_every_layout(
-    workers: Workers, tied: bool
+    workers: Workers, tied: bool, element: str, stepped: bool
 ) -> None:
     target = {"ffn_hidden_size": 12, "num_query_groups": 2, "hidden_size": 8, "num_layers": 2}
     config = replace(
@@ -347,17 +376,41 @@ def test_units_of_every_axis_are_measured_and_alike_in_every_layout(
             "num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4,
             "share_embeddings_and_output_weights": tied,
         },
-        prune={"target": target, "channel_alignment": 8, "ema": 0.0},
+        prune={"target": target, "channel_alignment": 8, "ema": 0.0, "element": element},
     )  # fmt: skip
-    (alone,) = run_job(workers, _all_axes, 1, config)
+    (alone,) = run_job(workers, _all_axes, 1, config, stepped)
     expected = {axis: torch.from_numpy(alone["by hand"][axis]) for axis in MODEL_AXES}
     for axis in MODEL_AXES:
         assert_scores_close(torch.from_numpy(alone[axis]), expected[axis], 2e-6)
     for layout in ("tp2", "pp2", "dp2"):
         world_size, parallel = LAYOUTS[layout]
-        for found in run_job(workers, _all_axes, world_size, replace(config, parallel=parallel)):
+        laid_out = replace(config, parallel=parallel)
+        for found in run_job(workers, _all_axes, world_size, laid_out, stepped):
             for axis in MODEL_AXES:
                 assert_scores_close(torch.from_numpy(found[axis]), expected[axis], 1e-5)
+
+
+@on_ranks(2)
+def test_fisher_is_abs_before_the_first_step_and_not_after(
+    groups: ProcessGroups, config: Config
+) -> None:
+    from megatron_idea.engine.optimizer import update
+    from megatron_idea.prune.measures import unit_sums
+    from megatron_idea.prune.strategy import Measure
+
+    def difference() -> float:
+        backward(trainable)
+        fisher, abs_ = (
+            unit_sums(trainable, [NEURONS], Measure(element, "sum"))
+            for element in ("fisher", "abs")
+        )
+        return max(float((fisher[key] - abs_[key]).abs().max()) for key in abs_)
+
+    trainable, _ = tracked(groups, config)
+    assert difference() == 0
+    update(trainable.optimizer, 1e-3)
+    enlarge_second_moments(trainable)
+    assert difference() > 0
 
 
 def test_sizes_are_those_of_living_units_alone() -> None:

@@ -284,6 +284,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "interval": {"prune": {"mask_interval_steps": 3}},
     "squared": {"prune": {"element": "squared"}},
     "signed": {"prune": {"element": "signed"}},
+    "fisher": {"prune": {"element": "fisher"}},
     "global": {"prune": {"scope": "global"}},
     "ordered": {"prune": {"placement": "ordered"}},
     "zeros_only": {"prune": {"compact": False}},

@@ -133,7 +133,9 @@ def _shard(
     if held is None:
         return whole
     grad = held.grad if measure.needs_gradients else None
-    return replace(whole, w=held.main.detach().view(-1), g=grad, lo=held.start)
+    moment = held.state.get("exp_avg_sq") if measure.needs_second_moment else None
+    fisher = None if moment is None else moment.view(-1)
+    return replace(whole, w=held.main.detach().view(-1), g=grad, v=fisher, lo=held.start)
 
 
 def unit_sizes(model: ModelConfig, alive: Units, axes: Sequence[str]) -> dict[str, Tensor]:

@@ -32,7 +32,8 @@ class Measure:
     """One value per weight, reduced over the weights that a unit has in one matrix."""
 
     element: str
-    """``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g: from the gradients of training steps.
+    """``abs`` |w g|, ``squared`` (w g)^2, ``signed`` w g, ``fisher`` |w g - w^2 v / 2|: from the
+    gradients of training steps and v, Adam's second moment before the step, 0 before the first.
     ``weight`` |w|: from the weights as they are when a plan is made."""
     reduction: str
     """``sum``, ``sum_of_squares``, ``max``."""
@@ -44,6 +45,10 @@ class Measure:
     @property
     def needs_gradients(self) -> bool:
         return self.element != "weight"
+
+    @property
+    def needs_second_moment(self) -> bool:
+        return self.element == "fisher"
 
     def axes(self, pruned: Sequence[str]) -> tuple[str, ...]:
         """List what is measured for a method that prunes some axes."""
