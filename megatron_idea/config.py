@@ -324,6 +324,7 @@ METHODS = {
     "idea": Method(_ALL_AXES),
     "random": Method(_ALL_AXES),
     "magnitude": Method(_ALL_AXES),
+    "pca_stem": Method(("hidden_size",), "one_shot"),
     "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True),
     "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True),
 }
@@ -994,6 +995,13 @@ def _validate_pruning(config: Config) -> None:
             "it out to keep all, and to train without pruning set prune.strategy=none",
         )
     _validate_parameter_goal(config)
+    _require(
+        prune.strategy != "pca_stem"
+        or (config.removal == "one_shot" and not config.model.share_embeddings_and_output_weights),
+        "prune.strategy=pca_stem turns the residual stream once, and folds the final norm's gain "
+        "into the output layer: set schedule.removal=one_shot, or leave it out, and "
+        "model.share_embeddings_and_output_weights=false",
+    )
     least = max(2, config.parallel.num_stages)
     layers = config.goals.get("num_layers")
     _require(

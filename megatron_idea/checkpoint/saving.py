@@ -35,7 +35,7 @@ from megatron_idea.config import Config
 from megatron_idea.engine import cpu
 from megatron_idea.engine.core_versions import async_save
 from megatron_idea.engine.distributed import ProcessGroups, together
-from megatron_idea.engine.optimizer import adam_step
+from megatron_idea.engine.optimizer import adam_step, has_moments
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.pruner import Pruner
 
@@ -67,11 +67,13 @@ class Saving:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
         of_pruner = pruner.state(trainable)
+        step = adam_step(trainable.optimizer, groups)
         self.config, self.groups = config, groups
         self.state = dataclasses.replace(
             state,
             shape=trainable.shape,
-            adam_step=adam_step(trainable.optimizer, groups),
+            adam_step=step,
+            was_reset=step == 0 and has_moments(trainable.optimizer, groups),
             pending_steps=pruner.pending_steps,
             memory=pruner.memory.tolist(),
             plan_due=pruner.due is not None,
@@ -82,7 +84,7 @@ class Saving:
         self._replaced = self.path.with_name(f"{self.path.name}.replaced")
         with self._explained():
             together(self._begin, groups)
-            tree = tensors_of(trainable, of_pruner, self.state.adam_step)
+            tree = tensors_of(trainable, of_pruner, self.state.has_moments)
             self._strategy, self._request = _begin_tensors(tree, self._partial, groups)
         self._writing = storage.Writing(self._request)
 

@@ -36,7 +36,9 @@ class TrainState:
     shape: Shape
     """What the model stores; the tensors of the checkpoint are of it."""
     adam_step: int = 0
-    """Optimizer steps that were taken; skipped steps are not counted."""
+    """Optimizer steps that were taken since Adam began; skipped steps are not counted."""
+    was_reset: bool = False
+    """Adam has just begun anew: its step count is 0, and main weights and moments are there."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite."""
     skipped_samples: int = 0
@@ -51,6 +53,11 @@ class TrainState:
     """Saved right before a compaction, with its plan: whoever goes on from here compacts first."""
     layout: dict[str, int] = field(default_factory=dict)
     """TP, PP and DP of the job that wrote it, and whether it had CUDA."""
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether main weights and moments are stored: there are none before the first step."""
+        return self.adam_step > 0 or self.was_reset
 
     @staticmethod
     def fresh(config: Config) -> TrainState:

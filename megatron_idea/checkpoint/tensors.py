@@ -44,12 +44,14 @@ def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
     state = read_state(path)
     groups = trainable.groups
     assert state.shape == trainable.shape, (state.shape, trainable.shape)
-    wanted = tensors_of(trainable, pruner.blank_state(state.plan_due), state.adam_step, empty=True)
+    wanted = tensors_of(
+        trainable, pruner.blank_state(state.plan_due), state.has_moments, empty=True
+    )
     if state.layout != layout_of(groups):
         wanted.pop("rng")
     loaded = _load_tensors(wanted, path, groups)
     _take_weights(trainable.chunks, loaded)
-    if state.adam_step:
+    if state.has_moments:
         _load_optimizer(trainable, loaded["optimizer"], state.adam_step)
     else:  # before the first step main weights are the weights
         trainable.optimizer.reload_model_params()
@@ -125,12 +127,12 @@ def _named(trainable: Trainable) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def tensors_of(
-    trainable: Trainable, pruner: Mapping[str, Tensor], step: int, empty: bool = False
+    trainable: Trainable, pruner: Mapping[str, Tensor], has_moments: bool, empty: bool = False
 ) -> dict[str, Any]:
     """All tensors of a run with their place in the whole; ``empty``: as targets for loading."""
     groups = trainable.groups
     tree = _weight_tensors(trainable.chunks, groups)
-    if step:
+    if has_moments:
         tree["optimizer"] = _optimizer_tensors(trainable, tree, empty)
     rank, world = groups.world.rank(), groups.world.size()
     tree["pruner"] = {

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_idea.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from megatron_idea.engine.core_versions import grads_for_norm
 from megatron_idea.engine.distributed import ProcessGroups, device
-from megatron_idea.engine.shards import shard_of
+from megatron_idea.engine.shards import MOMENTS, shard_of
 
 
 def build_optimizer(
@@ -130,6 +130,17 @@ def adam_step(optimizer: MegatronOptimizer, groups: ProcessGroups) -> int:
     return int(word.item())
 
 
+def has_moments(optimizer: MegatronOptimizer, groups: ProcessGroups) -> bool:
+    """Say whether there are moments, and main weights apart from weights: since the first step.
+
+    Adam's step count does not say: ``reset_moments`` makes it 0. Collective over all ranks.
+    """
+    found = any("exp_avg" in state for state in optimizer.optimizer.state.values())
+    word = torch.tensor([int(found)], device=groups.device)
+    torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
+    return bool(word.item())
+
+
 def set_state(
     optimizer: MegatronOptimizer,
     parameter: torch.nn.Parameter,
@@ -156,6 +167,19 @@ def set_state(
     else:
         for group in inner.param_groups:
             group["step"] = step
+
+
+@torch.no_grad()
+def reset_moments(optimizer: MegatronOptimizer) -> None:
+    """Let Adam begin anew: both moments and the step count become 0, in this rank's shards."""
+    inner = optimizer.optimizer
+    for state in inner.state.values():
+        for name in (*MOMENTS, "step"):
+            if name in state:
+                state[name].zero_()
+    for group in inner.param_groups:
+        if "step" in group:
+            group["step"] = 0
 
 
 def _is_torch_adam(inner: torch.optim.Optimizer) -> bool:

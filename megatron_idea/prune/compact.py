@@ -29,7 +29,7 @@ from megatron_idea.engine.distributed import (
     together,
 )
 from megatron_idea.engine.model import named_parameters
-from megatron_idea.engine.optimizer import adam_step, finish_main_update, set_state
+from megatron_idea.engine.optimizer import adam_step, finish_main_update, has_moments, set_state
 from megatron_idea.engine.shards import MOMENTS, has_main_copy, shard_of
 from megatron_idea.engine.trainable import Trainable, assemble, forget_data_parallel
 from megatron_idea.prune.axis import AXES, Share, shares_of
@@ -184,9 +184,10 @@ def compact(
     groups, old = trainable.groups, trainable.shape
     _quiesce(trainable)
     step = adam_step(trainable.optimizer, groups)
+    moments = has_moments(trainable.optimizer, groups)
 
     def decide() -> Relocations:
-        assert step > 0, "there is no optimizer state to carry over before the first step"
+        assert moments, "there is no optimizer state to carry over before the first step"
         return relocations_of(plan, stored, old, groups.tp.size(), placement)
 
     relocations: Relocations = together(decide, groups)

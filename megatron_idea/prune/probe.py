@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_idea.engine.passes import MicroBatches, forward_loss, through
@@ -79,6 +80,30 @@ class Probe:
             self._pass()
         dist.all_reduce(sums)
         return sums.cpu()
+
+    @torch.no_grad()
+    def stream_gram(self) -> Tensor:
+        """Sum x^T x over tokens and norms, x being what goes into a norm divided by its size.
+
+        Returns: fp64 [channels, channels] on the CPU, equal on every rank; up to a common factor.
+        """
+        trainable = self._trainable
+        channels, groups = trainable.shape.hidden_size, trainable.groups
+        gram = torch.zeros(channels, channels, dtype=torch.float64, device=groups.device)
+        eps = trainable.model.layernorm_epsilon
+
+        def add(_norm: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = F.rms_norm(inputs[0].detach().float(), (channels,), eps=eps).flatten(0, -2)
+            gram.add_((x.T @ x).double())
+
+        with contextlib.ExitStack() as hooks:
+            # Without sequence parallelism tensor-parallel ranks see the same tokens.
+            if trainable.core.sequence_parallel or groups.tp.rank() == 0:
+                for _row, norm, _behind in residual_norms(trainable):
+                    hooks.callback(norm.register_forward_pre_hook(add).remove)
+            self._pass()
+        dist.all_reduce(gram)
+        return gram.cpu()
 
     def _pass(self) -> list[Tensor]:
         chunks, data = self._trainable.chunks, self._data

@@ -20,6 +20,7 @@ from megatron_idea.prune.distribution import Decision, Distribution
 from megatron_idea.prune.idea import IdeaPrune
 from megatron_idea.prune.magnitude import Magnitude
 from megatron_idea.prune.measures import Sums, unit_sizes
+from megatron_idea.prune.pca_stem import PcaStem
 from megatron_idea.prune.plan import (
     Plan,
     StoredUnits,
@@ -33,6 +34,7 @@ from megatron_idea.prune.plan import (
 )
 from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.random import RandomPrune
+from megatron_idea.prune.rotate import principal_directions, rotate
 from megatron_idea.prune.scores import Measured, Scores
 from megatron_idea.prune.silence import rescale_norms, silence
 from megatron_idea.prune.strategy import (
@@ -57,6 +59,7 @@ def build_strategy(config: Config) -> Strategy | None:
         "idea": lambda: IdeaPrune(prune, goals),
         "random": lambda: RandomPrune(prune, goals, config.training.seed),
         "magnitude": lambda: Magnitude(prune, goals),
+        "pca_stem": lambda: PcaStem(prune, goals),
     }
     return methods[prune.strategy]()
 
@@ -284,9 +287,8 @@ class Pruner:
         A function of the model, the plan and the batch of ``probe``, so a run that was interrupted
         in between does it again and alike.
         """
-        if self.strategy is None or self.strategy.mend == "none":
-            return
-        raise NotImplementedError(self.strategy.mend)
+        if self.strategy is not None and self.strategy.mend == "rotate":
+            rotate(trainable, principal_directions(probe.stream_gram(), trainable.groups))
 
     def silence(self, trainable: Trainable, plan: Plan) -> None:
         """Zero what the plan removes.
