@@ -317,14 +317,23 @@ class Method:
     """Its own curve, which ``schedule.removal: null`` stands for."""
     finds_shape: bool = False
     """Whether it can find the shape itself, given a number of parameters."""
+    fixed: tuple[str, ...] = ()
+    """Keys of ``prune`` that say how weights become scores and that it has no use for."""
 
 
+_SCORES = ("element", "row_reduce", "matrix_reduce")
 _ALL_AXES = ("ffn_hidden_size", "num_query_groups", "hidden_size", "num_layers")
 METHODS = {
     "idea": Method(_ALL_AXES),
-    "random": Method(_ALL_AXES),
-    "magnitude": Method(_ALL_AXES),
-    "pca_stem": Method(("hidden_size",), "one_shot"),
+    "random": Method(_ALL_AXES, fixed=_SCORES),
+    "magnitude": Method(_ALL_AXES, fixed=_SCORES[:1]),
+    "taylor": Method(_ALL_AXES, fixed=_SCORES),
+    "llm_pruner": Method(_ALL_AXES, fixed=_SCORES[1:]),
+    "wanda": Method(_ALL_AXES[:2], fixed=_SCORES),
+    "flap_score": Method(_ALL_AXES[:2], fixed=_SCORES),
+    "minitron": Method(_ALL_AXES, fixed=_SCORES),
+    "shortgpt": Method(_ALL_AXES[3:], fixed=_SCORES),
+    "pca_stem": Method(("hidden_size",), "one_shot", fixed=_SCORES),
     "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True),
     "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True),
 }
@@ -390,7 +399,9 @@ class PruneConfig:
     """Which units go. Defaults are our reading of IDEA Prune; docs/method.md argues each."""
 
     strategy: str = "idea"
-    """``idea``; ``random`` or ``magnitude``, to compare with; ``none``: train at full width."""
+    """``idea``, ``adapt_pruner``, ``efficient_llm``, ``pca_stem``; to compare with, ``random``,
+    ``magnitude``, ``taylor``, ``llm_pruner``, ``wanda``, ``flap_score``, ``minitron``,
+    ``shortgpt``; ``none``: train at full width. docs/method.md says what each does."""
     target: PruneTarget = field(default_factory=lambda: PruneTarget(ffn_hidden_size=384))
     order: list[str] = field(default_factory=list)
     """Axes one after the other, in equal parts of the removal window, as in ``[ffn_hidden_size,
@@ -402,6 +413,9 @@ class PruneConfig:
     """Over the weights of a unit in a matrix: ``mean``, ``sum``, ``l2``, ``max``."""
     matrix_reduce: str = "max"
     """Over the matrices that a unit has weights in: ``max``, ``mean``, ``sum``."""
+    aggregation: str = "sequence_mean"
+    """Of activations, for ``minitron``: ``sequence_mean``, the mean of their sizes over a sample's
+    tokens, then L2 over samples; ``sequence_norm``: L2 over tokens, then the mean over samples."""
     ema: float = 0.5
     """Coefficient of the moving average; which term it multiplies is ``ema_on``."""
     ema_on: str = "history"
@@ -434,6 +448,9 @@ class PruneConfig:
         _one_of("prune.element", self.element, ("abs", "squared", "signed", "fisher"))
         _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
         _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))
+        _one_of("prune.aggregation", self.aggregation, ("sequence_mean", "sequence_norm"))
+        if self.strategy != "none":
+            self._require_use()
         _require(
             (self.element, self.row_reduce) != ("signed", "max"),
             "prune.row_reduce=max needs values of one sign: "
@@ -480,6 +497,23 @@ class PruneConfig:
                 f"{' and '.join(finders)}; prune.strategy={self.strategy} needs the shape, as in "
                 "prune.target.ffn_hidden_size",
             )
+
+    def _require_use(self) -> None:
+        """Refuse what was set and would be ignored, of what some methods alone ask for."""
+        ignored = METHODS[self.strategy].fixed
+        ignored += () if self.strategy == "minitron" else ("aggregation",)
+        for name in ignored:
+            default = getattr(PruneConfig, name)
+            _require(
+                getattr(self, name) == default,
+                f"prune.{name} means nothing to prune.strategy={self.strategy}: leave it out, or "
+                f"at its default, {default}",
+            )
+        _require(
+            self.strategy != "llm_pruner" or self.element != "squared",
+            "prune.element for prune.strategy=llm_pruner is abs, fisher (its mixed form) or signed "
+            "(its vector form), not squared",
+        )
 
     @property
     def history(self) -> float:

@@ -131,7 +131,7 @@ def test_a_wrong_type_is_refused_by_its_key(override: str, message: str) -> None
         ("schedule.min_lr=1.0", "must be between 0 and"),
         ("schedule.prune_warmup_fraction=1.0", "must be below 1"),
         ("schedule.prune_fraction=1.5", r"must be in \[0, 1\]"),
-        ("prune.strategy=alps", "magnitude, adapt_pruner, efficient_llm"),
+        ("prune.strategy=alps", "minitron, shortgpt, pca_stem, adapt_pruner, efficient_llm, none"),
         ("prune.element=cubed", "legal values: abs, squared, signed, fisher"),
         ("prune.row_reduce=min", "legal values: mean, sum, l2, max"),
         ("prune.matrix_reduce=min", "legal values: max, mean, sum"),
@@ -148,6 +148,43 @@ def test_a_wrong_type_is_refused_by_its_key(override: str, message: str) -> None
 def test_an_illegal_value_is_refused_with_what_is_legal(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["random", "element=signed"], "prune.element means nothing to prune.strategy=random"),
+        (["magnitude", "element=signed"], "leave it out, or at its default, abs"),
+        (["taylor", "row_reduce=sum"], "prune.row_reduce means nothing to prune.strategy=taylor"),
+        (["llm_pruner", "matrix_reduce=sum"], "prune.matrix_reduce means nothing"),
+        (["llm_pruner", "element=squared"], "abs, fisher .* or signed .*, not squared"),
+        (["wanda", "aggregation=sequence_norm"], "prune.aggregation means nothing"),
+        (["minitron", "aggregation=l2"], "legal values: sequence_mean, sequence_norm"),
+    ],
+)
+def test_what_a_method_would_ignore_is_refused(overrides: list[str], message: str) -> None:
+    strategy, setting = overrides
+    with pytest.raises(ConfigError, match=message):
+        load(None, [f"prune.strategy={strategy}", f"prune.{setting}"])
+
+
+def test_what_a_method_listens_to_is_taken() -> None:
+    for strategy, setting in (
+        ("magnitude", "row_reduce=l2"),
+        ("llm_pruner", "element=signed"),
+        ("minitron", "aggregation=sequence_norm"),
+        ("none", "row_reduce=l2"),
+    ):
+        load(None, [f"prune.strategy={strategy}", f"prune.{setting}"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "axis"), [("wanda", "hidden_size"), ("flap_score", "num_layers")]
+)
+def test_an_axis_that_a_method_has_no_score_for_is_refused(strategy: str, axis: str) -> None:
+    config = load(None, [f"prune.strategy={strategy}", f"prune.target.{axis}=2"])
+    with pytest.raises(ConfigError, match="legal values: ffn_hidden_size, num_query_groups"):
+        validate(config, 1)
 
 
 def test_phases_that_do_not_add_up_are_refused_with_their_sum() -> None:
@@ -411,8 +448,9 @@ def test_every_key_that_is_a_text_is_in_the_list() -> None:
     choices = {
         "training.precision", "training.kernel_implementation", "optimizer.lr_scaling",
         "schedule.kind", "schedule.lr_decay_style", "prune.strategy", "prune.element",
-        "prune.row_reduce", "prune.matrix_reduce", "prune.ema_on", "prune.scope", "prune.placement",
-        "prune.norm_rescale", "prune.order[]", "checkpoint.on_damage", "guard.on_spike",
+        "prune.row_reduce", "prune.matrix_reduce", "prune.aggregation", "prune.ema_on",
+        "prune.scope", "prune.placement", "prune.norm_rescale", "prune.order[]",
+        "checkpoint.on_damage", "guard.on_spike",
     }  # fmt: skip
     found = texts(dataclasses.asdict(full), "")
     assert found - choices == {*TEXT_KEYS, "data.validation[].prefix"}

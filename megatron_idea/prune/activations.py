@@ -7,7 +7,7 @@ Activations of a unit are those that the weights behind it read:
 
     neuron      what goes into linear_fc2                      [s, b, f]
     KV group    what goes into linear_proj, of its query heads [s, b, g, q kv]
-    channel     the output of each norm of the residual stream [s, b, H], summed over the norms
+    channel     the output of each norm of the residual stream [s, b, H], a line a norm
     layer       the residual stream before and after it        [s, b, H]
 """
 
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megatron_idea.engine.model import unwrap
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.measures import Sums
+from megatron_idea.prune.axis import AXES
+from megatron_idea.prune.measures import Sums, num_lines
 from megatron_idea.prune.strategy import Activation
 
 
@@ -41,7 +42,7 @@ def residual_norms(trainable: Trainable) -> Iterator[tuple[int, torch.nn.Module,
     Transformer Engine's are in the linear layers behind; an identity stands where they were.
 
     Yields: row (two a layer of the enlarged model by its number, the final norm last), module, the
-        linear layer behind, None for the final norm.
+        linear layer behind; None for the final norm.
     """
     shape = trainable.shape
     for layer in decoder_layers(trainable):
@@ -52,13 +53,6 @@ def residual_norms(trainable: Trainable) -> Iterator[tuple[int, torch.nn.Module,
         model: Any = unwrap(chunk)
         if model.decoder.final_layernorm is not None:
             yield 2 * trainable.model.num_layers, model.decoder.final_layernorm, None
-
-
-def norm_output(output: Tensor, norm: torch.nn.Module, behind: Any) -> Tensor:
-    """Return what a norm gives to ``behind``, given what stands in its place returned."""
-    if hasattr(norm, "weight"):
-        return output
-    return F.rms_norm(output, output.shape[-1:], behind.layer_norm_weight, behind.eps)
 
 
 def is_recomputed() -> bool:
@@ -94,96 +88,91 @@ class _Watch:
         self._tp = trainable.groups.tp
         # Each rank has some tokens of the residual stream, or all ranks have all.
         self._split_tokens = trainable.core.sequence_parallel
-        training = trainable.training
-        self._samples = training.global_batch_size
-        self._seq_length = training.seq_length
+        self._samples = trainable.training.global_batch_size
+        self._seq_length = trainable.training.seq_length
 
     def hooks(self) -> Iterator[Any]:
-        shape, tp = self._trainable.shape, self._tp
+        shape, tp = self._trainable.shape, self._tp.size()
         axes = {axis for each in self._wanted.values() for axis in each}
         # Of copies one counts; where sequences are split, statistics of them need all ranks.
-        has_stream = self._split_tokens or tp.rank() == 0
+        has_stream = self._split_tokens or self._tp.rank() == 0
         for layer in decoder_layers(self._trainable):
             position = layer.layer_number - 1
             sizes = shape.layers[position]
             if "ffn_hidden_size" in axes:
-                units = sizes.ffn_hidden_size // tp.size()
-                look = self._inputs("ffn_hidden_size", position, units)
+                look = self._inputs("ffn_hidden_size", position, sizes.ffn_hidden_size // tp)
                 yield layer.mlp.linear_fc2.register_forward_pre_hook(look)
             if "num_query_groups" in axes:
-                units = sizes.num_query_groups // tp.size()
-                look = self._inputs("num_query_groups", position, units)
+                look = self._inputs("num_query_groups", position, sizes.num_query_groups // tp)
                 yield layer.self_attention.linear_proj.register_forward_pre_hook(look)
             if "num_layers" in axes and has_stream:
                 yield layer.register_forward_hook(self._layer(position), with_kwargs=True)
         if "hidden_size" in axes and has_stream:
-            for _row, norm, behind in residual_norms(self._trainable):
-                yield norm.register_forward_hook(self._norm(behind))
+            for row, norm, behind in residual_norms(self._trainable):
+                yield self._norm(row, norm, behind)
 
     def _inputs(self, axis: str, position: int, units: int) -> Callable[..., None]:
         def look(_linear: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._see(axis, position, inputs[0], units)
+            self._see(axis, position, inputs[0].view(*inputs[0].shape[:2], units, -1))
 
         return look
 
-    def _norm(self, behind: Any) -> Callable[..., None]:
-        def look(norm: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._see("hidden_size", None, norm_output(output, norm, behind), output.shape[-1])
+    def _norm(self, row: int, norm: torch.nn.Module, behind: Any) -> Any:
+        def look(_norm: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._see("hidden_size", None, output[..., None], row)
 
-        return look
+        def look_inside(linear: Any, inputs: tuple[Tensor, ...]) -> None:
+            x, gain = inputs[0].detach(), linear.layer_norm_weight.detach()
+            output = F.rms_norm(x.float(), gain.shape, gain.float(), linear.eps)
+            self._see("hidden_size", None, output[..., None], row)
+
+        if hasattr(norm, "weight"):
+            return norm.register_forward_hook(look)
+        # Transformer Engine's gains are those of the linear layer, and gathered right before it.
+        return behind.register_forward_pre_hook(look_inside)
 
     def _layer(self, position: int) -> Callable[..., None]:
         @torch.no_grad()
         def look(_layer: torch.nn.Module, _args: Any, inputs: dict[str, Any], outputs: Any) -> None:
-            if is_recomputed():
-                return
-            cosines = F.cosine_similarity(
-                inputs["hidden_states"].float(), outputs[0].float(), dim=-1
-            )
-            for activation, axes in self._wanted.items():
-                if "num_layers" not in axes:
-                    continue
-                skip = int(activation.skip_first)
-                begins = not self._split_tokens or self._tp.rank() == 0
-                total = cosines[skip if begins else 0 :].sum()
-                tokens = self._samples * (self._seq_length - skip)
-                self._add(activation, "num_layers", position, (total / tokens).view(1, 1))
+            before, after = inputs["hidden_states"].float(), outputs[0].float()
+            cosines = F.cosine_similarity(before, after, dim=-1)
+            self._see("num_layers", position, cosines[..., None, None])
 
         return look
 
     @torch.no_grad()
-    def _see(self, axis: str, position: int | None, x: Tensor, units: int) -> None:
-        """``x``: [s, b, units x lines]."""
+    def _see(self, axis: str, position: int | None, x: Tensor, row: int = 0) -> None:
+        """``x``: [s, b, units, lines]; ``row``: the first line of the result, among all norms."""
         if is_recomputed():
             return
-        of_units = x.detach().float().view(*x.shape[:2], units, -1)
+        x = x.detach().float()
         for activation, axes in self._wanted.items():
-            if axis in axes:
-                value = self._statistic(activation.statistic, of_units, axis)
-                self._add(activation, axis, position, value)
+            if axis not in axes:
+                continue
+            value = self._statistic(activation, x, not AXES[axis].is_split)
+            lines = num_lines(activation, axis, self._trainable.model)
+            sums = self.sums[activation]
+            if (axis, position) not in sums:
+                sums[axis, position] = value.new_zeros(lines, value.shape[1])
+            sums[axis, position][row : row + len(value)] += value
 
-    def _statistic(self, statistic: str, x: Tensor, axis: str) -> Tensor:
-        """[s, b, units, lines] to [lines or 1, units]."""
-        tokens = self._samples * self._seq_length
-        if statistic == "mean":
-            return x.sum((0, 1)).T / tokens
-        if statistic == "mean_square":
-            return x.square().sum((0, 1)).T / tokens
-        sizes = x.norm(dim=-1) if x.shape[-1] > 1 else x[..., 0].abs()
-        over_tokens = (sizes if statistic == "sequence_mean" else sizes.square()).sum(0)
-        shared = axis == "hidden_size" and self._split_tokens
-        if shared:
+    def _statistic(self, activation: Activation, x: Tensor, of_stream: bool) -> Tensor:
+        """[s, b, units, lines] to [lines or 1, units], this rank's part of the step's mean."""
+        is_split = of_stream and self._split_tokens
+        tokens = self._seq_length - activation.skip_first
+        if activation.skip_first and not (is_split and self._tp.rank() > 0):
+            x = x[1:]
+        if activation.statistic in ("mean", "mean_square", "cosine"):
+            values = x.square() if activation.statistic == "mean_square" else x
+            return values.sum((0, 1)).T / (self._samples * tokens)
+        is_mean = activation.statistic == "sequence_mean"
+        over_tokens = (x.abs() if is_mean else x.square()).sum(0)
+        if is_split:
             dist.all_reduce(over_tokens, group=self._tp)
-        if statistic == "sequence_mean":
-            of_samples = (over_tokens / self._seq_length).square()
+            if self._tp.rank() > 0:  # one of them stands for all
+                return torch.zeros_like(over_tokens[:1, :, 0])
+        if is_mean:
+            of_samples = (over_tokens / tokens).square().sum(-1)
         else:
-            of_samples = over_tokens.sqrt()
-        value = of_samples.sum(0)[None] / self._samples
-        return torch.zeros_like(value) if shared and self._tp.rank() > 0 else value
-
-    def _add(self, activation: Activation, axis: str, position: int | None, value: Tensor) -> None:
-        sums = self.sums[activation]
-        if (axis, position) in sums:
-            sums[axis, position] += value
-        else:
-            sums[axis, position] = value.contiguous()
+            of_samples = over_tokens.sum(-1).sqrt()
+        return of_samples.sum(0)[None] / self._samples

@@ -29,6 +29,8 @@ def num_lines(measure: Measure | Activation, axis: str, model: ModelConfig) -> i
     """Count the numbers that a measurement has of one unit."""
     heads = model.num_attention_heads // model.num_query_groups
     if isinstance(measure, Activation):
+        if axis == "hidden_size":
+            return 2 * model.num_layers + 1
         has_lines = axis == "num_query_groups" and measure.statistic in ("mean", "mean_square")
         return heads * model.kv_channels if has_lines else 1
     if measure.per == "line" and axis == "num_query_groups":

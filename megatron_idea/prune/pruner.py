@@ -17,9 +17,12 @@ from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.activations import watched
 from megatron_idea.prune.compact import CompactReport, compact
 from megatron_idea.prune.distribution import Decision, Distribution
+from megatron_idea.prune.flap import FlapScore
 from megatron_idea.prune.idea import IdeaPrune
+from megatron_idea.prune.llm_pruner import LlmPruner
 from megatron_idea.prune.magnitude import Magnitude
 from megatron_idea.prune.measures import Sums, unit_sizes
+from megatron_idea.prune.minitron import Minitron
 from megatron_idea.prune.pca_stem import PcaStem
 from megatron_idea.prune.plan import (
     Plan,
@@ -36,6 +39,7 @@ from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.random import RandomPrune
 from megatron_idea.prune.rotate import principal_directions, rotate
 from megatron_idea.prune.scores import Measured, Scores
+from megatron_idea.prune.shortgpt import ShortGpt
 from megatron_idea.prune.silence import rescale_norms, silence
 from megatron_idea.prune.strategy import (
     Activation,
@@ -46,7 +50,9 @@ from megatron_idea.prune.strategy import (
     ranked,
     select,
 )
+from megatron_idea.prune.taylor import Taylor
 from megatron_idea.prune.units import on_this_rank
+from megatron_idea.prune.wanda import Wanda
 from megatron_idea.schedule import gathers_scores, removal_window
 from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_shape
 
@@ -59,6 +65,14 @@ def build_strategy(config: Config) -> Strategy | None:
         "idea": lambda: IdeaPrune(prune, goals),
         "random": lambda: RandomPrune(prune, goals, config.training.seed),
         "magnitude": lambda: Magnitude(prune, goals),
+        "taylor": lambda: Taylor(
+            prune, goals, tied=config.model.share_embeddings_and_output_weights
+        ),
+        "llm_pruner": lambda: LlmPruner(prune, goals),
+        "wanda": lambda: Wanda(prune, goals),
+        "flap_score": lambda: FlapScore(prune, goals),
+        "minitron": lambda: Minitron(prune, goals),
+        "shortgpt": lambda: ShortGpt(prune, goals),
         "pca_stem": lambda: PcaStem(prune, goals),
     }
     return methods[prune.strategy]()

@@ -31,6 +31,10 @@ class Scores:
     and pipeline-parallel ranks, and let into ``average``:
 
         average <- history * average + (1 - history) * mean over the steps
+
+    What this began with, zeros, has the weight ``history`` to the power of the plans so far. It
+    scales all sums over weights alike. Activations go to the strategy without it: a variance is
+    made of a mean and of a mean of squares.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Scores:
             m for m in self._axes if isinstance(m, Activation) or m.needs_gradients
         )
         self.average = {m: self._empty(m) for m in self._averaged}
+        self._of_zeros = 1.0
         self.pending: dict[Measured, Sums] = {}
         self.pending_steps = 0
 
@@ -79,10 +84,10 @@ class Scores:
         """Let a step count."""
         for measure, sums in observed.items():
             kept = self.pending.setdefault(measure, {})
-            if kept:
-                torch._foreach_add_([kept[key] for key in sums], list(sums.values()))
-            else:
+            if not kept:
                 kept.update(sums)
+            elif sums:  # a rank may have seen nothing of what is the same on all
+                torch._foreach_add_([kept[key] for key in sums], list(sums.values()))
         self.pending_steps += 1
 
     def fold(self, trainable: Trainable, stored: StoredUnits) -> None:
@@ -94,6 +99,7 @@ class Scores:
             found = self._collect(trainable, stored, measure, self.pending[measure])
             for axis, value in found.items():
                 average[axis].mul_(self._history).add_(value, alpha=weight)
+        self._of_zeros *= self._history
         self.pending, self.pending_steps = {}, 0
 
     def now(self, trainable: Trainable, stored: StoredUnits) -> dict[Measured, dict[str, Tensor]]:
@@ -103,7 +109,13 @@ class Scores:
             for m, axes in self._axes.items()
             if not isinstance(m, Activation) and not m.needs_gradients
         }
-        return self.average | fresh
+        seen = 1.0 - self._of_zeros or 1.0
+        whole = {
+            m: {axis: table / seen for axis, table in tables.items()}
+            for m, tables in self.average.items()
+            if isinstance(m, Activation)
+        }
+        return self.average | whole | fresh
 
     def state(self, trainable: Trainable, stored: StoredUnits) -> dict[str, Tensor]:
         """Return averages and pending sums in original numbering; collective over all ranks."""
@@ -115,16 +127,21 @@ class Scores:
             for axis in tables:
                 tensors[f"average.{number}.{axis}"] = self.average[measure][axis].clone()
                 tensors[f"pending.{number}.{axis}"] = tables[axis]
+        if self.activations:
+            tensors["of_zeros"] = torch.tensor([self._of_zeros], dtype=torch.float64)
         return tensors
 
     def blank_state(self) -> dict[str, Tensor]:
         """Return tensors of the names and sizes of ``state``, to be read into."""
-        return {
+        tensors = {
             f"{kind}.{number}.{axis}": table
             for number, measure in enumerate(self._averaged)
             for kind in ("average", "pending")
             for axis, table in self._empty(measure).items()
         }
+        if self.activations:
+            tensors["of_zeros"] = torch.ones(1, dtype=torch.float64)
+        return tensors
 
     def load_state(
         self,
@@ -135,6 +152,8 @@ class Scores:
     ) -> None:
         """Take over what ``state`` returned, in the present layout."""
         self.pending, self.pending_steps = {}, pending_steps
+        if self.activations:
+            self._of_zeros = float(tensors["of_zeros"])
         for number, measure in enumerate(self._averaged):
             for axis, average in self.average[measure].items():
                 average.copy_(tensors[f"average.{number}.{axis}"])

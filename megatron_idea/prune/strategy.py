@@ -59,15 +59,16 @@ class Measure:
 class Activation:
     """A mean over the tokens, or samples, of training steps, of what passes through a unit.
 
-    A KV group has as many activations as its query heads have channels; a channel's are those of
-    all norms of the residual stream, added up.
+    A KV group has as many activations as its query heads have channels. A channel has a line for
+    each norm of the residual stream, of what comes out of it: two a layer, and the final one.
     """
 
     statistic: str
     """``mean``, ``mean_square``: of each activation, over tokens. ``sequence_mean``: over samples,
-    the square of the mean over a sample's tokens of the activation's size (of a KV group, its L2
-    norm); ``sequence_norm``: over samples, the L2 norm over its tokens. ``cosine``: over tokens,
-    between the residual stream before and after a layer, whatever is pruned."""
+    the square of the mean over a sample's tokens of the activation's size; ``sequence_norm``: over
+    samples, the L2 norm over its tokens; both of a KV group with all its activations: the sum of
+    their squares, the norm over them, too. ``cosine``: over tokens, between the residual stream
+    before and after a layer, whatever is pruned."""
     skip_first: bool = False
     """Leave the first token of each sequence out: it often gathers attention and nothing else."""
 
@@ -85,7 +86,8 @@ class Stats:
     sums: Mapping[Measure | Activation, Units]
     """fp32 [layers, lines, units] for neurons and KV groups, [lines, units] for channels and
     layers, where lines are matrices unless the measure says otherwise; 0 for units that are gone.
-    All but measures of weights are moving averages over steps."""
+    All but measures of weights are moving averages over steps; those of activations are weighted
+    means at any time, not drawn to the zeros that a run begins with."""
     sizes: Mapping[str, Tensor]
     """Axis -> fp32 [matrices, 1], for layers [matrices, units]: weights that a unit has in each
     matrix, those of living units of the other axes alone."""
@@ -205,6 +207,17 @@ class Weighted(Scheduled):
         """Reduce over a unit's matrices; a maximum comes after averaging, which is linear."""
         sums = stats.sums[self.measures[0]]
         return {a: reduce_matrices(sums[a], stats.sizes[a], self._config) for a in self.axes}
+
+
+COSINE = Activation("cosine")
+
+
+def block_influence(stats: Stats) -> Tensor:
+    """Return 1 - the mean cosine of the residual stream before and after each layer, [layers].
+
+    Source: ShortGPT (Men et al. 2024, arXiv 2403.03853); ``COSINE`` has to be measured.
+    """
+    return 1 - stats.sums[COSINE]["num_layers"][0]
 
 
 def drop_blocks(importance: Tensor, alive: Tensor, total: int, multiple: int) -> list[int]:
