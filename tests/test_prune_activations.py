@@ -76,9 +76,8 @@ def tables(groups: ProcessGroups, config: Config) -> dict[str, np.ndarray]:
     return flat(seen_in(run, range(2)))
 
 
-def by_hand(groups: ProcessGroups, config: Config) -> dict[str, np.ndarray]:
-    """The same in fp64 over whole samples, of what hooks of this test have seen."""
-    run, _ = live_run(groups, config)
+def keeping(run: Any) -> dict[Any, list[Tensor]]:
+    """What hooks of this test see of one process's passes, fp64 [s, b, ...]: by axis and place."""
     (chunk,) = run.trainable.chunks
     seen: dict[Any, list[Tensor]] = {}
 
@@ -102,6 +101,13 @@ def by_hand(groups: ProcessGroups, config: Config) -> dict[str, np.ndarray]:
             with_kwargs=True,
         )
     decoder.final_layernorm.register_forward_hook(lambda _m, _x, y: keep(("hidden_size", 8), y))
+    return seen
+
+
+def by_hand(groups: ProcessGroups, config: Config) -> dict[str, np.ndarray]:
+    """The same in fp64 over whole samples, of what hooks of this test have seen."""
+    run, _ = live_run(groups, config)
+    seen = keeping(run)
     for seed in range(2):
         backward(run.trainable, seed)
     whole = {key: torch.cat(parts, dim=1) for key, parts in seen.items()}  # [s, samples, ...]
@@ -250,6 +256,21 @@ def test_norms_inside_of_linear_layers_are_seen_with_the_gains_of_their_pass(
                 setattr(layer, norm, torch.nn.Identity())
     expected, found = flat(seen_in(plain)), flat(seen_in(fused))
     assert_tables_close(found, expected, 1e-6)
+
+
+@on_ranks(1)
+def test_equal_steps_average_to_one_of_them_from_the_first_plan_on(
+    groups: ProcessGroups, _config: Config
+) -> None:
+    run, _ = live_run(groups, replace(CONFIG, prune={"ema": 0.7}))
+    found = []
+    for _ in range(3):
+        _observe(run, 0)
+        run.pruner.scores.fold(run.trainable, run.pruner.stored)
+        found.append(flat(run.pruner.scores.now(run.trainable, run.pruner.stored)))
+    expected = seen_in(live_run(groups, CONFIG)[0])
+    for each in found:
+        assert_tables_close(each, {n: t for n, t in flat(expected).items() if n in each}, 2e-6)
 
 
 def hooks_of(run: Any) -> int:

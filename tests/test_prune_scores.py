@@ -11,7 +11,7 @@ import torch
 from jobs import backward, live_run, on_ranks, run_job, small, whole
 from torch import Tensor
 
-from megatron_idea.config import Config, replace
+from megatron_idea.config import Config, ModelConfig, replace
 from megatron_idea.testing import Workers, assert_close, assert_equal
 
 if TYPE_CHECKING:
@@ -307,7 +307,11 @@ def _by_hand(trainable: Any, element: str) -> dict[str, torch.Tensor]:
         name: elements(trainable, parameter, element)
         for name, parameter in named_parameters(trainable.chunks)
     }
-    model = trainable.model
+    return sums_of(e, trainable.model)
+
+
+def sums_of(e: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Sums over each matrix of each unit of one value a weight, by the names of parameters."""
     groups = model.num_query_groups
     q = model.num_attention_heads // groups
     neurons, heads, layers = [], [], []
