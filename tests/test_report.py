@@ -491,6 +491,20 @@ def test_a_broken_line_is_left_out_and_named(run_dir: Path, name: str, line: str
     assert text == before
 
 
+def test_importances_below_zero_are_drawn(run_dir: Path) -> None:
+    write_scores(run_dir, layers=4)
+    path = run_dir / "scores.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(chart.y.is_log for chart in charts.distributions(read_run(run_dir)))
+    for record in records:
+        record["quantiles"] = [[q - 1 for q in row] for row in record["quantiles"]]
+    write_lines(path, records)
+    for chart in charts.distributions(read_run(run_dir)):
+        lowest = min(chart.bands[0].low)
+        assert not chart.y.is_log and chart.y.low < lowest < 0
+    assert "Importance of what is alive" in page([read_run(run_dir)])
+
+
 def test_scores_of_a_deep_model_are_drawn_for_a_few_layers(run_dir: Path) -> None:
     deep = run_dir.parent / "deep"
     write_synthetic_run(deep, synthetic_config(deep, model={"num_layers": 48}), steps=20)

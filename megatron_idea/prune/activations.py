@@ -1,7 +1,8 @@
 """What forward passes show of units: the one place that watches activations.
 
 Hooks look at the passes of training themselves, so that what is measured is of the step's own batch
-and costs a read of each activation. Where nobody asks there is no hook.
+and costs a read of each activation and, for that time, an fp32 copy of it. Where nobody asks there
+is no hook.
 
 Activations of a unit are those that the weights behind it read:
 

@@ -549,7 +549,8 @@ def _distributions(run: Run, axis: str) -> list[Chart]:
     every = [value for record in rows for row in record for value in row[1:-1]]
     # Also the cut; it may fall deep where hardly anything is left to remove.
     every += [value for record in cuts for value in record]
-    y = fitted("importance", every, kind="scientific", is_log=True)
+    is_log = all(not value < 0 for value in every)  # some methods predict a gain
+    y = fitted("importance", every, kind="scientific", is_log=is_log, from_zero=False)
     alive = f"{UNITS[axis]}s" if len(_scored(run)) > 1 else "what is alive"
     count = len(rows[0])
     shown = sorted({round(i * (count - 1) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
