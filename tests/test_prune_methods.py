@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from jobs import backward, built, live_run, on_ranks, random_tokens, run_job
+from test_all_axes import MODEL, TARGET, killed_after, pruned, whole_run
+from test_checkpoint import checkpoint_at, curves, tensors, train_on
 from test_prune_activations import CONFIG, LAYOUTS, UNITS, keeping
 from test_prune_scores import MODEL_AXES, _by_hand, enlarge_second_moments, sums_of
 from torch import Tensor
@@ -332,3 +335,51 @@ def test_methods_ask_for_what_they_read_alone() -> None:
     assert asked(("num_layers",)) == (COSINE,)
     assert asked(UNITS) == (Activation("sequence_mean"),)
     assert asked(MODEL_AXES) == (Activation("sequence_mean"), COSINE)
+
+
+@pytest.mark.parametrize("variant", ["taylor", "wanda", "flap_score", "minitron"])
+def test_cutting_zeros_away_changes_nobodys_fate(workers: Workers, variant: str) -> None:
+    _, axes = VARIANTS[variant]
+    config = pruned({axis: TARGET[axis] for axis in axes})
+    runs = []
+    for compact in (True, False):
+        asked = replace(config, prune={"strategy": variant, "compact": compact})
+        runs.append(run_job(workers, whole_run, 1, asked, 14)[0])
+    cut, silent = runs
+    assert cut["stored"] != silent["stored"]
+    assert cut["alive"] == silent["alive"]
+    assert cut["losses"] == pytest.approx(silent["losses"], abs=1e-5)
+
+
+def test_a_run_stopped_between_plans_goes_on_bit_for_bit(
+    tiny: Config, workers: Workers, tmp_path: Path
+) -> None:
+    config = replace(
+        tiny,
+        model={**MODEL, "qk_layernorm": True},
+        prune={
+            "strategy": "minitron", "channel_alignment": 4, "mask_interval_steps": 4,
+            "target": PruneTarget(**{**TARGET, "ffn_hidden_size": 24}),
+        },
+        checkpoint={"keep_last": 0, "every_tokens": 128},
+    )  # fmt: skip
+    from megatron_idea.checkpoint import read_state
+
+    workers.run(train_on, 1, config)
+    expected = curves(config.run_dir, 0)
+    again = killed_after(config, 10, tmp_path / "again")
+    state = read_state(checkpoint_at(again.run_dir, 10))
+    assert state.pending_steps == 2, "of the interval"
+    workers.run(train_on, 1, again)
+    assert curves(again.run_dir, 0) == expected
+    ours, theirs = (tensors(checkpoint_at(one.run_dir, 24)) for one in (again, config))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_equal(ours[name], theirs[name], name)
+    tp2 = LAYOUTS["tp2-no-sp"][1]
+    elsewhere = killed_after(config, 10, tmp_path / "elsewhere", parallel=tp2)
+    workers.run(train_on, 2, elsewhere)
+    found = curves(elsewhere.run_dir, 10)
+    assert [r["loss"] for r in found] == pytest.approx(
+        [r["loss"] for r in expected if r["step"] > 10], rel=2e-5
+    )
