@@ -114,13 +114,14 @@ class _Watch:
 
     def _inputs(self, axis: str, position: int, units: int) -> Callable[..., None]:
         def look(_linear: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._see(axis, position, inputs[0].view(*inputs[0].shape[:2], units, -1))
+            x = inputs[0].detach()
+            self._see(axis, position, x.view(*x.shape[:2], units, -1))
 
         return look
 
     def _norm(self, row: int, norm: torch.nn.Module, behind: Any) -> Any:
         def look(_norm: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._see("hidden_size", None, output[..., None], row)
+            self._see("hidden_size", None, output.detach()[..., None], row)
 
         def look_inside(linear: Any, inputs: tuple[Tensor, ...]) -> None:
             x, gain = inputs[0].detach(), linear.layer_norm_weight.detach()
@@ -146,7 +147,7 @@ class _Watch:
         """``x``: [s, b, units, lines]; ``row``: the first line of the result, among all norms."""
         if is_recomputed():
             return
-        x = x.detach().float()
+        x = x.float()
         for activation, axes in self._wanted.items():
             if axis not in axes:
                 continue
