@@ -335,7 +335,7 @@ METHODS = {
     "shortgpt": Method(_ALL_AXES[3:], fixed=_SCORES),
     "pca_stem": Method(("hidden_size",), "one_shot", fixed=_SCORES),
     "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True),
-    "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True),
+    "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True, fixed=_SCORES[1:]),
 }
 """By the value of ``prune.strategy``; ``none`` is plain training."""
 

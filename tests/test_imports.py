@@ -38,7 +38,7 @@ PRUNE_MACHINERY = {
     "activations", "axis", "plan", "strategy", "pruner", "units", "measures", "probe", "scores",
     "silence", "rotate", "relocate", "compact", "verify", "distribution",
 }  # fmt: skip
-STRATEGY_MAY_IMPORT = {"prune.strategy", "prune.plan", "config", "schedule"}
+STRATEGY_MAY_IMPORT = {"prune.strategy", "prune.plan", "config", "schedule", "shape"}
 
 
 @dataclass(frozen=True)

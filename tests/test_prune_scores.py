@@ -432,6 +432,6 @@ def test_sizes_are_those_of_living_units_alone() -> None:
         "ffn_hidden_size": [[12], [12], [12]],
         "num_query_groups": [[8 * 12], [4 * 12], [4 * 12], [8 * 12]],
         # Embedding, no output layer of its own; 3 groups and 34 neurons over both layers.
-        "hidden_size": [[32], [1], [3 * 16], [3 * 8], [68], [34]],
+        "hidden_size": [[32], [0], [3 * 16], [3 * 8], [68], [34]],
         "num_layers": [[384, 192, 1], [192, 96, 1], [576, 240, 1], [288, 120, 1]],
     }

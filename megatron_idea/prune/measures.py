@@ -162,7 +162,7 @@ def unit_sizes(model: ModelConfig, alive: Units, axes: Sequence[str]) -> dict[st
         ]
     )
     tied = model.share_embeddings_and_output_weights
-    channel = torch.tensor([embedding, 1 if tied else embedding])
+    channel = torch.tensor([embedding, 0 if tied else embedding])
     of_groups = torch.tensor([q * kv, kv, kv, q * kv]) * hidden
     sizes = {
         "ffn_hidden_size": torch.full((3, 1), hidden),

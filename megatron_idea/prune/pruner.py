@@ -17,6 +17,7 @@ from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.activations import watched
 from megatron_idea.prune.compact import CompactReport, compact
 from megatron_idea.prune.distribution import Decision, Distribution
+from megatron_idea.prune.efficient_llm import EfficientLLM
 from megatron_idea.prune.flap import FlapScore
 from megatron_idea.prune.idea import IdeaPrune
 from megatron_idea.prune.llm_pruner import LlmPruner
@@ -74,6 +75,7 @@ def build_strategy(config: Config) -> Strategy | None:
         "minitron": lambda: Minitron(prune, goals),
         "shortgpt": lambda: ShortGpt(prune, goals),
         "pca_stem": lambda: PcaStem(prune, goals),
+        "efficient_llm": lambda: EfficientLLM(prune, goals, config.model, config.parameter_goal),
     }
     return methods[prune.strategy]()
 

@@ -90,7 +90,7 @@ class Stats:
     means at any time, not drawn to the zeros that a run begins with."""
     sizes: Mapping[str, Tensor]
     """Axis -> fp32 [matrices, 1], for layers [matrices, units]: weights that a unit has in each
-    matrix, those of living units of the other axes alone."""
+    matrix, those of living units of the other axes alone; 0 where the model has no such matrix."""
     alive: Units
     """bool; what a method says of units that are gone is not heard."""
 
@@ -139,7 +139,7 @@ def reduce_matrices(sums: Tensor, sizes: Tensor, config: PruneConfig) -> Tensor:
     """
     rows = sums.abs()
     if config.row_reduce == "mean":
-        rows = rows / sizes
+        rows = rows / sizes.clamp(min=1)
     elif config.row_reduce == "l2":
         rows = rows.sqrt()
     if config.matrix_reduce == "max":
