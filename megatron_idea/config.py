@@ -440,6 +440,16 @@ class PruneConfig:
     norm_rescale: str = "none"
     """When channels go: ``mean_square`` rescales each norm's gains so that its output of those that
     stay is what it was on the step's batch, for a forward pass whenever channels go."""
+    update: str = "none"
+    """What is done for the survivors when units go, by ``efficient_llm``: ``none`` leaves it to
+    training; ``obs`` refits each matrix that loses input columns, block by block, with a forward
+    pass and 8 n^2 bytes for each matrix of n inputs."""
+    update_form: str = "block"
+    """Inputs that make up for each other: ``block``, those of a TP rank; ``exact``, all."""
+    update_damping: float = 0.01
+    """Of the mean square of inputs, what the update adds to each."""
+    update_tokens: int = 32768
+    """Tokens of the step's batch that the update looks at; as many of each sequence."""
     placement: str = "min"
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 
@@ -460,6 +470,12 @@ class PruneConfig:
         _one_of("prune.scope", self.scope, ("layer", "global"))
         _one_of("prune.placement", self.placement, ("min", "ordered"))
         _one_of("prune.norm_rescale", self.norm_rescale, ("none", "mean_square"))
+        _one_of("prune.update", self.update, ("none", "obs"))
+        _one_of("prune.update_form", self.update_form, ("block", "exact"))
+        _require(
+            0 < self.update_damping < math.inf,
+            f"prune.update_damping is {self.update_damping}; it must be positive",
+        )
         self._check_method()
         _require(0 <= self.ema <= 1, f"prune.ema is {self.ema}; it must be in [0, 1]")
         _require(self.history < 1, "prune.ema keeps only history: scores would stay 0 for ever")
@@ -482,6 +498,11 @@ class PruneConfig:
         """Refuse what the method cannot follow. Raises: ConfigError."""
         if self.strategy == "none":
             return
+        _require(
+            self.update == "none" or self.strategy == "efficient_llm",
+            f"prune.update={self.update} is a part of EfficientLLM: set prune.strategy="
+            f"efficient_llm; prune.strategy={self.strategy} leaves survivors to training",
+        )
         if METHODS[self.strategy].finds_shape:
             free = not self.order and self.scope == "layer"
             _require(
@@ -1035,6 +1056,12 @@ def _validate_pruning(config: Config) -> None:
         "prune.strategy=pca_stem turns the residual stream once, and folds the final norm's gain "
         "into the output layer: set schedule.removal=one_shot, or leave it out, and "
         "model.share_embeddings_and_output_weights=false",
+    )
+    samples = config.training.global_batch_size
+    _require(
+        prune.update == "none" or prune.update_tokens >= samples,
+        f"prune.update_tokens ({prune.update_tokens}) must be at least "
+        f"training.global_batch_size ({samples}): the update looks at every sequence",
     )
     least = max(2, config.parallel.num_stages)
     layers = config.goals.get("num_layers")

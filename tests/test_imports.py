@@ -36,7 +36,7 @@ MAY_PRINT = {"cli"}
 # Every other file in prune/ is a strategy: one method, which knows the protocol and nothing else.
 PRUNE_MACHINERY = {
     "activations", "axis", "plan", "strategy", "pruner", "units", "measures", "probe", "scores",
-    "silence", "rotate", "relocate", "compact", "verify", "distribution",
+    "silence", "refit", "rotate", "relocate", "compact", "verify", "distribution",
 }  # fmt: skip
 STRATEGY_MAY_IMPORT = {"prune.strategy", "prune.plan", "config", "schedule", "shape"}
 

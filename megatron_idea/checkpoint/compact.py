@@ -46,9 +46,9 @@ def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Pat
     Holds the model and its optimizer twice in this process's memory.
 
     Returns: the new checkpoint; ``train`` with ``run_dir=<out>`` goes on from it.
-    Raises: ConfigError for an illegal size and for an ``out`` that has checkpoints,
-        CheckpointError for a checkpoint that cannot be read, RunFolderError for an ``out`` that
-        another process writes to.
+    Raises: ConfigError for an illegal size, for an ``out`` that has checkpoints and for a plan that
+        fits weights to training data, CheckpointError for a checkpoint that cannot be read,
+        RunFolderError for an ``out`` that another process writes to.
     """
     found = checkpoint.resolve(path)
     saved = checkpoint.read_config(found)
@@ -67,6 +67,11 @@ def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Pat
         plan = pruner.due_plan(trainable, state.consumed_tokens)
         if wanted:
             plan = _plan(trainable, pruner, wanted)
+        elif plan is not None and _mends(pruner, plan):
+            raise ConfigError(
+                f"{found} is due for a compaction that first fits weights to the run's training "
+                "data: train goes on with it; --to cuts units out as they are"
+            )
         if plan is None:
             live, layers = live_by_axis(pruner.alive), live_layers(pruner.alive)
             shape = due_shape(trainable.shape, live, layers, saved.goals, saved.goals)
@@ -86,6 +91,13 @@ def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Pat
             copy_tokenizer(tokenizer, out / checkpoint.TOKENIZER)
         new_run = configuration.replace(saved, run_dir=str(out))
         return checkpoint.save(new_run, fresh, pruner, state)
+
+
+def _mends(pruner: Pruner, plan: Plan) -> bool:
+    """Say whether a plan removes units and does more to the weights than that."""
+    assert pruner.strategy is not None
+    removes = any(not torch.equal(pruner.alive[axis], plan.alive[axis]) for axis in AXES)
+    return removes and pruner.strategy.mend != "none"
 
 
 def read_sizes(text: str) -> dict[str, list[int]]:

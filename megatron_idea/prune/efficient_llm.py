@@ -40,7 +40,7 @@ class EfficientLLM:
     ) -> None:
         self.axes = tuple(goals)
         self.measures: tuple[Measure | Activation, ...] = (Measure(config.element, "sum"),)
-        self.mend = "none"
+        self.mend = "refit" if config.update == "obs" else "none"
         self._goals = goals
         self._model = model
         self._full = Shape.full(model)
@@ -57,7 +57,11 @@ class EfficientLLM:
             axis: goal.multiple if parameter_goal is None else goal.final_multiple
             for axis, goal in goals.items()
         }
-        self._events = dict(self._grids)
+        # An update costs as much for one unit as for a block: an event is one compaction then.
+        self._events = {
+            axis: max(grid, goals[axis].block // grid * grid) if config.update == "obs" else grid
+            for axis, grid in self._grids.items()
+        }
 
     def importance(self, stats: Stats) -> Units:
         """Average over all weights of a unit; gains of norms are not among them."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_idea.engine.passes import MicroBatches, forward_loss, through
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.activations import decoder_layers, residual_norms
+from megatron_idea.prune.activations import decoder_layers, norm_output, residual_norms
 from megatron_idea.prune.plan import StoredUnits
 
 
@@ -104,6 +104,75 @@ class Probe:
             self._pass()
         dist.all_reduce(gram)
         return gram.cpu()
+
+    @torch.no_grad()
+    def grams(
+        self, axes: Collection[str], tokens: int, over_tp: bool = False
+    ) -> dict[tuple[str, int], Tensor]:
+        """Sum x x^T over tokens, x being the activations of units that weights read.
+
+        Neurons: what goes into linear_fc2; KV groups: into linear_proj; channels: the output of
+        each norm of the residual stream. Of every sequence the same positions are taken, evenly
+        spaced, so that the tokens do not depend on the layout.
+
+        Args:
+            tokens: at most so many, and at least one of each sequence.
+            over_tp: neurons and groups of all tensor-parallel ranks, those of the first rank first;
+                else each rank's own.
+        Returns: by axis and row, of what this rank has: for neurons and groups the position of the
+            layer, for channels as ``residual_norms`` has it; fp64 [n, n] on the device, over the
+            stored units, equal on data-parallel ranks.
+        Cost: a forward pass; 8 n^2 bytes for each row, at once.
+        """
+        trainable, sums = self._trainable, dict[tuple[str, int], Tensor]()
+        groups, split = trainable.groups, trainable.core.sequence_parallel
+        training = trainable.training
+        of_sequence = max(1, tokens // training.global_batch_size)
+        spacing = -(-training.seq_length // of_sequence)
+        positions = torch.arange(spacing - 1, training.seq_length, spacing, device=groups.device)
+
+        def add(key: tuple[str, int], x: Tensor) -> None:
+            flat = x.detach().flatten(0, 1).double()
+            gram = flat.T @ flat
+            sums[key] = sums[key] + gram if key in sums else gram
+
+        def inputs(axis: str, row: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+            def look(_linear: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+                x = given[0][positions].contiguous()
+                if over_tp and groups.tp.size() > 1:
+                    parts = [torch.empty_like(x) for _ in range(groups.tp.size())]
+                    dist.all_gather(parts, x, group=groups.tp)
+                    x = torch.cat(parts, dim=-1)
+                add((axis, row), x)
+
+            return look
+
+        def outputs(row: int, behind: Any) -> Callable[[torch.nn.Module, Any, Tensor], None]:
+            def look(norm: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
+                first = groups.tp.rank() * len(output) if split else 0
+                here = positions[(positions >= first) & (positions < first + len(output))] - first
+                add(("hidden_size", row), norm_output(output, norm, behind)[here])
+
+            return look
+
+        with contextlib.ExitStack() as hooks:
+            for layer in decoder_layers(trainable):
+                row = layer.layer_number - 1
+                for axis, linear in (
+                    ("ffn_hidden_size", layer.mlp.linear_fc2),
+                    ("num_query_groups", layer.self_attention.linear_proj),
+                ):
+                    if axis in axes:
+                        hooks.callback(linear.register_forward_pre_hook(inputs(axis, row)).remove)
+            for row, norm, behind in residual_norms(trainable):
+                if "hidden_size" in axes:
+                    hooks.callback(norm.register_forward_hook(outputs(row, behind)).remove)
+            self._pass()
+        for (axis, _row), gram in sums.items():
+            dist.all_reduce(gram, group=groups.dp)
+            if axis == "hidden_size" and split:
+                dist.all_reduce(gram, group=groups.tp)
+        return sums
 
     def _pass(self) -> list[Tensor]:
         chunks, data = self._trainable.chunks, self._data

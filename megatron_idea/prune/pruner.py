@@ -38,6 +38,7 @@ from megatron_idea.prune.plan import (
 )
 from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.random import RandomPrune
+from megatron_idea.prune.refit import refit
 from megatron_idea.prune.rotate import principal_directions, rotate
 from megatron_idea.prune.scores import Measured, Scores
 from megatron_idea.prune.shortgpt import ShortGpt
@@ -303,8 +304,11 @@ class Pruner:
         A function of the model, the plan and the batch of ``probe``, so a run that was interrupted
         in between does it again and alike.
         """
-        if self.strategy is not None and self.strategy.mend == "rotate":
+        mend = "none" if self.strategy is None else self.strategy.mend
+        if mend == "rotate":
             rotate(trainable, principal_directions(probe.stream_gram(), trainable.groups))
+        elif mend == "refit":
+            refit(trainable, self.alive, plan.alive, self.stored, probe, self.config.prune)
 
     def silence(self, trainable: Trainable, plan: Plan) -> None:
         """Zero what the plan removes.

@@ -106,8 +106,8 @@ class Strategy(Protocol):
     """Of so many layers of the least importance that one goes which the loss misses least; 0: the
     least important one."""
     mend: str
-    """What is done to weights between a plan and the zeros that it asks for: ``none``; others are
-    in ``Pruner.mend``."""
+    """What is done to weights between a plan and the zeros that it asks for: ``none``; ``refit``,
+    those that stay make up for the inputs that matrices lose."""
 
     def is_due(self, alive: Units, removed: Removed) -> bool:
         """Say whether anything has to go by now; nothing is asked of the method before."""
