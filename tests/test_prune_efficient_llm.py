@@ -237,9 +237,11 @@ def test_the_axis_goes_whose_block_has_the_lowest_mean_over_layers() -> None:
     assert after[NEURONS].all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_counts_are_legal_at_every_moment_and_end_at_the_shape(seed: int) -> None:
-    config = blocks(serve_tensor_model_parallel_size=2, target={GROUPS: 4, CHANNELS: 24})
+@pytest.mark.parametrize("update", ["none", "obs"])
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_are_legal_at_every_moment_and_end_at_the_shape(seed: int, update: str) -> None:
+    target = {GROUPS: 4, CHANNELS: 24}
+    config = blocks(serve_tensor_model_parallel_size=2, target=target, update=update)
     strategy, alive = method(config), everyone(config)
     for step in range(41):
         alive = carried_out(strategy, random_importance(alive, seed + step), alive, step / 40)
@@ -249,14 +251,16 @@ def test_counts_are_legal_at_every_moment_and_end_at_the_shape(seed: int) -> Non
     assert counts_of(alive) == {NEURONS: 48, GROUPS: 4, CHANNELS: 24}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("update", ["none", "obs"])
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("floors", [{}, {NEURONS: 32, CHANNELS: 32}])
 def test_a_number_of_parameters_is_followed_and_met_within_a_block(
-    seed: int, floors: dict[str, int]
+    seed: int, floors: dict[str, int], update: str
 ) -> None:
     full = Shape.full(blocks().model).parameters(blocks().model).total
     goal = full // 2 + 97 * seed
-    config = blocks(target={"parameters": goal, **floors}, serve_tensor_model_parallel_size=0)
+    target = {"parameters": goal, **floors}
+    config = blocks(target=target, update=update, compaction_block=12)
     configuration.validate(config, 2)
     strategy, alive = method(config), everyone(config)
     kinds = [axis for axis in AXES if axis in config.goals]
@@ -283,6 +287,16 @@ def test_a_number_of_parameters_is_followed_and_met_within_a_block(
     }
     at_floor = {axis for axis in kinds if counts[axis] == config.goals[axis].least}
     assert any(passes.values()) and all(passes[axis] or axis in at_floor for axis in kinds)
+
+
+def test_with_the_update_an_event_is_a_compaction() -> None:
+    config = blocks(target={NEURONS: 16}, update="obs", compaction_block=12)
+    strategy, alive = method(config), everyone(config)
+    seen = []
+    for step in range(1, 33):
+        alive = carried_out(strategy, random_importance(alive, step), alive, (step - 0.5) / 32)
+        seen.append(counts_of(alive)[NEURONS])
+    assert seen == [36] * 12 + [24] * 12 + [16] * 8, "blocks of 12, the last one smaller"
 
 
 def test_layers_that_were_cut_to_other_widths_by_hand_wait_for_the_others() -> None:

@@ -44,6 +44,7 @@ class EfficientLLM:
         self._goals = goals
         self._model = model
         self._full = Shape.full(model)
+        self._full_parameters = self._full.parameters(model).total
         self._goal = parameter_goal
         heads = model.num_attention_heads // model.num_query_groups
         prices = {
@@ -95,7 +96,7 @@ class EfficientLLM:
     def _is_paid(self, counts: Mapping[str, list[int]], removed: Removed) -> bool:
         share = max(removed.values())
         if self._goal is not None:
-            full = self._full.parameters(self._model).total
+            full = self._full_parameters
             return self._parameters(counts) > full - share * (full - self._goal)
         spent = total = 0
         for axis, price in self._prices.items():

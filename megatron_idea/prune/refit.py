@@ -96,7 +96,8 @@ def regression(gram: Tensor, lost: Tensor, stay: Tensor, damping: float) -> Tens
         return beta
     among = gram[stay][:, stay]
     while True:
-        damped = among + damping * mean * torch.eye(len(among), dtype=gram.dtype).to(gram.device)
+        damped = among.clone()
+        damped.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             beta[stay] = torch.cholesky_solve(gram[stay][:, lost], factor)
