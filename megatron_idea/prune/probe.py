@@ -7,6 +7,7 @@ input is in some channels only the input says.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -112,8 +113,7 @@ class Probe:
         """Sum x x^T over tokens, x being the activations of units that weights read.
 
         Neurons: what goes into linear_fc2; KV groups: into linear_proj; channels: the output of
-        each norm of the residual stream. Of every sequence the same positions are taken, evenly
-        spaced, so that the tokens do not depend on the layout.
+        each norm of the residual stream.
 
         Args:
             tokens: at most so many, and at least one of each sequence.
@@ -125,54 +125,50 @@ class Probe:
         Cost: a forward pass; 8 n^2 bytes for each row, at once.
         """
         trainable, sums = self._trainable, dict[tuple[str, int], Tensor]()
-        groups, split = trainable.groups, trainable.core.sequence_parallel
-        training = trainable.training
-        of_sequence = max(1, tokens // training.global_batch_size)
-        spacing = -(-training.seq_length // of_sequence)
-        positions = torch.arange(spacing - 1, training.seq_length, spacing, device=groups.device)
+        tp, split = trainable.groups.tp, trainable.core.sequence_parallel
+        positions = self._positions(tokens)
 
         def add(key: tuple[str, int], x: Tensor) -> None:
             flat = x.detach().flatten(0, 1).double()
             gram = flat.T @ flat
             sums[key] = sums[key] + gram if key in sums else gram
 
-        def inputs(axis: str, row: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
-            def look(_linear: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-                x = given[0][positions].contiguous()
-                if over_tp and groups.tp.size() > 1:
-                    parts = [torch.empty_like(x) for _ in range(groups.tp.size())]
-                    dist.all_gather(parts, x, group=groups.tp)
-                    x = torch.cat(parts, dim=-1)
-                add((axis, row), x)
+        def see_input(key: tuple[str, int], _linear: Any, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0][positions]
+            add(key, _gathered(x, tp) if over_tp else x)
 
-            return look
-
-        def outputs(row: int, behind: Any) -> Callable[[torch.nn.Module, Any, Tensor], None]:
-            def look(norm: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-                first = groups.tp.rank() * len(output) if split else 0
-                here = positions[(positions >= first) & (positions < first + len(output))] - first
-                add(("hidden_size", row), norm_output(output, norm, behind)[here])
-
-            return look
+        def see_output(row: int, behind: Any, norm: Any, _inputs: Any, output: Tensor) -> None:
+            first = tp.rank() * len(output) if split else 0
+            here = positions[(positions >= first) & (positions < first + len(output))] - first
+            add(("hidden_size", row), norm_output(output, norm, behind)[here])
 
         with contextlib.ExitStack() as hooks:
             for layer in decoder_layers(trainable):
-                row = layer.layer_number - 1
                 for axis, linear in (
                     ("ffn_hidden_size", layer.mlp.linear_fc2),
                     ("num_query_groups", layer.self_attention.linear_proj),
                 ):
                     if axis in axes:
-                        hooks.callback(linear.register_forward_pre_hook(inputs(axis, row)).remove)
+                        see = functools.partial(see_input, (axis, layer.layer_number - 1))
+                        hooks.callback(linear.register_forward_pre_hook(see).remove)
             for row, norm, behind in residual_norms(trainable):
                 if "hidden_size" in axes:
-                    hooks.callback(norm.register_forward_hook(outputs(row, behind)).remove)
+                    look = functools.partial(see_output, row, behind)
+                    hooks.callback(norm.register_forward_hook(look).remove)
             self._pass()
         for (axis, _row), gram in sums.items():
-            dist.all_reduce(gram, group=groups.dp)
+            dist.all_reduce(gram, group=trainable.groups.dp)
             if axis == "hidden_size" and split:
-                dist.all_reduce(gram, group=groups.tp)
+                dist.all_reduce(gram, group=tp)
         return sums
+
+    def _positions(self, tokens: int) -> Tensor:
+        """Choose evenly spaced positions, the same in each sequence: in any layout these tokens."""
+        training = self._trainable.training
+        of_sequence = max(1, tokens // training.global_batch_size)
+        spacing = -(-training.seq_length // of_sequence)
+        device = self._trainable.groups.device
+        return torch.arange(spacing - 1, training.seq_length, spacing, device=device)
 
     def _pass(self) -> list[Tensor]:
         chunks, data = self._trainable.chunks, self._data
@@ -189,3 +185,10 @@ class Probe:
         for chunk in chunks:
             chunk.train()
         return [result["loss"] for result in results]
+
+
+def _gathered(x: Tensor, tp: dist.ProcessGroup) -> Tensor:
+    """Join what tensor-parallel ranks have of the last dimension."""
+    parts = [torch.empty_like(x) for _ in range(tp.size())]
+    dist.all_gather(parts, x.contiguous(), group=tp)
+    return torch.cat(parts, dim=-1)
