@@ -459,6 +459,12 @@ class PruneConfig:
         _one_of("prune.row_reduce", self.row_reduce, ("mean", "sum", "l2", "max"))
         _one_of("prune.matrix_reduce", self.matrix_reduce, ("max", "mean", "sum"))
         _one_of("prune.aggregation", self.aggregation, ("sequence_mean", "sequence_norm"))
+        _one_of("prune.update", self.update, ("none", "obs"))
+        _one_of("prune.update_form", self.update_form, ("block", "exact"))
+        _require(
+            0 < self.update_damping < math.inf,
+            f"prune.update_damping is {self.update_damping}; it must be positive",
+        )
         if self.strategy != "none":
             self._require_use()
         _require(
@@ -470,12 +476,6 @@ class PruneConfig:
         _one_of("prune.scope", self.scope, ("layer", "global"))
         _one_of("prune.placement", self.placement, ("min", "ordered"))
         _one_of("prune.norm_rescale", self.norm_rescale, ("none", "mean_square"))
-        _one_of("prune.update", self.update, ("none", "obs"))
-        _one_of("prune.update_form", self.update_form, ("block", "exact"))
-        _require(
-            0 < self.update_damping < math.inf,
-            f"prune.update_damping is {self.update_damping}; it must be positive",
-        )
         self._check_method()
         _require(0 <= self.ema <= 1, f"prune.ema is {self.ema}; it must be in [0, 1]")
         _require(self.history < 1, "prune.ema keeps only history: scores would stay 0 for ever")
@@ -498,11 +498,6 @@ class PruneConfig:
         """Refuse what the method cannot follow. Raises: ConfigError."""
         if self.strategy == "none":
             return
-        _require(
-            self.update == "none" or self.strategy == "efficient_llm",
-            f"prune.update={self.update} is a part of EfficientLLM: set prune.strategy="
-            f"efficient_llm; prune.strategy={self.strategy} leaves survivors to training",
-        )
         if METHODS[self.strategy].finds_shape:
             free = not self.order and self.scope == "layer"
             _require(
@@ -529,6 +524,16 @@ class PruneConfig:
                 getattr(self, name) == default,
                 f"prune.{name} means nothing to prune.strategy={self.strategy}: leave it out, or "
                 f"at its default, {default}",
+            )
+        _require(
+            self.update == "none" or self.strategy == "efficient_llm",
+            f"prune.update={self.update} is a part of EfficientLLM: set prune.strategy="
+            f"efficient_llm; prune.strategy={self.strategy} leaves survivors to training",
+        )
+        for name in ("update_form", "update_damping", "update_tokens"):
+            _require(
+                self.update != "none" or getattr(self, name) == getattr(PruneConfig, name),
+                f"prune.{name} means nothing to prune.update=none: set prune.update=obs",
             )
         _require(
             self.strategy != "llm_pruner" or self.element != "squared",

@@ -159,6 +159,12 @@ def test_an_illegal_value_is_refused_with_what_is_legal(override: str, message: 
         (["llm_pruner", "matrix_reduce=sum"], "prune.matrix_reduce means nothing"),
         (["llm_pruner", "element=squared"], "abs, fisher .* or signed .*, not squared"),
         (["wanda", "aggregation=sequence_norm"], "prune.aggregation means nothing"),
+        (["efficient_llm", "matrix_reduce=sum"], "prune.matrix_reduce means nothing"),
+        (["efficient_llm", "update_tokens=64"], "means nothing to prune.update=none"),
+        (["idea", "update=obs"], r"part of EfficientLLM: set prune\.strategy=efficient_llm"),
+        (["efficient_llm", "update=ridge"], "legal values: none, obs"),
+        (["efficient_llm", "update_form=row"], "legal values: block, exact"),
+        (["efficient_llm", "update_damping=0"], "prune.update_damping is 0.0; it must be positive"),
         (["minitron", "aggregation=l2"], "legal values: sequence_mean, sequence_norm"),
     ],
 )

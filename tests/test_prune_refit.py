@@ -13,7 +13,7 @@ from test_all_axes import LAYOUTS, MODEL, TP2, killed_after, pruned, whole_run
 from test_checkpoint import checkpoint_at, curves, tensors, train_on
 from torch import Tensor
 
-from megatron_idea.config import Config, ConfigError, PruneTarget, load, replace, validate
+from megatron_idea.config import Config, ConfigError, PruneTarget, replace, validate
 from megatron_idea.prune.refit import regression
 from megatron_idea.records.read import read_events, read_metrics
 from megatron_idea.testing import Workers, assert_close, assert_equal
@@ -453,13 +453,7 @@ def cut_later(workers: Workers) -> dict[str, Any]:
     return dict(found)
 
 
-def test_an_update_is_asked_of_the_method_that_has_it() -> None:
-    obs = "prune.update=obs"
-    with pytest.raises(ConfigError, match=r"part of EfficientLLM: set prune\.strategy=eff"):
-        load(None, [obs])
-    load(None, [obs, "prune.strategy=efficient_llm"])
-    with pytest.raises(ConfigError, match=r"update_tokens \(4\) must be at least"):
-        validate(load(None, [obs, "prune.strategy=efficient_llm", "prune.update_tokens=4"]), 1)
-    for setting in ("prune.update=ridge", "prune.update_form=row", "prune.update_damping=0"):
-        with pytest.raises(ConfigError, match=setting.split("=")[0]):
-            load(None, [setting])
+def test_the_update_needs_a_token_of_each_sequence() -> None:
+    config = replace(refitting(), prune={"update_tokens": 11})
+    with pytest.raises(ConfigError, match=r"update_tokens \(11\) must be at least .* \(12\)"):
+        validate(config, 1)

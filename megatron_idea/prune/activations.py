@@ -56,6 +56,26 @@ def residual_norms(trainable: Trainable) -> Iterator[tuple[int, torch.nn.Module,
             yield 2 * trainable.model.num_layers, model.decoder.final_layernorm, None
 
 
+def watch_norm(norm: torch.nn.Module, behind: Any, look: Callable[[Tensor], None]) -> Any:
+    """Show what a norm puts out whenever it does, detached; returns the hook's handle.
+
+    Args:
+        norm, behind: as ``residual_norms`` yields them.
+    """
+
+    def outside(_norm: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
+        look(output.detach())
+
+    def inside(linear: Any, inputs: tuple[Tensor, ...]) -> None:
+        x, gain = inputs[0].detach(), linear.layer_norm_weight.detach()
+        look(F.rms_norm(x.float(), gain.shape, gain.float(), linear.eps))
+
+    if hasattr(norm, "weight"):
+        return norm.register_forward_hook(outside)
+    # Transformer Engine's gains are those of the linear layer, and gathered right before it.
+    return behind.register_forward_pre_hook(inside)
+
+
 def is_recomputed() -> bool:
     """Say whether a forward pass is one that backward repeats: it was seen once already."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -120,18 +140,10 @@ class _Watch:
         return look
 
     def _norm(self, row: int, norm: torch.nn.Module, behind: Any) -> Any:
-        def look(_norm: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._see("hidden_size", None, output.detach()[..., None], row)
-
-        def look_inside(linear: Any, inputs: tuple[Tensor, ...]) -> None:
-            x, gain = inputs[0].detach(), linear.layer_norm_weight.detach()
-            output = F.rms_norm(x.float(), gain.shape, gain.float(), linear.eps)
+        def look(output: Tensor) -> None:
             self._see("hidden_size", None, output[..., None], row)
 
-        if hasattr(norm, "weight"):
-            return norm.register_forward_hook(look)
-        # Transformer Engine's gains are those of the linear layer, and gathered right before it.
-        return behind.register_forward_pre_hook(look_inside)
+        return watch_norm(norm, behind, look)
 
     def _layer(self, position: int) -> Callable[..., None]:
         @torch.no_grad()

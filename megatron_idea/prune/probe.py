@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_idea.engine.passes import MicroBatches, forward_loss, through
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.activations import decoder_layers, norm_output, residual_norms
+from megatron_idea.prune.activations import decoder_layers, residual_norms, watch_norm
 from megatron_idea.prune.plan import StoredUnits
 
 
@@ -137,10 +137,10 @@ class Probe:
             x = inputs[0][positions]
             add(key, _gathered(x, tp) if over_tp else x)
 
-        def see_output(row: int, behind: Any, norm: Any, _inputs: Any, output: Tensor) -> None:
-            first = tp.rank() * len(output) if split else 0
-            here = positions[(positions >= first) & (positions < first + len(output))] - first
-            add(("hidden_size", row), norm_output(output, norm, behind)[here])
+        def see_output(row: int, x: Tensor) -> None:
+            first = tp.rank() * len(x) if split else 0
+            here = positions[(positions >= first) & (positions < first + len(x))] - first
+            add(("hidden_size", row), x[here])
 
         with contextlib.ExitStack() as hooks:
             for layer in decoder_layers(trainable):
@@ -153,8 +153,8 @@ class Probe:
                         hooks.callback(linear.register_forward_pre_hook(see).remove)
             for row, norm, behind in residual_norms(trainable):
                 if "hidden_size" in axes:
-                    look = functools.partial(see_output, row, behind)
-                    hooks.callback(norm.register_forward_hook(look).remove)
+                    look = functools.partial(see_output, row)
+                    hooks.callback(watch_norm(norm, behind, look).remove)
             self._pass()
         for (axis, _row), gram in sums.items():
             dist.all_reduce(gram, group=trainable.groups.dp)
