@@ -450,6 +450,20 @@ class PruneConfig:
     """Of the mean square of inputs, what the update adds to each."""
     update_tokens: int = 32768
     """Tokens of the step's batch that the update looks at; as many of each sequence."""
+    amplitude: float = 0.02
+    """adapt_pruner: how far the sparsity that an inner step adds to a layer may be from
+    ``sparsity_step``; 0: equal counts in all layers."""
+    sparsity_step: float = 0.02
+    """adapt_pruner: mean sparsity that an inner step adds; with an amplitude as large the most
+    important layer loses nothing in it and the least important one twice as much."""
+    as_released: bool = False
+    """adapt_pruner: as the released code, errors included: each round forgets what layers still
+    owe, and query heads count for the wrong KV group."""
+    skip_first_token: bool = False
+    """Leave the first token of each sequence out of activations that are averaged over tokens."""
+    moments: str = "keep"
+    """Adam's moments of what stays when units go: ``keep``; ``reset``: Adam begins anew, with
+    removal in rounds alone."""
     placement: str = "min"
     """Survivors over TP ranks: ``min`` moves the fewest, ``ordered`` keeps the TP=1 order."""
 
@@ -476,6 +490,15 @@ class PruneConfig:
         _one_of("prune.scope", self.scope, ("layer", "global"))
         _one_of("prune.placement", self.placement, ("min", "ordered"))
         _one_of("prune.norm_rescale", self.norm_rescale, ("none", "mean_square"))
+        _one_of("prune.moments", self.moments, ("keep", "reset"))
+        for name in ("amplitude", "sparsity_step"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"prune.{name} is {value}; it must be in [0, 1]")
+        _require(self.sparsity_step > 0, "prune.sparsity_step is 0: nothing would ever be removed")
+        _require(
+            not self.as_released or self.strategy == "adapt_pruner",
+            f"prune.as_released is for prune.strategy=adapt_pruner, not {self.strategy}",
+        )
         self._check_method()
         _require(0 <= self.ema <= 1, f"prune.ema is {self.ema}; it must be in [0, 1]")
         _require(self.history < 1, "prune.ema keeps only history: scores would stay 0 for ever")
@@ -1067,6 +1090,12 @@ def _validate_pruning(config: Config) -> None:
         prune.update == "none" or prune.update_tokens >= samples,
         f"prune.update_tokens ({prune.update_tokens}) must be at least "
         f"training.global_batch_size ({samples}): the update looks at every sequence",
+    )
+    _require(
+        prune.moments == "keep" or config.removal in ("rounds", "one_shot"),
+        f"prune.moments=reset would keep Adam from ever having moments while units go at every "
+        f"step; set schedule.removal to rounds or one_shot (it is {config.removal}), or "
+        "prune.moments=keep",
     )
     least = max(2, config.parallel.num_stages)
     layers = config.goals.get("num_layers")

@@ -13,8 +13,10 @@ from torch import Tensor
 from megatron_idea.config import Config
 from megatron_idea.course import finished_axes, removed_by_axis
 from megatron_idea.engine.distributed import assert_same_on_all_ranks, on_device
+from megatron_idea.engine.optimizer import reset_moments
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.activations import watched
+from megatron_idea.prune.adapt_pruner import AdaptPruner
 from megatron_idea.prune.compact import CompactReport, compact
 from megatron_idea.prune.distribution import Decision, Distribution
 from megatron_idea.prune.efficient_llm import EfficientLLM
@@ -77,6 +79,7 @@ def build_strategy(config: Config) -> Strategy | None:
         "shortgpt": lambda: ShortGpt(prune, goals),
         "pca_stem": lambda: PcaStem(prune, goals),
         "efficient_llm": lambda: EfficientLLM(prune, goals, config.model, config.parameter_goal),
+        "adapt_pruner": lambda: AdaptPruner(prune, goals, config.model, config.parameter_goal),
     }
     return methods[prune.strategy]()
 
@@ -311,7 +314,7 @@ class Pruner:
             refit(trainable, self.alive, plan.alive, self.stored, probe, self.config.prune)
 
     def silence(self, trainable: Trainable, plan: Plan) -> None:
-        """Zero what the plan removes.
+        """Zero what the plan removes; with ``prune.moments=reset`` Adam begins anew if it does.
 
         Raises: RuntimeError when the plan differs between ranks; nothing was changed then.
         """
@@ -319,6 +322,10 @@ class Pruner:
         gone = {axis: self.alive[axis] & ~plan.alive[axis] for axis in AXES}
         rescale_norms(trainable, plan.gains)
         silence(trainable, on_this_rank(gone, trainable, self.stored))
+        if self.config.prune.moments == "reset" and any(
+            bool(units.any()) for units in gone.values()
+        ):
+            reset_moments(trainable.optimizer)
         self.alive, self.memory, self.due = plan.alive, plan.memory, None
         self.tell_layers(trainable)
 
