@@ -117,7 +117,8 @@ class AdaptPruner:
         s/n - A I, with I centred and divided by its largest size over the layers that take part.
         """
         part = of_layers[takes_part]
-        centred = part - part.mean()
+        # Layers that are alike come to 0 exactly: in fp64 sums of fp32 numbers do not round.
+        centred = part - part.sum() / len(part)
         largest = centred.abs().max()
         if float(largest) > 0:
             centred = centred / largest
