@@ -380,14 +380,37 @@ def compact(
     to: Annotated[
         str,
         typer.Option(
-            metavar="WIDTHS", help="384, or one a layer: 384,256,...; default: the plan's."
+            metavar="SIZES",
+            help="384, or one a layer: 384,256,..., or num_query_groups=4 num_layers=20, or "
+            "parameters=1_300_000_000 with --strategy; default: the plan's.",
         ),
     ] = "",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Choose by this method, from passes over data; default: by scores."
+        ),
+    ] = "",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PREFIX", help="For --strategy; default: the run's training data."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Sequences measured at a time. Default: 128.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which ones. Default: 0.")] = None,
 ) -> None:
-    """Remove masked or unimportant neurons from a checkpoint on disk, optimizer state included."""
+    """Remove zeroed or unimportant units from a checkpoint on disk, optimizer state included."""
+    from megatron_idea.checkpoint.calibrate import Calibration
     from megatron_idea.checkpoint.compact import compact_checkpoint, read_sizes
+    from megatron_idea.config import ConfigError
 
-    say(str(compact_checkpoint(path, out, read_sizes(to))))
+    given = {"data": tuple(data or ()), "samples": samples, "seed": seed}
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    if given and not strategy:
+        raise ConfigError(f"--{next(iter(given))} is for --strategy NAME")
+    how = Calibration(strategy, **given) if strategy else None
+    say(str(compact_checkpoint(path, out, read_sizes(to), how)))
 
 
 @app.command()

@@ -347,6 +347,7 @@ class PruneTarget:
     A configuration that has a target at all says all of it: what it leaves out is not pruned.
     With ``parameters`` the method finds the shape: each axis that is given may shrink, and keeps
     at least so much; none given: all axes of the method may, down to the least legal count.
+    adapt_pruner always finds it: counts alone say how many parameters they come to.
     """
 
     ffn_hidden_size: int | None = None

@@ -221,3 +221,114 @@ def test_widths_that_cannot_be_are_refused(trained: Path, tmp_path: Path) -> Non
         refused(trained, "--out", out, "--to", "28", says=f"{out} is in use by process")
     refused(tmp_path / "nowhere", "--out", out, says="neither a checkpoint nor a run")
     refused(f"{trained}_early", "--out", out, "--to", "32", says="has no scores")
+
+
+def untrained_job(rendezvous: str, config: Config) -> None:
+    from megatron_idea.engine.distributed import start_distributed, stop_distributed
+    from megatron_idea.train import build, save
+
+    groups = start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        run, state = build(config, groups)
+        save(run, state, wait=True)
+        run.log.close()
+    finally:
+        stop_distributed()
+
+
+@pytest.fixture
+def untrained(tiny: Config, tmp_path: Path, workers: Workers) -> Path:
+    """What an import leaves: weights of step 0, no optimizer state, a run that prunes nothing."""
+    model = {"num_layers": 4, "init_method_std": 0.2}
+    workers.run(untrained_job, 1, replace(tiny, model=model, prune={"strategy": "none"}))
+    return tmp_path / "run"
+
+
+def state_of(run: Path) -> checkpoint.TrainState:
+    return checkpoint.read_state(checkpoint.resolve(run))
+
+
+def test_any_model_is_pruned_from_passes_over_data_alone(
+    untrained: Path, tmp_path: Path, dataset: Path
+) -> None:
+    model = checkpoint.read_config(checkpoint.resolve(untrained)).model
+    full = state_of(untrained).shape
+    goal = full.parameters(model).total * 7 // 10
+    small, again, other = (tmp_path / name for name in ("small", "again", "other"))
+    draw = ("--strategy", "adapt_pruner", "--to", f"parameters={goal}", "--samples", "6")
+    for out, more in ((small, ()), (again, ()), (other, ("--data", f"{dataset}_heldout"))):
+        result = compact(untrained, "--out", out, *draw, *more)
+        assert result.exit_code == 0, result.output
+    found = state_of(small).shape
+    assert goal - 4 * 3 * 32 < found.parameters(model).total <= goal  # a block of four neurons
+    assert all(n % 4 == 0 for n in found.counts("ffn_hidden_size"))
+    assert len(set(found.counts("ffn_hidden_size"))) > 1, "layers differ"
+    assert state_of(again).shape == found
+    assert state_of(other).shape.parameters(model).total <= goal
+
+
+def test_a_method_chooses_as_many_as_are_asked_for(
+    untrained: Path, tmp_path: Path, tiny: Config, workers: Workers
+) -> None:
+    given = ("--strategy", "idea", "--to", "24 num_query_groups=1 num_layers=3", "--samples", "3")
+    result = compact(untrained, "--out", tmp_path / "small", *given)
+    assert result.exit_code == 0, result.output
+    shape = state_of(tmp_path / "small").shape
+    assert shape.num_layers == 3 and shape.counts("ffn_hidden_size") == (24, 24, 24)
+    assert shape.counts("num_query_groups") == (1, 1, 1)
+    from megatron_idea.config import to_yaml
+
+    config = replace(
+        tiny,
+        run_dir=str(tmp_path / "small"),
+        model={"num_layers": 4, "init_method_std": 0.2},
+        prune={"strategy": "none"},
+    )
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    went_on = runner.invoke(cli.app, ["train", str(tmp_path / "run.yaml")])
+    assert went_on.exit_code == 0, went_on.output
+    assert state_of(tmp_path / "small").step == 24
+
+
+def test_the_largest_neurons_stay_whatever_the_checkpoint_s_own_scores_say(
+    trained: Path, tmp_path: Path, tiny: Config, workers: Workers
+) -> None:
+    given = ("--strategy", "magnitude", "--to", "28,20", "--samples", "2")
+    result = compact(trained, "--out", tmp_path / "small", *given)
+    assert result.exit_code == 0, result.output
+    path = checkpoint.resolve(tmp_path / "small")
+    (content,) = workers.run(content_job, 1, tiny, str(path))
+    (before,) = workers.run(content_job, 1, tiny, str(checkpoint.resolve(trained)))
+    for layer, width in enumerate((28, 20)):
+        fc1, fc2 = (before[f"decoder.layers.{layer}.mlp.linear_fc{i}.weight"][0] for i in (1, 2))
+        gate, up = np.abs(fc1).reshape(2, 64, -1).mean(-1)
+        norms = np.stack([gate, up, np.abs(fc2).mean(0)]).max(0) * before[f"{layer}.mask"]
+        expected = sorted(np.argsort(-norms, kind="stable")[:width].tolist())
+        assert content[f"{layer}.ids"].tolist() == expected
+        down = before[f"decoder.layers.{layer}.mlp.linear_fc2.weight"][:, :, expected]
+        assert content[f"{layer}.sorted"][1].tobytes() == down.tobytes(), "no step was taken"
+    assert content["scores"].tobytes() == before["scores"].tobytes(), "the run's own, as they were"
+    assert content["step"] == before["step"] == 12
+
+
+def test_what_a_method_cannot_choose_is_refused(untrained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+
+    def refused(*arguments: Any, says: str) -> None:
+        result = compact(untrained, "--out", out, *arguments)
+        assert result.exit_code == 2 and says in " ".join(result.stderr.split()), result.output
+        assert not checkpoint.complete(out)
+
+    adapt = ("--strategy", "adapt_pruner")
+    refused("--to", "parameters=30000", says="give --strategy")
+    refused(*adapt, says="say with --to how much is to stay")
+    refused("--samples", "4", "--to", "24", says="--samples is for --strategy")
+    refused("--data", "x", says="--data is for --strategy")
+    refused(*adapt, "--to", "24 parameters=30000", says="give the one or the others")
+    refused(*adapt, "--to", "parameters=1,2", says="is one number; it has 2")
+    refused(*adapt, "--to", "parameters=30", says="prune.target.parameters (30) must be at least")
+    refused(*adapt, "--to", "24", "--samples", "0", says="--samples is 0")
+    refused(*adapt, "--to", "num_layers=3", says="an axis of prune.strategy=adapt_pruner")
+    refused("--strategy", "idea", "--to", "parameters=30000", says="needs the shape")
+    refused("--strategy", "none", "--to", "24", says="chooses nothing")
+    refused("--strategy", "alps", "--to", "24", says="legal values: idea")

@@ -551,6 +551,19 @@ def test_every_layout_takes_the_course_of_one_process(
                 assert_close(torch.tensor(ours) / scale, torch.tensor(expected) / scale, name, 1e-3)
 
 
+def test_tensor_parallel_ranks_get_whole_blocks(workers: Workers) -> None:
+    world_size, parallel = LAYOUTS["tp2"]
+    config = replace(DEEP, parallel=parallel)
+    found, other = run_job(workers, _course, world_size, config)
+    assert found["alive"] == other["alive"]
+    shape = found["shape"]
+    assert all(n % 4 == 0 for n in shape.counts(NEURONS))
+    assert all(n % 2 == 0 for n in shape.counts(GROUPS))
+    goal = Shape.full(config.model).with_counts(NEURONS, 12).with_counts(GROUPS, 2)
+    left = goal.parameters(config.model).total - shape.parameters(config.model).total
+    assert 0 <= left < 4 * 3 * 16
+
+
 def _assert_same(found: dict[str, Any], expected: dict[str, Any], stop: int) -> None:
     assert any(expected["memory"][stop - 1])
     assert found["memory"] == expected["memory"][stop:]

@@ -6,6 +6,7 @@ plain indexing, nothing is exchanged between ranks and nothing is freed on the w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,31 +18,51 @@ from torch import Tensor
 from megatron_idea import checkpoint
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
-from megatron_idea.config import Config, ConfigError, multiple_of, require_multiple, validate
+from megatron_idea.checkpoint.calibrate import Calibration, choose, for_calibration
+from megatron_idea.config import (
+    Config,
+    ConfigError,
+    PruneTarget,
+    multiple_of,
+    require_multiple,
+    validate,
+)
 from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.engine.distributed import joined
 from megatron_idea.engine.model import named_parameters
-from megatron_idea.engine.optimizer import finish_main_update, set_state
-from megatron_idea.engine.shards import MOMENTS
+from megatron_idea.engine.optimizer import adam_step, finish_main_update, has_moments, set_state
+from megatron_idea.engine.shards import MOMENTS, shard_of
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.prune.axis import Share
 from megatron_idea.prune.compact import kept
-from megatron_idea.prune.plan import Plan, StoredUnits, live_by_axis, live_counts, live_layers
+from megatron_idea.prune.plan import (
+    Plan,
+    StoredUnits,
+    Units,
+    live_by_axis,
+    live_counts,
+    live_layers,
+)
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.units import named_shares
 from megatron_idea.records.lock import RunLock
 from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_shape
 
 Sizes = Mapping[str, Sequence[int]]
-"""What ``--to`` asks for: axis -> one count, or one for each stored layer."""
+"""What ``--to`` asks for: axis -> one count, or one for each stored layer. ``parameters`` -> the
+most weights of the whole model."""
+PARAMETERS = "parameters"
 
 
-def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Path:
+def compact_checkpoint(
+    path: Path, out: Path, sizes: Sizes | None = None, how: Calibration | None = None
+) -> Path:
     """Write the checkpoint ``path`` (or a run's latest) compacted as the first of run ``out``.
 
     Without ``sizes`` the run's own plan is carried out: what is due goes, and zeroed units leave
     as far as counts stay legal. With them the most important units stay, by the checkpoint's
-    scores, as many as fit.
+    scores, as many as fit; or, with ``how``, by those that a method has of passes over some data.
+    The run's own method, its scores and its settings stay what they are.
 
     Holds the model and its optimizer twice in this process's memory.
 
@@ -55,23 +76,36 @@ def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Pat
     config = checkpoint.read_config(found, checkpoint.ONE_PROCESS)
     validate(config, world_size=1)
     state = checkpoint.read_state(found, config)
-    wanted = _legal(sizes or {}, state.shape, saved)
+    sizes = dict(sizes or {})
+    (parameters,) = sizes.pop(PARAMETERS, [None])
+    _check(sizes, parameters, how)
+    wanted = _legal(sizes, state.shape, saved)
+    sections, chooser = config.sections, None
+    if how is not None:
+        chooser = for_calibration(saved, how, _target(saved, wanted, parameters))
+        sections = dataclasses.replace(sections, training=chooser.training)
     with RunLock(out), joined(config.parallel, config.training.seed) as groups:
         if checkpoint.complete(out):
             raise ConfigError(f"{out} has checkpoints already; name a folder that has none")
         storage.verify(found, groups)
-        trainable = assemble(config.sections, groups, state.shape, initialize=False)
+        trainable = assemble(sections, groups, state.shape, initialize=False)
         pruner = Pruner(config, trainable)
         pruner.goals = saved.goals  # counts are to be legal for the run's own layout
         checkpoint.load(trainable, pruner, found)
-        plan = pruner.due_plan(trainable, state.consumed_tokens)
-        if wanted:
+        if not has_moments(trainable.optimizer, groups):
+            _begin_moments(trainable)
+        plan = None
+        if chooser is not None:
+            plan = _chosen(trainable, pruner, chooser, wanted)
+        elif wanted:
             plan = _plan(trainable, pruner, wanted)
-        elif plan is not None and _mends(pruner, plan):
-            raise ConfigError(
-                f"{found} is due for a compaction that first fits weights to the run's training "
-                "data: train goes on with it; --to cuts units out as they are"
-            )
+        else:
+            plan = pruner.due_plan(trainable, state.consumed_tokens)
+            if plan is not None and _mends(pruner, plan):
+                raise ConfigError(
+                    f"{found} is due for a compaction that first fits weights to the run's "
+                    "training data: train goes on with it; --to cuts units out as they are"
+                )
         if plan is None:
             live, layers = live_by_axis(pruner.alive), live_layers(pruner.alive)
             shape = due_shape(trainable.shape, live, layers, saved.goals, saved.goals)
@@ -84,7 +118,7 @@ def compact_checkpoint(path: Path, out: Path, sizes: Sizes | None = None) -> Pat
         pruner.silence(trainable, plan)
         state.shape = plan.shape
         carried = pruner.state(trainable)
-        fresh, stored = _cut(trainable, pruner, plan, state.adam_step)
+        fresh, stored = _cut(trainable, pruner, plan, adam_step(trainable.optimizer, groups))
         carried |= {f"stored.{axis}": torch.cat(stored[axis]) for axis in stored}
         pruner.load_state(fresh, carried, pruner.pending_steps, pruner.memory.tolist())
         if tokenizer := checkpoint.tokenizer_beside(found):
@@ -104,6 +138,7 @@ def read_sizes(text: str) -> dict[str, list[int]]:
     """Read ``--to``: 384 neurons, 384,256 for two layers, or ``hidden_size=256 num_layers=3``.
 
     Axes are parted by blanks or semicolons; a number without an axis is a width of FFNs.
+    ``parameters=1_000_000`` is the most weights of the whole model.
 
     Raises: ConfigError for anything but known axes and whole numbers.
     """
@@ -118,12 +153,25 @@ def read_sizes(text: str) -> dict[str, list[int]]:
                 f"--to is {text!r}; give whole numbers, as in 384 or 384,256, or axes, "
                 "as in num_query_groups=4 num_layers=20"
             ) from error
-        if axis not in AXES:
-            raise ConfigError(f"--to names {axis!r}; axes are {', '.join(AXES)}")
+        if axis not in (*AXES, PARAMETERS):
+            raise ConfigError(
+                f"--to names {axis!r}; axes are {', '.join(AXES)}, and there is {PARAMETERS}"
+            )
         if axis in sizes:
             raise ConfigError(f"--to names {axis} twice")
+        if axis == PARAMETERS and len(numbers) > 1:
+            raise ConfigError(f"--to {PARAMETERS} is one number; it has {len(numbers)}")
         sizes[axis] = numbers
     return sizes
+
+
+def _check(sizes: Sizes, parameters: int | None, how: Calibration | None) -> None:
+    if parameters is not None and sizes:
+        raise ConfigError(f"--to names {PARAMETERS} beside counts: give the one or the others")
+    if parameters is not None and how is None:
+        raise ConfigError(f"--to {PARAMETERS} needs a method that finds the shape: give --strategy")
+    if how is not None and parameters is None and not sizes:
+        raise ConfigError("--strategy chooses what goes: say with --to how much is to stay")
 
 
 def _legal(sizes: Sizes, shape: Shape, config: Config) -> dict[str, tuple[int, ...]]:
@@ -155,15 +203,8 @@ def _brief(shape: Shape) -> str:
 
 def _plan(trainable: Trainable, pruner: Pruner, wanted: Mapping[str, tuple[int, ...]]) -> Plan:
     """Keep the most important live units, as many as ``wanted`` holds; scores choose layers."""
-    alive, shape = pruner.alive, trainable.shape
-    numbers = [layer.number for layer in shape.layers]
-    counts = {}
-    for axis, sizes in wanted.items():
-        if axis != "num_layers":
-            shape = shape.with_counts(axis, sizes)
-        due = dict(zip(numbers, sizes, strict=True)) if axis in LAYER_AXES else {0: sizes[0]}
-        live = live_counts(alive[axis])
-        counts[axis] = [min(n, due.get(row, 0)) for row, n in enumerate(live)]
+    alive = pruner.alive
+    counts = _counts(trainable.shape, alive, wanted)
     if any(counts[axis] != live_counts(alive[axis]) for axis in counts):
         if pruner.scores is None or pruner.strategy is None:
             raise ConfigError("prune.strategy is none: nothing says which units matter")
@@ -181,7 +222,63 @@ def _plan(trainable: Trainable, pruner: Pruner, wanted: Mapping[str, tuple[int, 
                 "units matter is not known yet"
             )
         alive = pruner.keep(pruner.strategy.importance(stats), counts)
-    return Plan.of(alive, shape.with_layers(live_layers(alive)), pruner.memory)
+    return Plan.of(alive, _shape(trainable.shape, alive, wanted), pruner.memory)
+
+
+def _counts(
+    shape: Shape, alive: Units, wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[int]]:
+    """Count who stays: one number for each layer of the enlarged model, or one."""
+    numbers = [layer.number for layer in shape.layers]
+    counts = {}
+    for axis, sizes in wanted.items():
+        due = dict(zip(numbers, sizes, strict=True)) if axis in LAYER_AXES else {0: sizes[0]}
+        live = live_counts(alive[axis])
+        counts[axis] = [min(n, due.get(row, 0)) for row, n in enumerate(live)]
+    return counts
+
+
+def _shape(shape: Shape, alive: Units, wanted: Mapping[str, tuple[int, ...]]) -> Shape:
+    for axis, sizes in wanted.items():
+        if axis != "num_layers":
+            shape = shape.with_counts(axis, sizes)
+    return shape.with_layers(live_layers(alive))
+
+
+def _target(
+    config: Config, wanted: Mapping[str, tuple[int, ...]], parameters: int | None
+) -> PruneTarget:
+    """Return what a method has to know of what it prunes; how much, ``wanted`` says itself."""
+    if parameters is not None:
+        return PruneTarget(parameters=parameters)
+    least = {axis: config.final_multiples[axis] for axis in wanted}
+    if "num_layers" in wanted:
+        least["num_layers"] = max(2, config.parallel.num_stages)
+    return PruneTarget(**least)
+
+
+def _chosen(
+    trainable: Trainable, pruner: Pruner, config: Config, wanted: Mapping[str, tuple[int, ...]]
+) -> Plan:
+    """Keep what a method chooses: ``wanted`` of each axis, or as many parameters as its target."""
+    shape = trainable.shape
+    if wanted:
+        alive = choose(trainable, pruner, config, lambda alive: _counts(shape, alive, wanted))
+        shape = _shape(shape, alive, wanted)
+    else:
+        alive, goals = choose(trainable, pruner, config, None), config.goals
+        shape = due_shape(shape, live_by_axis(alive), live_layers(alive), goals, goals)
+    return Plan.of(alive, shape, pruner.memory)
+
+
+@torch.no_grad()
+def _begin_moments(trainable: Trainable) -> None:
+    """Give a model that was never trained here, as an imported one, the moments of no step."""
+    for parameter in trainable.parameters:
+        shard = shard_of(trainable.optimizer, parameter)
+        assert shard is not None, "one process has all"
+        zeros = {name: torch.zeros_like(shard.main, dtype=torch.float32) for name in MOMENTS}
+        set_state(trainable.optimizer, parameter, 0, None, zeros)
 
 
 def _cut(
