@@ -334,7 +334,7 @@ METHODS = {
     "minitron": Method(_ALL_AXES, fixed=_SCORES),
     "shortgpt": Method(_ALL_AXES[3:], fixed=_SCORES),
     "pca_stem": Method(("hidden_size",), "one_shot", fixed=_SCORES),
-    "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True),
+    "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True, fixed=_SCORES),
     "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True, fixed=_SCORES[1:]),
 }
 """By the value of ``prune.strategy``; ``none`` is plain training."""
@@ -461,7 +461,7 @@ class PruneConfig:
     """adapt_pruner: as the released code, errors included: each round forgets what layers still
     owe, and query heads count for the wrong KV group."""
     skip_first_token: bool = False
-    """Leave the first token of each sequence out of activations that are averaged over tokens."""
+    """adapt_pruner: leave the first token of each sequence out of the cosine."""
     moments: str = "keep"
     """Adam's moments of what stays when units go: ``keep``; ``reset``: Adam begins anew, with
     removal in rounds alone."""
@@ -496,10 +496,6 @@ class PruneConfig:
             value = getattr(self, name)
             _require(0 <= value <= 1, f"prune.{name} is {value}; it must be in [0, 1]")
         _require(self.sparsity_step > 0, "prune.sparsity_step is 0: nothing would ever be removed")
-        _require(
-            not self.as_released or self.strategy == "adapt_pruner",
-            f"prune.as_released is for prune.strategy=adapt_pruner, not {self.strategy}",
-        )
         self._check_method()
         _require(0 <= self.ema <= 1, f"prune.ema is {self.ema}; it must be in [0, 1]")
         _require(self.history < 1, "prune.ema keeps only history: scores would stay 0 for ever")
@@ -542,6 +538,8 @@ class PruneConfig:
         """Refuse what was set and would be ignored, of what some methods alone ask for."""
         ignored = METHODS[self.strategy].fixed
         ignored += () if self.strategy == "minitron" else ("aggregation",)
+        of_adapt = ("amplitude", "sparsity_step", "as_released", "skip_first_token")
+        ignored += () if self.strategy == "adapt_pruner" else of_adapt
         for name in ignored:
             default = getattr(PruneConfig, name)
             _require(
@@ -1001,7 +999,7 @@ def validate(config: Config, world_size: int) -> None:
     Raises: ConfigError, saying what was given, what is legal and how to mend it.
     """
     validate_layout(config, world_size)
-    _validate_pruning(config)
+    validate_pruning(config)
 
 
 def validate_layout(config: Config, world_size: int) -> None:
@@ -1054,7 +1052,8 @@ def require_multiple(name: str, count: int, multiple: int, what: str) -> None:
     )
 
 
-def _validate_pruning(config: Config) -> None:
+def validate_pruning(config: Config) -> None:
+    """Check what is pruned, how and when. Raises: ConfigError."""
     prune, schedule = config.prune, config.schedule
     what = f"TP x prune.alignment = {config.ffn_multiple}"
     require_multiple(

@@ -456,7 +456,8 @@ def test_every_key_that_is_a_text_is_in_the_list() -> None:
         "schedule.kind", "schedule.lr_decay_style", "prune.strategy", "prune.element",
         "prune.row_reduce", "prune.matrix_reduce", "prune.aggregation", "prune.ema_on",
         "prune.scope", "prune.placement", "prune.norm_rescale", "prune.update",
-        "prune.update_form", "prune.order[]", "checkpoint.on_damage", "guard.on_spike",
+        "prune.update_form", "prune.order[]", "prune.moments", "checkpoint.on_damage",
+        "guard.on_spike",
     }  # fmt: skip
     found = texts(dataclasses.asdict(full), "")
     assert found - choices == {*TEXT_KEYS, "data.validation[].prefix"}

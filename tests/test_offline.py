@@ -232,8 +232,17 @@ def untrained_job(rendezvous: str, config: Config) -> None:
         run, state = build(config, groups)
         save(run, state, wait=True)
         run.log.close()
+        split = replace(config, run_dir=f"{config.run_dir}_split", parallel=SPLIT)
+        checkpoint.save(split, run.trainable, run.pruner, state)
     finally:
         stop_distributed()
+
+
+# Tensor-parallel ranks and interleaved stages, though one process works on the checkpoint.
+SPLIT = {
+    "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -265,6 +274,19 @@ def test_any_model_is_pruned_from_passes_over_data_alone(
     assert len(set(found.counts("ffn_hidden_size"))) > 1, "layers differ"
     assert state_of(again).shape == found
     assert state_of(other).shape.parameters(model).total <= goal
+
+
+def test_counts_are_legal_for_the_layout_of_the_run(untrained: Path, tmp_path: Path) -> None:
+    split = Path(f"{untrained}_split")
+    model = checkpoint.read_config(checkpoint.resolve(split)).model
+    goal = state_of(split).shape.parameters(model).total * 8 // 10
+    given = ("--strategy", "adapt_pruner", "--to", f"parameters={goal}", "--samples", "6")
+    result = compact(split, "--out", tmp_path / "small", *given)
+    assert result.exit_code == 0, result.output
+    found = state_of(tmp_path / "small").shape
+    assert all(n % 8 == 0 for n in found.counts("ffn_hidden_size"))
+    assert all(n % 2 == 0 for n in found.counts("num_query_groups"))
+    assert found.parameters(model).total <= goal
 
 
 def test_a_method_chooses_as_many_as_are_asked_for(

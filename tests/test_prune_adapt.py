@@ -210,7 +210,7 @@ def test_an_amplitude_above_the_step_may_take_sparsity_back_and_ends_all_the_sam
         ({"scope": "global"}, "prune.scope"),
         ({"order": ["ffn_hidden_size"]}, "prune.order"),
         ({"target": {"hidden_size": 64}}, "an axis of prune.strategy=adapt_pruner"),
-        ({"strategy": "idea", "as_released": True}, "prune.as_released is for"),
+        ({"strategy": "idea", "as_released": True}, "prune.as_released means nothing"),
         ({"amplitude": -0.1}, "prune.amplitude"),
         ({"sparsity_step": 0.0}, "prune.sparsity_step"),
         ({"moments": "forget"}, "legal values: keep, reset"),

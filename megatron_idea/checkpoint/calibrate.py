@@ -19,7 +19,7 @@ from megatron_idea.config import (
     PruneConfig,
     PruneTarget,
     ScheduleConfig,
-    validate,
+    validate_pruning,
 )
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.of_run import open_batches
@@ -86,7 +86,7 @@ def for_calibration(config: Config, how: Calibration, target: PruneTarget) -> Co
     config = configuration.replace(
         config, training=batch, data={"train": train}, prune=prune, schedule=never
     )
-    validate(config, config.parallel.model_parallel_size)
+    validate_pruning(config)
     return config
 
 
