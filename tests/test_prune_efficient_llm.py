@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import backward, live_run, run_job, small, whole
+from test_all_axes import MODEL, pruned, whole_run
 from torch import Tensor
 
 from megatron_idea import config as configuration
@@ -423,3 +424,27 @@ def test_saliencies_do_not_depend_on_the_layout(
     config = replace(in_the_engine(target=ALL_AXES), parallel=parallel)
     for found, _ in run_job(workers, saliencies, world_size, config):
         assert_saliencies_close(found, saliencies_of_one_process, 1e-5)
+
+
+def test_a_run_finds_a_shape_with_so_many_parameters(workers: Workers) -> None:
+    world_size, parallel = LAYOUTS["dp2"]
+    target = configuration.PruneTarget(parameters=12_000)
+    config = pruned({NEURONS: 12}, model=MODEL, parallel=parallel)
+    config = replace(config, prune={"strategy": "efficient_llm", "target": target})
+    configuration.validate(config, world_size)
+    found = run_job(workers, whole_run, world_size, config)
+    assert all(rank["alive"] == found[0]["alive"] for rank in found)
+    stored = found[0]["stored"]
+    shape = Shape.full(config.model)
+    for axis in AXES:
+        assert len(set(stored[axis])) == 1
+        assert stored[axis][0] % config.final_multiples[axis] == 0
+        shape = shape.with_counts(axis, stored[axis][0])
+    assert shape.parameters(config.model).total <= 12_000
+    blocks_more = {
+        axis: shape.with_counts(axis, stored[axis][0] + config.final_multiples[axis])
+        for axis in AXES
+        if stored[axis][0] > config.goals[axis].least
+    }
+    assert all(more.parameters(config.model).total > 12_000 for more in blocks_more.values())
+    assert len(found[0]["compactions"]) >= 2
