@@ -11,7 +11,7 @@ from jobs import mask_of
 from typer.testing import CliRunner
 
 from megatron_idea import checkpoint, cli
-from megatron_idea.config import Config, replace, validate
+from megatron_idea.config import METHODS, Config, replace, validate
 from megatron_idea.records.lock import RunLock
 from megatron_idea.testing import Workers
 
@@ -354,3 +354,28 @@ def test_what_a_method_cannot_choose_is_refused(untrained: Path, tmp_path: Path)
     refused("--strategy", "idea", "--to", "parameters=30000", says="needs the shape")
     refused("--strategy", "none", "--to", "24", says="chooses nothing")
     refused("--strategy", "alps", "--to", "24", says="legal values: idea")
+
+
+def test_every_method_prunes_a_model_from_passes_over_data(untrained: Path, tmp_path: Path) -> None:
+    model = checkpoint.read_config(checkpoint.resolve(untrained)).model
+    full = state_of(untrained).shape
+    goal = full.parameters(model).total * 8 // 10
+    counts = {"ffn_hidden_size": 24, "num_query_groups": 1, "num_layers": 3}
+    for name, method in METHODS.items():
+        if name == "pca_stem":  # channels alone, and the smallest legal step of them is all here
+            continue
+        axes = {axis: count for axis, count in counts.items() if axis in method.axes}
+        sizes = [" ".join(f"{axis}={count}" for axis, count in axes.items())]
+        sizes += [f"parameters={goal}"] if method.finds_shape else []
+        for number, to in enumerate(sizes):
+            out = tmp_path / f"{name}_{number}"
+            result = compact(
+                untrained, "--out", out, "--strategy", name, "--to", to, "--samples", "2"
+            )
+            assert result.exit_code == 0, (name, to, result.output)
+            found = state_of(out).shape
+            if "parameters" in to:
+                assert found.parameters(model).total <= goal
+                continue
+            for axis, count in axes.items():
+                assert set(found.counts(axis)) == {count}, name
