@@ -1,0 +1,1 @@
+"""Distillation: a pruned model learns from a larger one's predictions."""
