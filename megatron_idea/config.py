@@ -570,6 +570,71 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """A teacher inside the run: the loss is (1 - alpha) cross entropy + alpha KL to what it says.
+
+    ``distill/`` has the loss and the teacher. Held-out losses stay those of the language model.
+    """
+
+    teacher: str = "none"
+    """``none``. ``self``: the run's own enlarged model, from the prune phase on. Else a run, a
+    checkpoint or a Hugging Face folder of the same tokenizer, from the first step on."""
+    alpha: float = 0.9
+    """Share of the KL divergence in the loss where teaching begins; 0 asks no teacher."""
+    alpha_end: float = 0.5
+    """The same at the last token: late, an annealed student knows better than ``self``."""
+    alpha_shape: str = "linear"
+    """From one to the other over tokens: ``linear`` or ``cosine``."""
+    temperature: float = 1.0
+    """Logits of both are divided by it before they are compared; the divergence is not multiplied
+    by its square."""
+    direction: str = "forward"
+    """``forward``: KL(teacher || student). ``reverse``: KL(student || teacher)."""
+    top_k: int = 0
+    """Compare the teacher's k likeliest tokens and one that stands for the rest; 0: all."""
+    token_chunk: int = 512
+    """Tokens whose logits are in fp32 at a time."""
+    average_last: int = 4
+    """``self`` is the mean of so many snapshots of the enlarged phase, the last at its end."""
+    average_spacing: float = 0.02
+    """Share of all tokens between two snapshots."""
+    keep_hidden: str = "device"
+    """Where the teacher's last hidden states of a step wait: ``device`` or ``host``."""
+    acceptance: bool = False
+    """Record the sum of min(p, q) over tokens: how often speculative decoding accepts a token that
+    the student drafts for the teacher."""
+
+    def __post_init__(self) -> None:
+        _one_of("distill.alpha_shape", self.alpha_shape, ("linear", "cosine"))
+        _one_of("distill.direction", self.direction, ("forward", "reverse"))
+        _one_of("distill.keep_hidden", self.keep_hidden, ("device", "host"))
+        for name in ("alpha", "alpha_end"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"distill.{name} is {value}; it must be in [0, 1]")
+        _require(
+            0 < self.temperature < math.inf,
+            f"distill.temperature is {self.temperature}; it must be positive",
+        )
+        for name in ("token_chunk", "average_last"):
+            _require(getattr(self, name) >= 1, f"distill.{name} must be at least 1")
+        _require(self.top_k >= 0, "distill.top_k must not be negative")
+        _require(
+            self.top_k == 0 or self.direction == "forward",
+            "distill.top_k says what the teacher finds likely, which distill.direction=reverse "
+            "does not ask for: set direction to forward, or top_k to 0",
+        )
+        _require(
+            0 < self.average_spacing <= 1,
+            f"distill.average_spacing is {self.average_spacing}; it must be in (0, 1]",
+        )
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher, and something that it says counts."""
+        return self.teacher != "none" and (self.alpha > 0 or self.alpha_end > 0)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Written to ``<run_dir>/checkpoints/step_NNNNNNNN``, complete or absent."""
 
@@ -669,6 +734,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -1000,6 +1066,11 @@ def validate(config: Config, world_size: int) -> None:
     """
     validate_layout(config, world_size)
     validate_pruning(config)
+    _require(
+        config.distill.teacher != "self" or config.prune.strategy != "none",
+        "distill.teacher=self is the enlarged model of a run that prunes, and prune.strategy is "
+        "none: name another run or a Hugging Face folder",
+    )
 
 
 def validate_layout(config: Config, world_size: int) -> None:

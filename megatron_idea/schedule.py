@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_idea.config import ScheduleConfig
+from megatron_idea.config import DistillConfig, ScheduleConfig
 
 PHASES = ("enlarged", "prune", "recover")
 
@@ -142,6 +142,43 @@ def gathers_scores(schedule: ScheduleConfig, tokens: int) -> bool:
     """Whether importance is observed in the step that ends at ``tokens``: the prune phase."""
     ends = phase_ends(schedule)
     return ends["enlarged"] < tokens <= ends["prune"]
+
+
+def teaching_begins(schedule: ScheduleConfig, distill: DistillConfig) -> int:
+    """Last token before the teacher is heard: that of the enlarged phase for ``self``, else 0."""
+    return phase_ends(schedule)["enlarged"] if distill.teacher == "self" else 0
+
+
+def distillation_share(schedule: ScheduleConfig, distill: DistillConfig, tokens: int) -> float:
+    """Share alpha of the teacher in the loss of the step that ends at ``tokens`` consumed tokens.
+
+    From ``distill.alpha`` to ``distill.alpha_end`` over the tokens from where teaching begins to
+    the last one, with p the part of them that is consumed:
+
+    - linear: alpha (1 - p) + alpha_end p
+    - cosine: alpha_end + (alpha - alpha_end) (1 + cos(pi p)) / 2
+
+    Returns: in [0, 1]; 0 before teaching begins and without a teacher.
+    """
+    begin = teaching_begins(schedule, distill)
+    if not distill.teaches or tokens <= begin:
+        return 0.0
+    progress = min(1.0, (tokens - begin) / (schedule.total_tokens - begin))
+    if distill.alpha_shape == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    return distill.alpha * (1.0 - progress) + distill.alpha_end * progress
+
+
+def snapshot_tokens(schedule: ScheduleConfig, distill: DistillConfig) -> list[int]:
+    """Consumed tokens at which snapshots of the enlarged model are due, ascending.
+
+    The last is the end of the enlarged phase; those that would lie before the first token are left
+    out.
+    """
+    end = phase_ends(schedule)["enlarged"]
+    spacing = distill.average_spacing * schedule.total_tokens
+    marks = {round(end - number * spacing) for number in range(distill.average_last)}
+    return sorted({mark for mark in marks if mark > 0} | {end})
 
 
 def crossed(every_tokens: int, before: int, after: int) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,13 @@ from megatron_idea.course import num_steps, removed_at
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.of_run import open_batches, validation_batches
 from megatron_idea.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from megatron_idea.distill.source import (
+    average_snapshots,
+    due_snapshots,
+    open_teacher,
+    take_snapshot,
+)
+from megatron_idea.distill.teacher import Lessons, Teacher
 from megatron_idea.engine.distributed import (
     ProcessGroups,
     joined,
@@ -46,7 +56,14 @@ from megatron_idea.records.lock import RunLock
 from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
 from megatron_idea.records.record import Record
-from megatron_idea.schedule import crossed, learning_rate, phase, phase_ended
+from megatron_idea.schedule import (
+    crossed,
+    distillation_share,
+    learning_rate,
+    phase,
+    phase_ended,
+    teaching_begins,
+)
 
 
 @dataclass
@@ -63,6 +80,8 @@ class Run:
     log: RunLog
     progress: Progress
     stop: StopSignal
+    teacher: Teacher | None = None
+    """A model that the loss listens to, once there is one."""
     saving: Saving | None = None
     """A checkpoint on its way to the disk."""
 
@@ -128,6 +147,7 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
     run, state = build(config, groups)
     if state.step == 0:
         evaluate(run, state, "start")
+        prepare_teacher(run, state)
     while state.consumed_tokens < config.schedule.total_tokens:
         before = state.consumed_tokens
         watch = state.watch
@@ -135,6 +155,7 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
         if guard.begins(watch, state.watch) and react(run, state, record.loss):
             run, state = roll_back(run, state)
             continue
+        prepare_teacher(run, state)
         tokens = state.consumed_tokens
         ended = phase_ended(config.schedule, before, tokens)
         if ended:
@@ -198,6 +219,8 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     run = Run(
         config, groups, trainable, pruner, data, held_out, tokenizer, log, progress, StopSignal()
     )
+    if config.distill.teaches and (config.distill.teacher != "self" or state.teacher):
+        run.teacher, state.teacher = open_teacher(config, groups, tokenizer, state.teacher)
     if plan := pruner.due_plan(trainable, state.consumed_tokens):
         apply(run, state, plan)
     return run, state
@@ -213,11 +236,13 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
     tokens = state.consumed_tokens + config.batch_tokens
     lr = learning_rate(config.schedule, tokens)
     samples = samples_before(run, state, state.consumed_tokens)
-    with pruner.watched(trainable, tokens) as seen:
+    alpha = distillation_share(config.schedule, config.distill, tokens)
+    with taught(run, samples, alpha) as lessons, pruner.watched(trainable, tokens) as seen:
         losses = forward_backward(trainable, run.data, samples)
     # Weights before the update, gradients reduced over data-parallel ranks and not yet clipped.
     observed = pruner.observe(trainable, tokens, seen)
-    loss, grad_norm, stopping, saved = share(run, losses)
+    means, grad_norm, stopping, saved = share(run, losses, lessons)
+    loss = means["loss"]
     taken = math.isfinite(loss) and math.isfinite(grad_norm)
     if taken:
         clip_and_step(trainable.optimizer, lr, grad_norm)
@@ -232,7 +257,8 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
     if taken:
         pruner.record(observed)
         plan = decide(run, state, before)
-    measured = Measured(loss, lr, grad_norm if math.isfinite(loss) else math.nan, step_s)
+    grad_norm = grad_norm if math.isfinite(loss) else math.nan
+    measured = Measured(lr=lr, grad_norm=grad_norm, step_s=step_s, **means)
     record = note(run, state, measured, plan)
     if plan is not None:
         apply(run, state, plan)
@@ -262,6 +288,9 @@ class Measured:
     lr: float
     grad_norm: float
     step_s: float
+    kl: float | None = None
+    teacher_loss: float | None = None
+    acceptance: float | None = None
 
 
 def note(run: Run, state: TrainState, measured: Measured, plan: Plan | None) -> Record:
@@ -363,10 +392,38 @@ def samples_before(run: Run, state: TrainState, tokens: int) -> int:
     return samples % (num_steps(run.config) * training.global_batch_size)
 
 
-def share(run: Run, losses: list[Tensor]) -> tuple[float, float, bool, bool]:
+@contextlib.contextmanager
+def taught(run: Run, samples: int, alpha: float) -> Iterator[Lessons | None]:
+    """Let the teacher into the loss of the next step; None where nobody asks it."""
+    if alpha == 0:
+        yield None
+        return
+    assert run.teacher is not None, "its time has come, and it was not prepared"
+    with run.teacher.teaching(run.trainable.chunks, run.data, samples, alpha) as lessons:
+        yield lessons
+
+
+def prepare_teacher(run: Run, state: TrainState) -> None:
+    """Take the snapshots that are due; after the last of them the run has its own teacher."""
+    config, groups = run.config, run.groups
+    for mark in due_snapshots(config, state.consumed_tokens):
+        take_snapshot(config, run.trainable, mark)
+        if mark < teaching_begins(config.schedule, config.distill):
+            continue
+        run.teacher, state.teacher = average_snapshots(config, groups)
+        found: dict[str, Any] = {"digest": state.teacher}
+        if run.held_out is not None:
+            found["val_loss"], _ = held_out_loss(run.teacher.chunks, run.held_out, groups)
+        run.log.event("teacher", step=state.step, tokens=state.consumed_tokens, **found)
+
+
+def share(
+    run: Run, losses: list[Tensor], lessons: Lessons | None = None
+) -> tuple[dict[str, float], float, bool, bool]:
     """Exchange what all ranks must know of a step; of all in it only this makes the host wait.
 
-    Returns: the loss of the whole batch, the global gradient norm, whether to stop, and whether all
+    Returns: means over the whole batch, under the names of ``Measured``: ``loss`` is the cross
+    entropy, whatever was learnt from; the global gradient norm, whether to stop, and whether all
     ranks have written their part of a checkpoint.
     Raises: RecordError on every rank when rank 0 could not write the last step's records.
     """
@@ -375,10 +432,22 @@ def share(run: Run, losses: list[Tensor]) -> tuple[float, float, bool, bool]:
     def number(value: float) -> Tensor:
         return torch.full((), float(value), dtype=torch.float64, device=groups.device)
 
+    means = {"loss": losses}
+    if lessons is not None:
+        means = {
+            "loss": lessons.cross_entropy,
+            "kl": lessons.kl,
+            "teacher_loss": lessons.teacher_cross_entropy,
+        }
+        if run.config.distill.acceptance:
+            means["acceptance"] = lessons.acceptance
     counts = bool(losses) and groups.tp.rank() == 0
     word = torch.stack(
         [
-            torch.stack(losses).double().mean() / groups.dp.size() if counts else number(0.0),
+            *(
+                torch.stack(each).double().mean() / groups.dp.size() if counts else number(0.0)
+                for each in means.values()
+            ),
             number(run.stop.received is not None),
             number(run.saving is not None and not run.saving.done),
             number(run.log.failure is not None),
@@ -386,10 +455,11 @@ def share(run: Run, losses: list[Tensor]) -> tuple[float, float, bool, bool]:
     )
     dist.all_reduce(word)
     squared_norm = squared_grad_norm(run.trainable.optimizer)
-    loss, stops, writing, failed, squared = torch.cat([word, squared_norm.double()]).tolist()
+    *found, stops, writing, failed, squared = torch.cat([word, squared_norm.double()]).tolist()
     if failed:
         together(run.log.check, groups)
-    return loss, squared**0.5, stops > 0, run.saving is not None and not writing
+    saved = run.saving is not None and not writing
+    return dict(zip(means, found, strict=True)), squared**0.5, stops > 0, saved
 
 
 def evaluate(run: Run, state: TrainState, why: str) -> None:

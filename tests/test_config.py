@@ -414,7 +414,7 @@ def test_the_moving_average_reads_its_coefficient_on_either_term() -> None:
 
 TEXT_KEYS = (
     "run_dir", "data.tokenizer", "data.cache_dir", "logging.wandb", "data.train[].prefix",
-    "evaluation.sample_prompts[]",
+    "evaluation.sample_prompts[]", "distill.teacher",
 )  # fmt: skip
 TYPED = (
     "12345_1", "0012", "1e3", "12:30:45", "on", "1.10", "null", "~", "0x1F", "2026-11-25", ".inf",
@@ -456,8 +456,8 @@ def test_every_key_that_is_a_text_is_in_the_list() -> None:
         "schedule.kind", "schedule.lr_decay_style", "prune.strategy", "prune.element",
         "prune.row_reduce", "prune.matrix_reduce", "prune.aggregation", "prune.ema_on",
         "prune.scope", "prune.placement", "prune.norm_rescale", "prune.update",
-        "prune.update_form", "prune.order[]", "prune.moments", "checkpoint.on_damage",
-        "guard.on_spike",
+        "prune.update_form", "prune.order[]", "prune.moments", "distill.alpha_shape",
+        "distill.direction", "distill.keep_hidden", "checkpoint.on_damage", "guard.on_spike",
     }  # fmt: skip
     found = texts(dataclasses.asdict(full), "")
     assert found - choices == {*TEXT_KEYS, "data.validation[].prefix"}

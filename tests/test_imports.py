@@ -18,10 +18,10 @@ LAYERS = (
     {"config", "errors", "schedule", "shape", "course", "guard", "files", "kernels", "_C",
      "__init__", "engine.core_versions", "huggingface.names"},
     {"engine"},
-    {"data", "records", "prune", "distill"},
+    {"data", "records", "prune"},
     {"checkpoint", "report"},
     {"huggingface", "planning"},
-    {"evaluation"},
+    {"evaluation", "distill"},
     {"train"},
     {"cli", "__main__", "testing", "planning.doctor"},
 )  # fmt: skip

@@ -23,7 +23,7 @@ from megatron_idea.checkpoint.folder import (
     resolve,
     tokenizer_beside,
 )
-from megatron_idea.checkpoint.saving import Saving, save
+from megatron_idea.checkpoint.saving import Saving, save, save_weights
 from megatron_idea.checkpoint.state import CheckpointError, TrainState, read_state
 from megatron_idea.checkpoint.tensors import load, load_weights
 
@@ -45,5 +45,6 @@ __all__ = [
     "read_state",
     "resolve",
     "save",
+    "save_weights",
     "tokenizer_beside",
 ]

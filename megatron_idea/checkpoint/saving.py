@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.folder import checkpoints_of, complete, latest
 from megatron_idea.checkpoint.state import FORMAT, CheckpointError, TrainState, read_state
-from megatron_idea.checkpoint.tensors import layout_of, reason, tensors_of
+from megatron_idea.checkpoint.tensors import layout_of, reason, tensors_of, weight_tensors
 from megatron_idea.config import Config
 from megatron_idea.engine import cpu
 from megatron_idea.engine.core_versions import async_save
@@ -49,6 +50,67 @@ def save(config: Config, trainable: Trainable, pruner: Pruner, state: TrainState
     return Saving(config, trainable, pruner, state).finish()
 
 
+class Folder:
+    """A folder of tensors and texts on its way to the disk, under a temporary name until complete.
+
+    What it holds is a copy: the tensors may change meanwhile.
+    """
+
+    def __init__(self, path: Path, tree: Callable[[], dict[str, Any]], groups: ProcessGroups):
+        """Copy everything and begin to write; collective over all ranks.
+
+        Args:
+            tree: makes the sharded tensors.
+        Raises: any error of any rank, on every rank.
+        """
+        self.path, self.groups = path, groups
+        self.partial = path.with_name(f"{path.name}.partial")
+        self._replaced = path.with_name(f"{path.name}.replaced")
+        together(self._begin, groups)
+        self._strategy, self._request = _begin_tensors(tree(), self.partial, groups)
+        self.writing = storage.Writing(self._request)
+
+    def finish(self, texts: Mapping[str, str]) -> str:
+        """Wait for all ranks' parts and make the folder complete; collective over all ranks.
+
+        Args:
+            texts: other files by their names.
+        Returns: SHA-256 of the manifest, which lists all files, on every rank.
+        """
+        self.writing.join()
+        _finish_tensors(self._strategy, self._request, self.partial, self.groups)
+        written: list[dict[str, Any]] = [{}] * self.groups.world.size()
+        dist.all_gather_object(written, self.writing.files)
+        digest = [together(lambda: self._complete(written, texts), self.groups)]
+        dist.broadcast_object_list(digest, src=0)
+        return digest[0]
+
+    def _begin(self) -> None:
+        if self.groups.is_writer:
+            for rest in (self.partial, self._replaced):  # of a job that was killed
+                shutil.rmtree(rest, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+
+    def _complete(self, written: list[dict[str, Any]], texts: Mapping[str, str]) -> str:
+        if not self.groups.is_writer:
+            return ""
+        partial = self.partial
+        for name, text in texts.items():
+            _write(partial / name, text)
+        files = {name: entry for of_rank in written for name, entry in of_rank.items()}
+        small = sorted(p for p in partial.iterdir() if p.name not in files)
+        files |= {file.name: storage.describe(file) for file in small}
+        manifest = json.dumps({"files": files}, indent=1)
+        _write(partial / storage.MANIFEST, manifest)
+        _sync_folder(partial)
+        if self.path.exists():  # the one before this step's compaction
+            self.path.rename(self._replaced)
+        partial.rename(self.path)
+        _sync_folder(self.path.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        return hashlib.sha256(manifest.encode()).hexdigest()
+
+
 class Saving:
     """A checkpoint on its way to the disk. What it holds is a copy: training may go on."""
 
@@ -62,10 +124,7 @@ class Saving:
         Raises: CheckpointError on every rank when it cannot be written.
         """
         groups = trainable.groups
-        for chunk in trainable.chunks:
-            # Until the next forward asks for them, only their owners have the weights of this step.
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+        _gather_weights(trainable.chunks)
         of_pruner = pruner.state(trainable)
         step = adam_step(trainable.optimizer, groups)
         self.config, self.groups = config, groups
@@ -80,23 +139,22 @@ class Saving:
             layout=layout_of(groups),
         )
         self.path = checkpoints_of(self.config.run_dir) / f"step_{state.step:08d}"
-        self._partial = self.path.with_name(f"{self.path.name}.partial")
-        self._replaced = self.path.with_name(f"{self.path.name}.replaced")
         with self._explained():
-            together(self._begin, groups)
-            tree = tensors_of(trainable, of_pruner, self.state.has_moments)
-            self._strategy, self._request = _begin_tensors(tree, self._partial, groups)
-        self._writing = storage.Writing(self._request)
+            self._folder = Folder(
+                self.path,
+                lambda: tensors_of(trainable, of_pruner, self.state.has_moments),
+                groups,
+            )
 
     @property
     def done(self) -> bool:
         """Whether this rank has written its part; ``finish`` will not wait for it."""
-        return self._writing.done
+        return self._folder.writing.done
 
     @property
     def seconds(self) -> float:
         """What the writing took on this rank, once it is done."""
-        return self._writing.seconds
+        return self._folder.writing.seconds
 
     def finish(self) -> Path:
         """Wait for all ranks' parts and make the checkpoint complete; collective over all ranks.
@@ -104,12 +162,15 @@ class Saving:
         Returns: its folder. Older ones that nobody asked to keep are removed afterwards.
         Raises: CheckpointError on every rank when it cannot be written; earlier ones stand.
         """
-        self._writing.join()
+        header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
+        content = header | dataclasses.asdict(self.state)
         with self._explained():
-            _finish_tensors(self._strategy, self._request, self._partial, self.groups)
-            written: list[dict[str, Any]] = [{}] * self.groups.world.size()
-            dist.all_gather_object(written, self._writing.files)
-            together(lambda: self._complete(written), self.groups)
+            self._folder.finish(
+                {
+                    "config.yaml": configuration.to_yaml(self.config),
+                    "state.json": json.dumps(content, indent=1),
+                }
+            )
         if self.groups.is_writer:
             keep = self.config.checkpoint
             # Newer ones are damaged: this run was begun again before them. They must not count.
@@ -118,31 +179,6 @@ class Saving:
             storage.remove(storage.superfluous(known, keep.keep_last, keep.keep_every_tokens))
         return self.path
 
-    def _begin(self) -> None:
-        if self.groups.is_writer:
-            for rest in (self._partial, self._replaced):  # of a job that was killed
-                shutil.rmtree(rest, ignore_errors=True)
-            self._partial.mkdir(parents=True)
-
-    def _complete(self, written: list[dict[str, Any]]) -> None:
-        if not self.groups.is_writer:
-            return
-        partial = self._partial
-        _write(partial / "config.yaml", configuration.to_yaml(self.config))
-        header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
-        content = header | dataclasses.asdict(self.state)
-        _write(partial / "state.json", json.dumps(content, indent=1))
-        files = {name: entry for of_rank in written for name, entry in of_rank.items()}
-        small = sorted(p for p in partial.iterdir() if p.name not in files)
-        files |= {file.name: storage.describe(file) for file in small}
-        _write(partial / storage.MANIFEST, json.dumps({"files": files}, indent=1))
-        _sync_folder(partial)
-        if self.path.exists():  # the one before this step's compaction
-            self.path.rename(self._replaced)
-        partial.rename(self.path)
-        _sync_folder(self.path.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn any failure into one that says what stands; leave nothing half written."""
@@ -150,13 +186,36 @@ class Saving:
             yield
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             if self.groups.is_writer:
-                shutil.rmtree(self._partial, ignore_errors=True)
+                shutil.rmtree(self.path.with_name(f"{self.path.name}.partial"), ignore_errors=True)
             kept = latest(self.config.run_dir)
             stands = f"the last complete one is {kept}" if kept else "there is no earlier one"
             free = f"{shutil.disk_usage(self.config.run_dir).free / 1e9:.2f} GB free there"
             raise CheckpointError(
                 f"cannot write checkpoint {self.path}: {reason(error)} ({free}); {stands}"
             ) from error
+
+
+def save_weights(chunks: Sequence[Any], path: Path, groups: ProcessGroups) -> str:
+    """Write the weights of a model alone, which ``load_weights`` reads in any layout.
+
+    Collective over all ranks, and complete when it returns.
+
+    Returns: SHA-256 of the folder's manifest.
+    Raises: CheckpointError on every rank when it cannot be written.
+    """
+    _gather_weights(chunks)
+    try:
+        return Folder(path, lambda: weight_tensors(chunks, groups), groups).finish({})
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"cannot write weights to {path}: {reason(error)}") from error
+
+
+def _gather_weights(chunks: Sequence[Any]) -> None:
+    """Bring weights of this step to every rank: until a forward asks, only owners have them."""
+    for chunk in chunks:
+        ddp_config = getattr(chunk, "ddp_config", None)
+        if ddp_config is not None and ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _tokens(path: Path) -> int:

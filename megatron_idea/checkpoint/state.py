@@ -51,6 +51,8 @@ class TrainState:
     """What the pruning strategy wants to be told next time."""
     plan_due: bool = False
     """Saved right before a compaction, with its plan: whoever goes on from here compacts first."""
+    teacher: str = ""
+    """SHA-256 of the teacher's manifest, once there is a teacher."""
     layout: dict[str, int] = field(default_factory=dict)
     """TP, PP and DP of the job that wrote it, and whether it had CUDA."""
 
@@ -177,7 +179,8 @@ def _value(name: str, kind: str, value: Any) -> Any:
         if isinstance(value, list) and all(map(files.is_number, value)):
             return value
     elif (
-        (kind == "int" and files.is_whole(value))
+        (kind == "str" and isinstance(value, str))
+        or (kind == "int" and files.is_whole(value))
         or (kind == "bool" and isinstance(value, bool))
         or (kind == "float" and files.is_number(value))
         or (kind == "dict[str, int]" and isinstance(value, dict))

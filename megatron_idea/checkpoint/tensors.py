@@ -68,7 +68,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path, groups: ProcessG
 
     What is removed is zero in them: nothing else has to be known to use the model.
     """
-    _take_weights(chunks, _load_tensors(_weight_tensors(chunks, groups), path, groups))
+    _take_weights(chunks, _load_tensors(weight_tensors(chunks, groups), path, groups))
 
 
 def _load_tensors(wanted: dict[str, Any], path: Path, groups: ProcessGroups) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _take_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> 
         assert not missing and not found.unexpected_keys, found
 
 
-def _weight_tensors(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
+def weight_tensors(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> dict[str, Any]:
     """Weights with their place in the whole, keyed per layer."""
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.shards}
     tree = {}
@@ -131,7 +131,7 @@ def tensors_of(
 ) -> dict[str, Any]:
     """All tensors of a run with their place in the whole; ``empty``: as targets for loading."""
     groups = trainable.groups
-    tree = _weight_tensors(trainable.chunks, groups)
+    tree = weight_tensors(trainable.chunks, groups)
     if has_moments:
         tree["optimizer"] = _optimizer_tensors(trainable, tree, empty)
     rank, world = groups.world.rank(), groups.world.size()

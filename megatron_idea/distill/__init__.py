@@ -1,1 +1,1 @@
-"""Distillation: a pruned model learns from a larger one's predictions."""
+"""Distillation inside the run: a teacher beside the student, in its layout, and their loss."""

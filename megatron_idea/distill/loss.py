@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-Direction = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def distillation_losses(
     *,
     alpha: float,
     temperature: float = 1.0,
-    direction: Direction = "forward",
+    direction: str = "forward",
     top_k: int = 0,
     token_chunk: int = 512,
     acceptance: bool = False,
@@ -81,7 +79,7 @@ def distillation_losses(
 class _Settings:
     alpha: float
     temperature: float
-    direction: Direction
+    direction: str
     top_k: int
     token_chunk: int
     acceptance: bool

@@ -366,7 +366,6 @@ def initialize_weights(
     tensor and keeps its part, so the starting point does not depend on TP, PP or DP.
     """
     std = model.init_method_std
-    parts = groups.tp.size()
     for name, parameter in named_parameters(chunks):
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
@@ -374,16 +373,22 @@ def initialize_weights(
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         scale = std / math.sqrt(2.0 * model.num_layers) if residual else std
         shape = list(parameter.shape)
-        axis = parameter.partition_dim if parameter.tensor_model_parallel else None  # type: ignore[attr-defined]
-        if axis is not None:
-            shape[axis] *= parts
+        if parameter.tensor_model_parallel:  # type: ignore[attr-defined]
+            shape[parameter.partition_dim] *= groups.tp.size()  # type: ignore[attr-defined]
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator(parameter.device)
         generator.manual_seed(int.from_bytes(digest[:7], "little"))
         whole = torch.empty(shape, device=parameter.device).normal_(0.0, scale, generator=generator)
-        if axis is not None:
-            # fc1 is [gate; up], each split over TP.
-            halves = whole.chunk(2 if name.endswith("linear_fc1.weight") else 1, dim=axis)
-            rank = groups.tp.rank()
-            whole = torch.cat([h.chunk(parts, dim=axis)[rank] for h in halves], dim=axis)
-        parameter.data.copy_(whole)
+        parameter.data.copy_(own_part(name, parameter, whole, groups))
+
+
+def own_part(
+    name: str, parameter: torch.nn.Parameter, whole: Tensor, groups: ProcessGroups
+) -> Tensor:
+    """Cut this tensor-parallel rank's part out of a whole tensor."""
+    if not parameter.tensor_model_parallel:  # type: ignore[attr-defined]
+        return whole
+    axis, tp = parameter.partition_dim, groups.tp  # type: ignore[attr-defined]
+    # fc1 is [gate; up], each split over TP.
+    halves = whole.chunk(2 if name.endswith("linear_fc1.weight") else 1, dim=axis)
+    return torch.cat([h.chunk(tp.size(), dim=axis)[tp.rank()] for h in halves], dim=axis)

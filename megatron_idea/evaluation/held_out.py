@@ -103,12 +103,13 @@ def _megatron_step(
 
 @contextlib.contextmanager
 def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    for chunk in chunks:
+    training = [chunk for chunk in chunks if chunk.training]
+    for chunk in training:
         chunk.eval()
     try:
         yield
     finally:
-        for chunk in chunks:
+        for chunk in training:
             chunk.train()
 
 

@@ -23,11 +23,11 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint.state import TrainState
 from megatron_idea.config import Config, ConfigError, ModelConfig, validate
 from megatron_idea.data.tokenizer import copy_tokenizer, load_tokenizer
-from megatron_idea.engine.distributed import start_distributed, stop_distributed
-from megatron_idea.engine.model import named_parameters
+from megatron_idea.engine.distributed import ProcessGroups, start_distributed, stop_distributed
+from megatron_idea.engine.model import named_parameters, own_part
 from megatron_idea.engine.trainable import assemble
 from megatron_idea.huggingface import names as huggingface
-from megatron_idea.prune.axis import Share, shares_of
+from megatron_idea.prune.axis import Share, shares_of, whole_shapes
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.records.lock import RunLock
 from megatron_idea.records.readable import human_widths
@@ -127,6 +127,33 @@ def import_checkpoint(
         path = _write(config, _Ours(tensors, config, whole, before, shape), shape)
         (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
     return Imported(folder, path, run_dir / "config.yaml", before, shape, _notes(config, hf))
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, Shape]:
+    """Say what model a folder holds. Raises: ConfigError for one that ours cannot be."""
+    hf, weights = huggingface.check_folder(folder)
+    model, whole = huggingface.from_hf_config(hf)
+    config = ModelConfig(**model)
+    _Folder(folder, weights).check(config, whole)
+    return config, whole
+
+
+def load_folder_weights(
+    chunks: Sequence[torch.nn.Module], folder: Path, config: Config, groups: ProcessGroups
+) -> None:
+    """Read a folder's weights into chunks of ``read_model``'s shape, in any layout.
+
+    Args:
+        config: its model is the folder's.
+    """
+    hf, weights = huggingface.check_folder(folder)
+    _, whole = huggingface.from_hf_config(hf)
+    ours = _Ours(_Folder(folder, weights), config, whole, whole, whole)
+    sizes = dict(whole_shapes(config.model, whole))
+    with torch.no_grad():
+        for name, parameter in named_parameters(chunks):
+            tensor = ours.read(name, sizes[name])
+            parameter.copy_(own_part(name, parameter, tensor, groups))
 
 
 def read_factors(text: str) -> dict[str, float]:

@@ -39,6 +39,12 @@ class Record:
     skipped: int
     """Steps so far whose loss or gradient was not finite."""
     memory_bytes: float | None = None
+    kl: float | None = None
+    """Divergence from the teacher in nats per token, unscaled; None in steps that ask none."""
+    teacher_loss: float | None = None
+    """The teacher's cross entropy on the batch, likewise."""
+    acceptance: float | None = None
+    """Sum of min(p, q) over the vocabulary, mean over the batch; None unless asked for."""
     mfu: float | None = None
     """Model FLOPs utilization; None where the devices' peak is not known."""
 
@@ -146,6 +152,11 @@ def is_amount_or_none(value: Any) -> bool:
     return value is None or is_amount(value)
 
 
+def is_measured_or_none(value: Any) -> bool:
+    """Tell whether a field is a number, or None where nothing was measured."""
+    return value is None or is_measured(value)
+
+
 def are_counts(value: Any) -> bool:
     """Tell whether a field has units by axis: whole numbers, of one axis or more."""
     return isinstance(value, dict) and bool(value) and all(map(_are_of_axis, value.items()))
@@ -179,5 +190,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "step_s": is_amount,
     "skipped": files.is_whole,
     "memory_bytes": is_amount_or_none,
+    "kl": is_measured_or_none,
+    "teacher_loss": is_measured_or_none,
+    "acceptance": is_measured_or_none,
     "mfu": is_amount_or_none,
 }
