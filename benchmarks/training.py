@@ -22,6 +22,7 @@ from megatron_idea.checkpoint.state import TrainState
 from megatron_idea.config import Config, PruneTarget
 from megatron_idea.course import target_shape
 from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.distill.teacher import Teacher
 from megatron_idea.engine.core_versions import quiet
 from megatron_idea.engine.distributed import ProcessGroups, joined
 from megatron_idea.engine.trainable import Trainable, assemble
@@ -89,13 +90,19 @@ class Silent:
 
 
 def stepper(
-    config: Config, trainable: Trainable, data: FixedBatch, at_tokens: int, advance: bool
+    config: Config,
+    trainable: Trainable,
+    data: FixedBatch,
+    at_tokens: int,
+    advance: bool,
+    teacher: Teacher | None = None,
 ) -> Callable[[], None]:
     """One optimizer step of the real loop; ``advance`` lets the tokens, and so the plans, go on."""
     from megatron_idea.train import Run, step
 
     byte, pruner = load_tokenizer("byte"), Pruner(config, trainable)
     run = Run(config, trainable.groups, trainable, pruner, data, None, byte, *[Silent()] * 3)
+    run.teacher = teacher
     state = TrainState.fresh(config)
     state.consumed_tokens = at_tokens
 
