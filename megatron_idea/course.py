@@ -8,8 +8,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from megatron_idea.config import Config
-from megatron_idea.schedule import part_of_window, removal_window, removed
+from megatron_idea.config import Config, ModelConfig
+from megatron_idea.schedule import (
+    part_of_window,
+    removal_window,
+    removed,
+    teaching_begins,
+)
 from megatron_idea.shape import Shape, due_shape, live_count
 
 
@@ -129,3 +134,49 @@ def flops_between(config: Config, start: int, end: int) -> int:
 def remaining_flops(config: Config, tokens: int) -> int:
     """Training FLOPs still to do after ``tokens`` consumed tokens; evaluations are not in it."""
     return flops_between(config, tokens, config.schedule.total_tokens)
+
+
+@dataclass(frozen=True)
+class TeacherSize:
+    """Holds how large a teacher is; what its forward passes cost follows from it."""
+
+    model: ModelConfig
+    shape: Shape
+
+    def flops_per_token(self, seq_length: int) -> int:
+        """FLOPs of a forward pass: a third of those of training, which go backward for two."""
+        return self.shape.flops_per_token(self.model, seq_length) // 3
+
+
+def own_teacher(config: Config) -> TeacherSize | None:
+    """Return the size of ``distill.teacher=self``; None for another teacher, or for none."""
+    if not config.distill.teaches or config.distill.teacher != "self":
+        return None
+    return TeacherSize(config.model, Shape.full(config.model))
+
+
+def taught_between(config: Config, start: int, end: int) -> int:
+    """Count the tokens from ``start`` to ``end`` consumed ones in steps that ask the teacher.
+
+    The step that begins in the enlarged phase and ends past it does; the run's last one does not
+    where ``distill.alpha_end`` is 0.
+    """
+    distill, batch = config.distill, config.batch_tokens
+    if not distill.teaches:
+        return 0
+    first = teaching_begins(config.schedule, distill) // batch * batch
+    last = (num_steps(config) - (distill.alpha_end == 0)) * batch
+    return max(0, min(end, last) - max(start, first))
+
+
+def teacher_flops_between(
+    config: Config, start: int, end: int, teacher: TeacherSize | None
+) -> int | None:
+    """FLOPs of the teacher's forward passes from ``start`` to ``end`` consumed tokens.
+
+    Returns: 0 where nobody is asked; None where somebody is whose size is not known.
+    """
+    tokens = taught_between(config, start, end)
+    if tokens and teacher is None:
+        return None
+    return tokens * teacher.flops_per_token(config.training.seq_length) if teacher else 0

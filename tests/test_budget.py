@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(paper: Config) -> None:
 
 
 def test_unsharded_optimizer_state_is_refused_with_the_switch_that_shards_it() -> None:
-    memory = budgets.Memory(1, 2, 10**11, 2 * 10**11, 5)
+    memory = budgets.Memory(1, 2, 10**11, 2 * 10**11, 5, 0)
     plain = configs.replace(small(), parallel={"use_distributed_optimizer": False})
     assert "use_distributed_optimizer=true" in budgets.refusal(plain, memory, GPUS["h100"])
     assert "more GPUs, or TP above 1" in budgets.refusal(small(), memory, GPUS["h100"])
@@ -241,6 +241,52 @@ def test_plain_training_has_one_stretch_and_no_compactions() -> None:
     with console.capture() as capture:
         console.print(render_budget(made))
     assert "Compactions" not in capture.get()
+
+
+def test_a_teacher_is_in_memory_messages_and_hours_and_kept_apart() -> None:
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    plain = make_budget(small(parallel=layout), 8, GPUS["h100"])
+    taught = small(parallel=layout, distill={"teacher": "self"})
+    made = make_budget(taught, 8, GPUS["h100"])
+    on_host = make_budget(configs.replace(taught, distill={"keep_hidden": "host"}), 8, GPUS["h100"])
+    # Two micro-batches of four sequences, half of the tokens and bf16, on the last stage alone.
+    hidden = 2 * 4 * 64 // 2 * 64 * 2
+    for at, without, hosted in zip(made.stages, plain.stages, on_host.stages, strict=True):
+        weights = 2 * at.parameters
+        assert hosted.memory.teacher == weights
+        assert at.memory.teacher == weights + (hidden if at.stage == 1 else 0)
+        assert at.memory.activations == hosted.memory.activations
+        assert without.memory.teacher == 0
+        # Forward passes of its own, but no gradients.
+        assert at.sent_bytes["tp"] > without.sent_bytes["tp"]
+        assert at.sent_bytes["dp"] == without.sent_bytes["dp"]
+        kinds = ("weights", "gradients", "main_weights", "moments")
+        assert all(getattr(at.memory, k) == getattr(without.memory, k) for k in kinds)
+    # Its logits, in bf16, on the last stage. The first has one micro-batch more in flight.
+    assert made.stages[1].memory.activations >= 4 * 64 * 2048 // 2 * 2
+    for at, without in zip(made.stretches, plain.stretches, strict=True):
+        assert at.memory.teacher == made.stages[at.stage].memory.teacher
+        assert at.step_s > without.step_s
+    for at, without in zip(made.stretches[1:], plain.stretches[1:], strict=True):
+        more = at.compaction_peak_bytes - without.compaction_peak_bytes
+        assert more in [2 * stage.parameters for stage in made.stages]
+    per_hour = 3600 * 989e12 * 0.4
+    forward = Shape.full(taught.model).flops_per_token(taught.model, 64) // 3
+    assert [phase.teacher for phase in made.phases] == [
+        0,
+        *(pytest.approx(phase.tokens * forward / per_hour) for phase in made.phases[1:]),
+    ]
+    assert [p.this_run for p in made.phases] == [p.this_run for p in plain.phases]
+    assert made.days > plain.days
+    console = Console(width=130)
+    with console.capture() as capture:
+        console.print(render_budget(made))
+    assert "hidden states that wait" in capture.get()
+    elsewhere = make_budget(small(distill={"teacher": "nowhere"}), 1, GPUS["h100"])
+    assert all(phase.teacher is None for phase in elsewhere.phases)
+    with console.capture() as capture:
+        console.print(render_budget(elsewhere))
+    assert "its size cannot be read" in capture.get()
 
 
 def save_a_checkpoint(groups: Any, config: Config) -> int:

@@ -11,15 +11,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import backward, run_job
+from jobs import RandomBatches, backward, run_job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config
+from megatron_idea.course import own_teacher
+from megatron_idea.distill.teacher import Teacher
 from megatron_idea.engine.distributed import start_distributed, stop_distributed
 from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import update
+from megatron_idea.engine.passes import forward_backward
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.planning import footprint
 from megatron_idea.planning.dry_run import LiveBytes, dry_run
@@ -131,6 +134,51 @@ def test_a_dry_run_says_what_a_rank_measures(
         assert sum(kept.values()) == pytest.approx(measured[rank]["alive"], rel=0.03)
         # A CPU's attention kernel keeps other small things than a GPU's; so do gloo's messages.
         assert step.activation_bytes == pytest.approx(measured[rank]["activations"], rel=0.05)
+
+
+def take_a_taught_step(groups: Any, config: Config) -> dict[str, int]:
+    """What this rank measures of a teacher: its weights, and the peak of a step beside both."""
+    trainable = assemble(config.sections, groups, Shape.full(config.model), initialize=True)
+    teacher = Teacher(
+        config.model, Shape.full(config.model), config.training, config.parallel, config.distill,
+        groups,
+    )  # fmt: skip
+    backward(trainable)
+    update(trainable.optimizer, lr=1e-3)
+    batches = RandomBatches(config, groups)
+    weights = [p.data for chunk in teacher.chunks for p in chunk.parameters()]
+    kept = [t for of_kind in footprint.kept_tensors(trainable).values() for t in of_kind]
+    peak = 0
+    for _ in range(2):  # rotary tables and the like are made in the first
+        with LiveBytes([*kept, *weights]) as live:
+            start = live.live
+            with teacher.teaching(trainable.chunks, batches, 0, alpha=0.5):
+                forward_backward(trainable, batches, 0)
+        peak = live.peak - start
+    return {"weights": storage_bytes(weights), "peak": peak}
+
+
+@pytest.mark.parametrize(
+    ("world", "precision", "parallel"), [LAYOUTS[i] for i in (0, 1, 2, 6)], ids=str
+)
+def test_a_dry_run_says_what_a_teacher_takes(
+    workers: Workers, world: int, precision: str, parallel: dict[str, Any]
+) -> None:
+    config = configuration.replace(model(precision, **parallel), distill={"teacher": "self"})
+    measured = run_job(workers, take_a_taught_step, world, config)
+    size = own_teacher(config)
+    assert size is not None
+    for rank, stage in dry_ranks(config, world).items():
+        is_last = stage == config.parallel.pipeline_model_parallel_size - 1
+        hidden = footprint.hidden_bytes(config, size) if is_last else 0
+        with dry_model(config, world, stage) as (dry, trainable):
+            teacher = footprint.build_teacher(config, dry, size)
+            weights = footprint.teacher_bytes(teacher)
+            step = footprint.step(dry, trainable, teacher, hidden)
+            waiting = config.training.global_batch_size // (2 * dry.groups.dp.size())
+        assert weights == measured[rank]["weights"]
+        peak = step.activation_bytes + waiting * hidden
+        assert peak == pytest.approx(measured[rank]["peak"], rel=0.05)
 
 
 def compact_really(groups: Any, config: Config, change: footprint.Change) -> dict[str, Any]:

@@ -18,7 +18,7 @@ LAYERS = (
     {"config", "errors", "schedule", "shape", "course", "guard", "files", "kernels", "_C",
      "__init__", "engine.core_versions", "huggingface.names"},
     {"engine"},
-    {"data", "records", "prune"},
+    {"data", "records", "prune", "distill.loss", "distill.teacher"},
     {"checkpoint", "report"},
     {"huggingface", "planning"},
     {"evaluation", "distill"},

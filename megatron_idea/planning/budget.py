@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, validate
-from megatron_idea.course import shape_plan, target_shape
+from megatron_idea.course import TeacherSize, shape_plan, target_shape
+from megatron_idea.distill.teacher import Teacher
 from megatron_idea.engine.gpus import USABLE, Gpu
 from megatron_idea.engine.model import layers_by_stage
 from megatron_idea.planning import footprint
 from megatron_idea.planning.dry_run import DryRun, dry_run
-from megatron_idea.planning.estimate import Counts, Forecast, counts, forecast
+from megatron_idea.planning.estimate import Counts, Forecast, counts, forecast, teacher_size
 from megatron_idea.shape import Shape
 
 
@@ -44,6 +45,9 @@ class Memory:
     main_weights: int
     moments: int
     activations: int
+    teacher: int
+    """Its weights, and on the last stage its hidden states of a step, unless the host keeps them.
+    It comes when teaching begins, which is before the first compaction."""
 
     @property
     def total(self) -> int:
@@ -81,6 +85,8 @@ class PhaseHours:
     tokens: int
     flops_per_token: float
     this_run: float
+    teacher: float | None
+    """Of its forward passes, which are not in the others; None where its size cannot be read."""
     zeros_only: float
     target_from_scratch: float
 
@@ -141,8 +147,11 @@ def step_seconds(
     assume: Assumptions,
     shape: Shape,
     sent: dict[str, int],
+    teacher: TeacherSize | None = None,
 ) -> dict[str, float]:
     """Estimate one optimizer step: ``compute`` at the assumed MFU, and what waits beside it.
+
+    With ``teacher`` its forward passes are computed, too, over the same stages.
 
     ``bubble``: compute x (PP - 1) / (virtual PP x micro-batches), and where layers do not divide
     the wait for ranks that have more than their share. ``tp``, ``pp``: bytes over
@@ -152,6 +161,7 @@ def step_seconds(
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     flops = shape.flops_per_token(config.model, config.training.seq_length)
+    flops += teacher.flops_per_token(config.training.seq_length) if teacher else 0
     compute = config.batch_tokens * flops / (world_size * gpu.peak_flops * assume.mfu)
     stages = layers_by_stage(shape.num_layers, parallel.num_stages)
     most = max(sum(map(len, stages[rank::pp])) for rank in range(pp)) * pp / shape.num_layers
@@ -184,29 +194,73 @@ class _Measured:
     sent: dict[str, int]
 
 
-def _measure(dry: DryRun, config: Config, stage: int, shape: Shape, runs: bool) -> _Measured:
+@dataclass(frozen=True)
+class _Teaching:
+    """A teacher on one stage."""
+
+    teacher: Teacher
+    hidden_bytes: int
+    """Of a micro-batch, on a GPU of this stage."""
+    bytes: int
+    """Of its weights, and of what waits for the step's losses on the GPU."""
+
+    @staticmethod
+    def of(
+        dry: DryRun, config: Config, world_size: int, size: TeacherSize | None
+    ) -> _Teaching | None:
+        if size is None:
+            return None
+        teacher, pp = footprint.build_teacher(config, dry, size), dry.groups.pp
+        is_last = pp.rank() == pp.size() - 1
+        hidden = footprint.hidden_bytes(config, size) if is_last else 0
+        waits = (
+            num_microbatches(config, world_size) if config.distill.keep_hidden == "device" else 0
+        )
+        return _Teaching(teacher, hidden, footprint.teacher_bytes(teacher) + waits * hidden)
+
+
+def _measure(
+    dry: DryRun,
+    config: Config,
+    stage: int,
+    shape: Shape,
+    teaching: _Teaching | None,
+    runs: bool,
+) -> _Measured:
     """Build a stage's first rank; ``runs`` takes a step, else activations and messages are none."""
     trainable = footprint.build(config, dry, shape)
     kept = footprint.kept_bytes(trainable)
     shard, mine = footprint.fullest_shard(trainable), footprint.own_shard(trainable)
     for kind in ("main_weights", "moments"):
         kept[kind] = kept[kind] * shard // mine
-    step = footprint.step(dry, trainable) if runs else footprint.Step(0, {})
+    step = footprint.Step(0, {})
+    if runs and teaching:
+        step = footprint.step(dry, trainable, teaching.teacher, teaching.hidden_bytes)
+    elif runs:
+        step = footprint.step(dry, trainable)
     parameters = sum(p.numel() for p in trainable.parameters)
-    memory = Memory(**kept, activations=step.activation_bytes)
+    memory = Memory(
+        **kept, activations=step.activation_bytes, teacher=teaching.bytes if teaching else 0
+    )
     layers = len(trainable.mlps)
     return _Measured(stage, layers, parameters, shard, memory, step.sent_bytes)
 
 
 def _compactions(
-    dry: DryRun, config: Config, full: Shape, changes: Sequence[footprint.Change]
+    dry: DryRun,
+    config: Config,
+    full: Shape,
+    changes: Sequence[footprint.Change],
+    teaching: _Teaching | None,
 ) -> list[footprint.Compaction]:
-    """Take a stage's first rank through all compactions."""
+    """Take a stage's first rank through all compactions, its teacher beside it."""
     done = []
+    beside = footprint.teacher_bytes(teaching.teacher) if teaching else 0
     trainable = footprint.build(config, dry, full)
     for change in changes:
         trainable, compaction = footprint.compact(dry, trainable, change)
-        done.append(compaction)
+        peak = compaction.peak_bytes + beside
+        done.append(dataclasses.replace(compaction, peak_bytes=peak))
     return done
 
 
@@ -225,7 +279,11 @@ def _corners(first: Shape, last: Shape) -> Iterator[tuple[dict[str, bool], Shape
 
 
 def _figures(
-    dry: DryRun, config: Config, stage: int, shapes: Sequence[Shape]
+    dry: DryRun,
+    config: Config,
+    stage: int,
+    shapes: Sequence[Shape],
+    teaching: _Teaching | None,
 ) -> Iterator[_Measured]:
     """Measure a stage in each of ``shapes``; steps are run in the corners between the first and the
     last, and what lies between them is interpolated.
@@ -235,7 +293,7 @@ def _figures(
     Messages are such sums. The count of layers is that of the stage.
     """
     corners = [
-        (ends, _measure(dry, config, stage, shape, runs=True))
+        (ends, _measure(dry, config, stage, shape, teaching, runs=True))
         for ends, shape in _corners(shapes[0], shapes[-1])
     ]
     first, last = corners[0][1], corners[-1][1]
@@ -243,7 +301,7 @@ def _figures(
     if "num_layers" in ends_of:
         ends_of["num_layers"] = (first.layers, last.layers)
     for shape in shapes:
-        at = _measure(dry, config, stage, shape, runs=False)
+        at = _measure(dry, config, stage, shape, teaching, runs=False)
         here = counts(shape) | {"num_layers": at.layers}
         gone = {a: (begin - here[a]) / max(1, begin - end) for a, (begin, end) in ends_of.items()}
         shares = [
@@ -284,14 +342,16 @@ def make_budget(
     assume = assume or Assumptions()
     config = configuration.replace(config, parallel=config.parallel.resolved(cuda=True))
     run, changes = forecast(config, world_size), shape_plan(config)
+    teacher = teacher_size(config)
     shapes = [Shape.full(config.model), *(change.shape for change in changes)]
     begins = [0, *(change.tokens for change in changes)]
     drawn = footprint.random_changes(config, shapes)
     by_stage, compactions = {}, []
     for stage in stages_to_measure(config, shapes):
         with dry_run(config, world_size, stage) as dry:
-            by_stage[stage] = list(_figures(dry, config, stage, shapes))
-            compactions.append(_compactions(dry, config, shapes[0], drawn))
+            teaching = _Teaching.of(dry, config, world_size, teacher)
+            by_stage[stage] = list(_figures(dry, config, stage, shapes, teaching))
+            compactions.append(_compactions(dry, config, shapes[0], drawn, teaching))
     none = footprint.Compaction(0, 0)
     stretches = []
     for number, (tokens, shape, *done) in enumerate(
@@ -299,7 +359,7 @@ def make_budget(
     ):
         at = max((of[number] for of in by_stage.values()), key=lambda of: of.memory.total)
         sent_bytes = max(change.sent_bytes for change in done)
-        seconds = step_seconds(config, world_size, gpu, assume, shape, at.sent)
+        seconds = step_seconds(config, world_size, gpu, assume, shape, at.sent, teacher)
         stretches.append(
             Stretch(
                 tokens=tokens,
@@ -334,7 +394,7 @@ def make_budget(
         ],
         stretches=stretches,
         phases=phases,
-        days=sum(phase.this_run for phase in phases) / world_size / 24,
+        days=sum(p.this_run + (p.teacher or 0) for p in phases) / world_size / 24,
         peak_bytes=peak,
         refusal=refusal(config, stretches[0].memory, gpu),
     )
@@ -354,6 +414,7 @@ def _phase_hours(
             tokens=phase.tokens,
             flops_per_token=phase.flops / phase.tokens if phase.tokens else 0.0,
             this_run=phase.flops / per_hour,
+            teacher=None if phase.teacher_flops is None else phase.teacher_flops / per_hour,
             zeros_only=phase.tokens * full / per_hour,
             target_from_scratch=phase.tokens * target / per_hour,
         )
@@ -378,6 +439,8 @@ def refusal(config: Config, memory: Memory, gpu: Gpu) -> str:
         help_ += f", or {smaller}"
     else:
         help_ = smaller
+        if largest == "teacher" and config.distill.keep_hidden == "device":
+            help_ += ", or distill.keep_hidden=host"
     return (
         f"{memory.total / 1e9:.1f} GB are needed on a GPU, {usable / 1e9:.1f} of the "
         f"{gpu.memory_bytes / 1e9:.0f} GB of one {gpu.name} may be filled: "
@@ -458,10 +521,11 @@ def _layouts(
     sizes: list[Config], world_size: int, gpu: Gpu, assume: Assumptions
 ) -> Iterator[Layout]:
     base, shape = sizes[0], Shape.full(sizes[0].model)
-    stages = []
+    stages, teacher = [], teacher_size(base)
     for stage in stages_to_measure(base, [shape]):
         with dry_run(base, world_size, stage) as dry:
-            stages.append(_measure(dry, base, stage, shape, runs=True))
+            teaching = _Teaching.of(dry, base, world_size, teacher)
+            stages.append(_measure(dry, base, stage, shape, teaching, runs=True))
     for config in sizes:
         times = config.training.micro_batch_size // base.training.micro_batch_size
         memory = max(
@@ -472,7 +536,7 @@ def _layouts(
             key=lambda memory: memory.total,
         )
         sent = {kind: max(at.sent[kind] for at in stages) for kind in stages[0].sent}
-        seconds = step_seconds(config, world_size, gpu, assume, shape, sent)
+        seconds = step_seconds(config, world_size, gpu, assume, shape, sent, teacher)
         parallel = config.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         yield Layout(

@@ -1,7 +1,8 @@
 """Forecast what a run will cost: parameters, FLOPs, KV cache, live and stored units over time.
 
 Everything follows from shapes and from ``schedule.py``; no tensor is made and torch is not
-imported. Counts are those of ``course.py``: per layer, of layers that are alike.
+imported, unless another model's folder has to be looked into, which teaches this one. Counts are
+those of ``course.py``: per layer, of layers that are alike.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from rich.console import Group
@@ -16,14 +18,18 @@ from rich.text import Text
 
 from megatron_idea.config import Config, validate
 from megatron_idea.course import (
+    TeacherSize,
     flops_between,
     live_at_step,
     num_steps,
+    own_teacher,
     removed_by_axis,
     shape_at,
     shape_plan,
     target_shape,
+    teacher_flops_between,
 )
+from megatron_idea.errors import UserError
 from megatron_idea.records.readable import human_count
 from megatron_idea.records.terminal import table
 from megatron_idea.schedule import (
@@ -60,6 +66,8 @@ class PhasePlan:
     tokens: int
     steps: int
     flops: int
+    teacher_flops: int | None
+    """As ``Cost.teacher``."""
     parameters: int
     """Stored at its end."""
 
@@ -97,6 +105,9 @@ class Cost:
     """The same run without compaction: the enlarged model is computed to the end."""
     target_from_scratch: int
     """Plain training at the target's shape."""
+    teacher: int | None
+    """Of the teacher's forward passes, which ``this_run`` does not have in it; 0 without one, None
+    where its size cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,7 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
     full, target = Shape.full(model), target_shape(config)
     tp = parallel.tensor_model_parallel_size
     pp = parallel.pipeline_model_parallel_size
+    teacher = teacher_size(config)
     return Forecast(
         run_dir=config.run_dir,
         world_size=world_size,
@@ -170,7 +182,7 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
         removal=f"{config.schedule.rounds} rounds"
         if config.removal == "rounds"
         else config.removal,
-        phases=list(_phases(config)),
+        phases=list(_phases(config, teacher)),
         points=list(_points(config)),
         compactions=[
             Compaction(change.tokens, change.tokens // config.batch_tokens, counts(change.shape))
@@ -180,8 +192,29 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
             this_run=flops_between(config, 0, total),
             zeros_only=total * full.flops_per_token(model, config.training.seq_length),
             target_from_scratch=total * target.flops_per_token(model, config.training.seq_length),
+            teacher=teacher_flops_between(config, 0, total, teacher),
         ),
     )
+
+
+def teacher_size(config: Config) -> TeacherSize | None:
+    """Return the size of ``distill.teacher``; None where there is none, or none that can be read.
+
+    A run's last checkpoint may be another one by the time that this run asks for it.
+    """
+    if not config.distill.teaches or config.distill.teacher == "self":
+        return own_teacher(config)
+    from megatron_idea import checkpoint  # these import torch
+    from megatron_idea.huggingface.import_ import read_model
+
+    path = Path(config.distill.teacher)
+    try:
+        if (path / "config.json").is_file():
+            return TeacherSize(*read_model(path))
+        path = checkpoint.resolve(path)
+        return TeacherSize(checkpoint.read_config(path).model, checkpoint.read_state(path).shape)
+    except UserError:
+        return None
 
 
 def counts(shape: Shape) -> Counts:
@@ -200,7 +233,7 @@ def _size(config: Config, shape: Shape) -> Size:
     )
 
 
-def _phases(config: Config) -> Iterator[PhasePlan]:
+def _phases(config: Config, teacher: TeacherSize | None) -> Iterator[PhasePlan]:
     begin, begin_step = 0, 0
     for name, end in phase_ends(config.schedule).items():
         # A step belongs to the phase of its last token; the run's last step may overshoot.
@@ -209,7 +242,8 @@ def _phases(config: Config) -> Iterator[PhasePlan]:
         flops = flops_between(config, begin, end)
         past = shape_at(config, -(-end // config.batch_tokens) * config.batch_tokens)
         stored = past.parameters(config.model).total
-        yield PhasePlan(name, end - begin, end_step - begin_step, flops, stored)
+        asked = teacher_flops_between(config, begin, end, teacher)
+        yield PhasePlan(name, end - begin, end_step - begin_step, flops, asked, stored)
         begin, begin_step = end, end_step
 
 
@@ -256,7 +290,7 @@ def render(run: Forecast) -> Group:
     tables = [_render_model(run), _render_phases(run), _render_points(run)]
     if run.compactions:
         tables.append(_render_compactions(run))
-    if run.axes:
+    if run.axes or run.cost.teacher != 0:
         tables.append(_render_cost(run))
     return Group(_headline(run), *(part for each in tables for part in ("", each)))
 
@@ -363,13 +397,17 @@ def _render_compactions(run: Forecast) -> Group:
 
 def _render_cost(run: Forecast) -> Group:
     cost = run.cost
+    parts: dict[str, int | None] = {"this run": cost.this_run}
+    if cost.teacher != 0:
+        parts["its teacher, forward passes"] = cost.teacher
+    if run.axes:
+        parts["this run, zeros only"] = cost.zeros_only
+        parts["target from scratch"] = cost.target_from_scratch
     rows = [
-        (name, f"{flops:.2e}", f"{flops / cost.target_from_scratch:.2f}")
-        for name, flops in (
-            ("this run", cost.this_run),
-            ("this run, zeros only", cost.zeros_only),
-            ("target from scratch", cost.target_from_scratch),
-        )
+        (name, "not known", "")
+        if flops is None
+        else (name, f"{flops:.2e}", f"{flops / cost.target_from_scratch:.2f}")
+        for name, flops in parts.items()
     ]
     columns = ("training run", "FLOPs", "x target from scratch")
     return table(columns, rows, title="Compute for the same tokens")

@@ -8,6 +8,7 @@ that a live one runs, too; which units and layers go is drawn by chance.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ParallelConfig, Sections, TrainingConfig
+from megatron_idea.course import TeacherSize
+from megatron_idea.distill.teacher import Teacher
 from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.model import layers_by_stage
 from megatron_idea.engine.optimizer import set_state
@@ -69,6 +72,37 @@ def kept_bytes(trainable: Trainable) -> dict[str, int]:
         kind: sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
         for kind, tensors in kept_tensors(trainable).items()
     }
+
+
+def build_teacher(config: Config, dry: DryRun, size: TeacherSize) -> Teacher:
+    """Assemble this rank's part of a teacher as a run does; hidden states wait on the device."""
+    config = configuration.replace(
+        config,
+        training={"kernel_implementation": "reference"},
+        distill={"keep_hidden": "device"},
+    )
+    return Teacher(
+        size.model, size.shape, config.training, config.parallel, config.distill, dry.groups
+    )
+
+
+def _weights(teacher: Teacher) -> list[Tensor]:
+    return [p.data for chunk in teacher.chunks for p in chunk.parameters()]
+
+
+def teacher_bytes(teacher: Teacher) -> int:
+    """Add up the weights of this rank's part of a teacher in bytes, each storage once."""
+    storages = [weight.untyped_storage() for weight in _weights(teacher)]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def hidden_bytes(config: Config, size: TeacherSize) -> int:
+    """Bytes of a micro-batch's hidden states that a rank of the last stage keeps of the teacher."""
+    training, parallel = config.training, config.parallel
+    tokens = training.seq_length * training.micro_batch_size
+    if parallel.sequence_parallel:
+        tokens //= parallel.tensor_model_parallel_size
+    return tokens * size.shape.hidden_size * (2 if training.precision == "bf16" else 4)
 
 
 def _all_kept(trainable: Trainable) -> list[Tensor]:
@@ -124,7 +158,8 @@ class Step:
     """What a training step of this rank needs beside ``kept_tensors``."""
 
     activation_bytes: int
-    """Most bytes alive at once: kept for the backward pass, or in use."""
+    """Most bytes alive at once: kept for the backward pass, or in use; with a teacher its logits
+    are in it, and the hidden states that wait are not."""
     sent_bytes: dict[str, int]
     """Bytes sent in one optimizer step over ``tp``, ``pp``, ``dp`` and the tied ``embedding``."""
 
@@ -158,10 +193,16 @@ class _Batches:
 _IDS = ("tokens", "labels", "position_ids")
 
 
-def step(dry: DryRun, trainable: Trainable) -> Step:
+def step(
+    dry: DryRun, trainable: Trainable, teacher: Teacher | None = None, hidden: int = 0
+) -> Step:
     """Run micro-batches through the pipeline schedule and finish the gradients.
 
     Only as many as are in flight at once; what each sends is scaled to the number in a step.
+
+    Args:
+        teacher: is asked in this step.
+        hidden: bytes that this rank keeps of its hidden states for a micro-batch.
     """
     groups, core, operations = dry.groups, trainable.core, dry.operations
     training = trainable.training
@@ -176,15 +217,23 @@ def step(dry: DryRun, trainable: Trainable) -> Step:
     operations.sent.clear()
     operations.finishing = False
     core.finalize_model_grads_func = finish_and_say_so
-    with LiveBytes(_all_kept(trainable)) as live:
+    batches, weights = _Batches(training, count), _weights(teacher) if teacher else []
+    with LiveBytes([*_all_kept(trainable), *weights]) as live:
         before = live.live
-        forward_backward(trainable, _Batches(training, count), 0)
+        taught = (
+            teacher.teaching(trainable.chunks, batches, 0, alpha=0.5)
+            if teacher
+            else contextlib.nullcontext()
+        )
+        with taught:
+            forward_backward(trainable, batches, 0)
     core.finalize_model_grads_func = finish
     for chunk in trainable.chunks:  # the optimizer does that; with overlap the forward does
         ddp = chunk.ddp_config
         if ddp.use_distributed_optimizer and not ddp.overlap_param_gather:
             chunk.start_param_sync()
-    return Step(live.peak - before, _by_kind(operations.sent, groups, in_step / count))
+    activations = live.peak - before - count * hidden
+    return Step(activations, _by_kind(operations.sent, groups, in_step / count))
 
 
 def _by_kind(

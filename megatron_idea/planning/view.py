@@ -17,7 +17,7 @@ from megatron_idea.records.terminal import table
 from megatron_idea.report.picture import MUTED, RC
 from megatron_idea.shape import UNITS
 
-BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea580c", "#0f766e", "#be123c"
+BLUE, ORANGE, GREEN, RED, VIOLET = "#2563eb", "#ea580c", "#0f766e", "#be123c", "#6d28d9"
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ KINDS = {
     "main_weights": "main",
     "moments": "moments",
     "activations": "activations",
+    "teacher": "teacher",
 }
 
 
@@ -50,7 +51,17 @@ def _headline(budget: Budget) -> Text:
         f"assumed, not measured: MFU {assume.mfu:g}, "
         f"{8e-9 * assume.network_bytes_per_s:g} Gb/s a GPU between nodes, "
         f"{USABLE:.0%} of a GPU's memory may be filled",
+        "" if all(phase.teacher is not None for phase in budget.phases) else _UNKNOWN_TEACHER,
     )
+
+
+_UNKNOWN_TEACHER = "\nwithout the teacher: its size cannot be read from distill.teacher"
+
+
+def _kinds(budget: Budget) -> dict[str, str]:
+    """Name the kinds of memory that there are: a teacher only where there is one."""
+    teaches = any(stretch.memory.teacher for stretch in budget.stretches)
+    return {kind: name for kind, name in KINDS.items() if teaches or kind != "teacher"}
 
 
 def _units(budget: Budget) -> dict[str, str]:
@@ -68,15 +79,20 @@ def _render_memory(budget: Budget) -> Group:
     rows = []
     for stretch in budget.stretches:
         kinds = dataclasses.asdict(stretch.memory)
-        sizes = (*(kinds[kind] for kind in KINDS), stretch.total_bytes)
+        sizes = (*(kinds[kind] for kind in _kinds(budget)), stretch.total_bytes)
         tokens = human_count(stretch.tokens)
         rows.append((tokens, *_stored(budget, stretch), *map(gigabytes, sizes)))
     return table(
-        ("from token", *_units(budget).values(), *KINDS.values(), "total"),
+        ("from token", *_units(budget).values(), *_kinds(budget).values(), "total"),
         rows,
         title=f"Memory of the fullest GPU in GB ({gigabytes(budget.usable_bytes)} may be filled)",
         note=f"{_fullest(budget)}; activations: what layers keep and make, without workspaces of "
-        "kernels",
+        "kernels"
+        + (
+            "; teacher: from when it begins to teach, weights and hidden states that wait"
+            if "teacher" in _kinds(budget)
+            else ""
+        ),
     )
 
 
@@ -108,7 +124,9 @@ def _render_compactions(budget: Budget) -> Group:
 
 
 def _render_hours(budget: Budget) -> Group:
-    names = ("this_run", "zeros_only", "target_from_scratch")
+    names = ["this_run", "teacher", "zeros_only", "target_from_scratch"]
+    if not any(phase.teacher for phase in budget.phases):
+        names.remove("teacher")
     rows = [
         (
             phase.name,
@@ -195,15 +213,18 @@ def draw_budget(budget: Budget, path: Path) -> None:
 
 def _draw_memory(axis: Axes, budget: Budget) -> None:
     end = sum(phase.tokens for phase in budget.phases)
+    shown = _kinds(budget)
     tokens = [stretch.tokens for stretch in budget.stretches] + [end]
     kinds = [dataclasses.asdict(stretch.memory) for stretch in budget.stretches]
     kinds.append(kinds[-1])
-    colors: dict[str, Any] = dict(zip(KINDS, (BLUE, GREEN, MUTED, RED, ORANGE), strict=True))
+    colors: dict[str, Any] = dict(
+        zip(KINDS, (BLUE, GREEN, MUTED, RED, ORANGE, VIOLET), strict=True)
+    )
     axis.stackplot(
         tokens,
-        *([each[kind] / 1e9 for each in kinds] for kind in KINDS),
-        labels=["main weights" if kind == "main_weights" else kind for kind in KINDS],
-        colors=[colors[kind] for kind in KINDS],
+        *([each[kind] / 1e9 for each in kinds] for kind in shown),
+        labels=["main weights" if kind == "main_weights" else kind for kind in shown],
+        colors=[colors[kind] for kind in shown],
         alpha=0.75,
         step="post",
         linewidth=0,
@@ -216,7 +237,7 @@ def _draw_memory(axis: Axes, budget: Budget) -> None:
     top = max(budget.usable_bytes, *(stretch.total_bytes for stretch in budget.stretches))
     axis.set_ylim(0, 1.3 * top / 1e9)
     axis.set_ylabel("GB on the fullest GPU")
-    axis.legend(loc="upper right", ncols=5, handlelength=1.2, columnspacing=1.0)
+    axis.legend(loc="upper right", ncols=len(shown), handlelength=1.2, columnspacing=1.0)
 
 
 def _draw_hours(axis: Axes, budget: Budget) -> None:

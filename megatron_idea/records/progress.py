@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from megatron_idea.config import Config
-from megatron_idea.course import remaining_flops
+from megatron_idea.course import own_teacher, remaining_flops, teacher_flops_between
 from megatron_idea.records.readable import human_count, human_duration
 from megatron_idea.records.record import Record
 from megatron_idea.records.terminal import Console
@@ -23,24 +23,31 @@ RECENT_STEPS = 20
 def time_left_s(config: Config, recent: Sequence[Record]) -> float:
     """Estimate the seconds to the run's end from the FLOP/s of its last steps.
 
-    Not from their tokens/s: the model that is left to train is smaller.
+    Not from their tokens/s: the model that is left to train is smaller. A teacher of the run's own
+    counts; the size of another one is not known here.
     """
-    model, seq_length = config.model, config.training.seq_length
-    flops = sum(
-        record.tokens_per_s * record.step_s * record.shape(model).flops_per_token(model, seq_length)
-        for record in recent
-    )
+    model, seq_length, teacher = config.model, config.training.seq_length, own_teacher(config)
+
+    def per_token(record: Record) -> int:
+        asked = teacher if record.kl is not None else None
+        own = record.shape(model).flops_per_token(model, seq_length)
+        return own + (asked.flops_per_token(seq_length) if asked else 0)
+
+    flops = sum(record.tokens_per_s * record.step_s * per_token(record) for record in recent)
     if not flops:
         return math.inf
     seconds = sum(record.step_s for record in recent)
-    return remaining_flops(config, recent[-1].tokens) * seconds / flops
+    tokens, total = recent[-1].tokens, config.schedule.total_tokens
+    left = remaining_flops(config, tokens)
+    left += teacher_flops_between(config, tokens, total, teacher) or 0
+    return left * seconds / flops
 
 
 class Progress:
-    """Shows phase, loss, learning rate, share removed, tokens/s and time left on standard error.
+    """Shows phase, loss, KL from a teacher, learning rate, share removed, speed and time left.
 
-    In a terminal one line at its foot is kept up to date; elsewhere a line is printed at each phase
-    change and about every ten seconds.
+    It writes to standard error. In a terminal one line at its foot is kept up to date; elsewhere a
+    line is printed at each phase change and about every ten seconds.
     """
 
     PLAIN_INTERVAL_S = 10.0
@@ -106,7 +113,8 @@ class Progress:
 
     def _text(self, record: Record) -> str:
         left = human_duration(time_left_s(self.config, self._recent))
+        kl = "" if record.kl is None else f"KL {record.kl:.3f}  "
         return (
-            f"loss {record.loss:.3f}  lr {record.lr:.1e}  removed {record.removed:.0%}  "
+            f"loss {record.loss:.3f}  {kl}lr {record.lr:.1e}  removed {record.removed:.0%}  "
             f"{human_count(record.tokens_per_s)} tok/s  ETA {left}"
         )

@@ -46,7 +46,8 @@ class Record:
     acceptance: float | None = None
     """Sum of min(p, q) over the vocabulary, mean over the batch; None unless asked for."""
     mfu: float | None = None
-    """Model FLOPs utilization; None where the devices' peak is not known."""
+    """Model FLOPs utilization, of the model in training alone: its teacher's FLOPs are not in it;
+    None where the devices' peak is not known."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without what is not known."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group
+from rich.text import Text
 
 from megatron_idea.report import charts, tables
 from megatron_idea.report.page import page
@@ -60,7 +61,10 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
 
 def closing_table(run_dir: Path) -> Group:
     """Lay out a run's closing table for a terminal. Raises: UserError as ``report`` does."""
-    return tables.in_terminal(tables.closing(read_run(Path(run_dir))))
+    run = read_run(Path(run_dir))
+    passed = tables.passed_teacher(run)
+    lines = [Text(f"\n{passed}")] if passed else []
+    return Group(tables.in_terminal(tables.closing(run)), *lines)
 
 
 def comparison_table(run_dirs: Sequence[Path]) -> Group:

@@ -33,7 +33,7 @@ from megatron_idea.report.run import (
     number,
     smooth,
 )
-from megatron_idea.schedule import phase_ends
+from megatron_idea.schedule import distillation_share, phase_ends
 from megatron_idea.shape import AXES, LAYER_AXES, UNITS
 
 # Of a heat map: about as many as it has pixels on a phone, and half as many as on a desk.
@@ -52,7 +52,10 @@ def overview(runs: Sequence[Run]) -> list[Chart]:
 
 
 def details(runs: Sequence[Run]) -> list[Chart]:
-    """Draw cost, step time, utilization, memory and gradients, where they were recorded."""
+    """Draw what a teacher says, cost, step time, utilization, memory and gradients.
+
+    What was not recorded is left out.
+    """
     return list(_details(tuple(runs)))
 
 
@@ -65,7 +68,9 @@ def _overview(runs: tuple[Run, ...]) -> list[Chart]:
 
 @functools.lru_cache(maxsize=4)
 def _details(runs: tuple[Run, ...]) -> list[Chart]:
-    charts = [costs(runs), step_time(runs), utilization(runs), memory(runs), gradients(runs)]
+    taught = any(run.is_taught for run in runs)
+    charts = [student_and_teacher(runs), divergence(runs)] if taught else []
+    charts += [costs(runs), step_time(runs), utilization(runs), memory(runs), gradients(runs)]
     return [chart for chart in charts if chart.series]
 
 
@@ -205,6 +210,71 @@ def _loss_axis(
 def _below(points: Series, high: float) -> Series:
     kept = [(x, y) for x, y in zip(points.x, points.y, strict=True) if y <= high]
     return dataclasses.replace(points, x=[x for x, _ in kept], y=[y for _, y in kept])
+
+
+def student_and_teacher(runs: Sequence[Run]) -> Chart:
+    """Draw both models' cross entropy on the batches of the steps that asked the teacher."""
+
+    def student(record: Record) -> float:
+        return math.nan if record.kl is None else record.loss
+
+    series = []
+    for run, colour, place in _each(runs, "blue"):
+        if not run.is_taught:
+            continue
+        other = "orange" if place is None else colour
+        for name, value, shade, style in (
+            ("student", student, colour, "line"),
+            ("teacher", number("teacher_loss"), other, "dashed"),
+        ):
+            points = curve(run, value)
+            series.append(
+                Series(name, points.tokens, smooth(points.middle), shade, style, run=place)
+            )
+    return _chart(
+        runs,
+        "teacher",
+        "Student and teacher",
+        "Cross entropy of both on the same batches, smoothed. Where the student's is the lower one "
+        "the teacher holds it back.",
+        _loss_axis([v for one in series for v in one.y if math.isfinite(v)], [], []),
+        series,
+    )
+
+
+def divergence(runs: Sequence[Run]) -> Chart:
+    """Draw the divergence from the teacher, its share of the loss, and acceptance if recorded."""
+    series, bands, values = _measured(runs, number("kl"), statistics.fmean, "KL, smoothed")
+    shares = []
+    for run, colour, place in _each(runs, "blue"):
+        if not run.is_taught:
+            continue
+        config, other = run.config, "orange" if place is None else colour
+        tokens = curve(run, number("kl")).tokens
+        alpha = [distillation_share(config.schedule, config.distill, at) for at in tokens]
+        shares.append(Series("alpha", tokens, alpha, other, "dashed", True, run=place))
+        accepted = curve(run, number("acceptance"))
+        if any(map(math.isfinite, accepted.middle)):
+            other = "green" if place is None else colour
+            smoothed = smooth(accepted.middle)
+            shares.append(
+                Series("acceptance", accepted.tokens, smoothed, other, "dotted", True, run=place)
+            )
+    return _chart(
+        runs,
+        "kl",
+        "Divergence from the teacher",
+        "KL divergence at distill.temperature, not scaled by its share of the loss, alpha."
+        + (
+            " Acceptance: how often the teacher accepts a token that the student drafts."
+            if any(one.name == "acceptance" for one in shares)
+            else ""
+        ),
+        fitted("KL (nats per token)", values, headroom=0.15),
+        [*series, *shares],
+        bands=bands,
+        right=Axis("share", 0.0, 1.08),
+    )
 
 
 def schedules(runs: Sequence[Run]) -> Chart:
@@ -380,6 +450,8 @@ def costs(runs: Sequence[Run]) -> Chart:
     for sums, colour, place in every:
         stride = -(-len(sums.tokens) // MOST_POINTS)
         curves = [("this run", sums.this_run, colour, "line")]
+        if len(runs) == 1 and runs[0].is_taught and math.isfinite(sums.teacher[-1]):
+            curves.append(("its teacher", sums.teacher, "violet", "line"))
         if len(runs) == 1 and runs[0].prunes:
             curves += [
                 ("zeros only", sums.zeros_only, "red", "dashed"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
-from megatron_idea.course import finished_axes, target_shape
+from megatron_idea.course import finished_axes, own_teacher, target_shape
 from megatron_idea.records.record import shape_of
 from megatron_idea.report.run import Run
 from megatron_idea.shape import Shape
@@ -24,6 +25,9 @@ class Cost:
     from_scratch: list[float]
     """Plain training of the target's shape, over the same tokens; where the method finds the shape
     it is the one found, and until then the forecast."""
+    teacher: list[float]
+    """Of the teacher's forward passes, which are in none of the others; NaN once a teacher was
+    asked whose size is not in the run's records."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -38,12 +42,15 @@ def cost(run: Run) -> Cost:
     done = run.records[0].tokens - run.config.batch_tokens
     live, stored = run.records[0].live, run.records[0].stored
     shapes = (shape_of(model, stored), Shape.full(model), shape_of(model, live))
-    rates = [*map(per_token, shapes), per_token(_target(run))]
-    total = Cost([], [], [], [], [])
-    columns = (total.this_run, total.zeros_only, total.ideal, total.from_scratch)
-    sums = [0.0, 0.0, 0.0, 0.0]
+    teacher = own_teacher(run.config)
+    asked = teacher.flops_per_token(seq_length) if teacher else math.nan
+    rates = [*map(per_token, shapes), per_token(_target(run)), 0.0]
+    total = Cost([], [], [], [], [], [])
+    columns = (total.this_run, total.zeros_only, total.ideal, total.from_scratch, total.teacher)
+    sums = [0.0] * len(columns)
     for record in run.records:
         tokens = record.tokens - done
+        rates[-1] = 0.0 if record.kl is None else asked
         for i, column in enumerate(columns):
             sums[i] += tokens * rates[i]
             column.append(sums[i])

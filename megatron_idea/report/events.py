@@ -13,6 +13,7 @@ _WORDS = {
     "compacted": "compacted {change} at step {step:,}",
     "layer_removed": "removed layer {layer} at step {step:,}",
     "saved": "saved step {step:,} in {seconds:.1f} s",
+    "teacher": "teacher made at step {step:,}, held-out loss {val_loss:.4f}",
     "spike": "loss spike at step {step:,}: {loss:.3f}, usual {average:.3f}",
     "signal": "stopped by {name} after step {step:,}",
     "rolled_back": "rolled back from step {from_step:,} to step {step:,}",

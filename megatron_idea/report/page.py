@@ -50,7 +50,7 @@ def _asset(name: str) -> str:
 def _one(run: Run) -> str:
     return (
         f"<header><h1>{escape(run.name)}</h1><p>{escape(_subtitle(run))}</p></header>"
-        f"{_broken(run)}{_tiles(run)}"
+        f"{_broken(run)}{_passed(run)}{_tiles(run)}"
         f"<h2>Run</h2>{_charts([*charts.overview([run]), *charts.details([run])])}"
         f"{_layers(run)}"
         f"<h2>Numbers</h2>{_tables(run)}"
@@ -74,7 +74,7 @@ def _folded(run: Run) -> str:
     """Write what a page of one run has beyond the charts that are drawn for all together."""
     return (
         f'<details class="run"><summary>{escape(run.name)}<small>{escape(_subtitle(run))}</small>'
-        f"</summary>{_broken(run)}{_layers(run)}<h2>Numbers</h2>{_tables(run)}{samples(run)}"
+        f"</summary>{_broken(run)}{_passed(run)}{_layers(run)}<h2>Numbers</h2>{_tables(run)}{samples(run)}"
         f"{_configuration(run)}</details>"
     )
 
@@ -85,6 +85,11 @@ def _broken(run: Run) -> str:
     shown = ", ".join(run.broken[:3]) + (" and others" if len(run.broken) > 3 else "")
     count = "1 line" if len(run.broken) == 1 else f"{len(run.broken):,} lines"
     return f'<p class="warning">Left out {count} that could not be read: {escape(shown)}.</p>'
+
+
+def _passed(run: Run) -> str:
+    passed = tables.passed_teacher(run)
+    return f'<p class="warning">{escape(passed)}</p>' if passed else ""
 
 
 def _subtitle(run: Run) -> str:

@@ -93,6 +93,28 @@ class Run:
         """List the score records of an axis, oldest first."""
         return [record for record in self.scores if record["axis"] == axis]
 
+    @functools.cached_property
+    def is_taught(self) -> bool:
+        """Tell whether a teacher was asked in any step so far."""
+        return any(record.kl is not None for record in self.records)
+
+    def passed_teacher(self) -> tuple[dict[str, Any], float] | None:
+        """Say since when the model knows better than its teacher, where both were measured.
+
+        Returns: the evaluation from which on every held-out loss is below the teacher's, and that
+        of the teacher; None where the last one is not.
+        """
+        teachers = [event for event in self.of_kind("teacher") if "val_loss" in event]
+        if not teachers:
+            return None
+        its_loss, since = teachers[-1]["val_loss"], None
+        for event in self.evaluations():
+            if event["tokens"] <= teachers[-1]["tokens"] or not event["val_loss"] < its_loss:
+                since = None
+            elif since is None:
+                since = event
+        return (since, its_loss) if since else None
+
     def parameters(self, record: Record) -> str:
         """Count the parameters in memory after a step, in words: 2.03M."""
         model = self.config.model
@@ -154,6 +176,7 @@ def _read_run(run_dir: Path, _stamp: tuple[tuple[int, int], ...]) -> Run:
 _OF_EVENTS = {
     "evaluated": {"step", "tokens", "val_loss"},
     "compacted": {"step", "tokens"},
+    "teacher": {"step", "tokens"},
     "layer_removed": {"step", "tokens", "layer", "losses"},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -218,13 +219,20 @@ def spent(run: Run) -> Table:
     sums = cost(run)
     scratch = sums.from_scratch[-1]
     lines = [("this run", sums.this_run[-1])]
+    if run.is_taught:
+        lines.append(("its teacher, forward passes", sums.teacher[-1]))
     if run.prunes:
         lines += [
             ("zeros only, nothing compacted", sums.zeros_only[-1]),
             ("ideal: removed is not computed", sums.ideal[-1]),
             ("target from scratch", scratch),
         ]
-    rows = [(name, human_amount(value, "FLOPs"), f"{value / scratch:.2f}") for name, value in lines]
+    rows = [
+        (name, "not known", "-")
+        if math.isnan(value)
+        else (name, human_amount(value, "FLOPs"), f"{value / scratch:.2f}")
+        for name, value in lines
+    ]
     return Table(
         f"Compute for {human_count(run.tokens)} tokens",
         ("training run", "FLOPs", "x from scratch"),
@@ -258,6 +266,19 @@ def _environment(run: Run) -> dict[str, Any]:
         if event["kind"] in ("started", "resumed"):
             return event.get("environment", {})
     return {}
+
+
+def passed_teacher(run: Run) -> str:
+    """Say since when the model knows better than its teacher; empty where it does not."""
+    passed = run.passed_teacher()
+    if passed is None:
+        return ""
+    since, its_loss = passed
+    return (
+        f"The model has passed its teacher: from token {human_count(since['tokens'])} on its "
+        f"held-out loss ({run.evaluations()[-1]['val_loss']:.4f} at last) is below the teacher's "
+        f"({its_loss:.4f}). A lower distill.alpha_end would let go of the teacher by then."
+    )
 
 
 def environment(run: Run) -> Table | None:

@@ -155,6 +155,15 @@ class View:
             ("MFU", f"{last.mfu:.1%}" if last.mfu else "-"),
             ("gradient norm", f"{last.grad_norm:.3g}"),
             ("skipped steps", f"{last.skipped:,}"),
+            *(
+                (name, f"{value:.4f}")
+                for name, value in (
+                    ("KL from teacher", last.kl),
+                    ("teacher's loss", last.teacher_loss),
+                    ("acceptance", last.acceptance),
+                )
+                if value is not None
+            ),
         ]
         columns = 1 if width < 50 else 2 if width < 100 else 3
         grid = Table.grid(padding=(0, 2))
