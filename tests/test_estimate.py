@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +13,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_idea import config as configs
+from megatron_idea.checkpoint.state import FORMAT, TrainState
 from megatron_idea.config import Config, ConfigError, ModelConfig
 from megatron_idea.course import (
     ShapeChange,
+    TeacherSize,
     finished_axes,
     flops_between,
     live_at_step,
@@ -22,10 +27,12 @@ from megatron_idea.course import (
     shape_at,
     shape_plan,
     target_shape,
+    taught_between,
+    teacher_flops_between,
 )
 from megatron_idea.planning.estimate import forecast, render
 from megatron_idea.records.readable import human_count
-from megatron_idea.schedule import learning_rate, removal_window
+from megatron_idea.schedule import distillation_share, learning_rate, removal_window
 from megatron_idea.shape import ParameterCount, Shape, due_shape
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
@@ -263,6 +270,66 @@ def test_flops_are_the_sum_over_steps_in_the_shape_of_each() -> None:
     assert remaining_flops(config, 0) == total
     assert remaining_flops(config, 1024) == 0
     assert flops_between(config, 0, 600) + remaining_flops(config, 600) == total
+
+
+@pytest.mark.parametrize(
+    "distill",
+    [
+        {"teacher": "self"},
+        {"teacher": "self", "alpha": 0.0},
+        {"teacher": "elsewhere", "alpha_end": 0.0},
+        {"teacher": "self", "alpha_end": 0.0, "alpha_shape": "cosine"},
+        {"teacher": "self", "alpha": 0.0, "alpha_end": 0.0},
+        {"teacher": "none"},
+    ],
+)
+@pytest.mark.parametrize("total", [1024, 1000])
+def test_the_teacher_costs_a_forward_pass_in_each_step_that_asks_it(
+    distill: dict[str, Any], total: int
+) -> None:
+    phases = {"enlarged_fraction": 0.47, "prune_fraction": 0.18}
+    config = small(schedule={"total_tokens": total, **phases}, distill=distill)
+    teacher = TeacherSize(config.model, Shape.full(config.model))
+    asked = [
+        distillation_share(config.schedule, config.distill, tokens) > 0
+        for tokens in range(16, total + 16, 16)
+    ]
+    steps = [taught_between(config, 16 * i, 16 * i + 16) for i in range(len(asked))]
+    assert steps == [16 * each for each in asked]
+    forward = flops(config.model, 64, 8) // 3
+    assert teacher_flops_between(config, 0, 16 * len(asked), teacher) == 16 * sum(asked) * forward
+    unknown = teacher_flops_between(config, 0, total, None)
+    assert unknown is None if any(asked) else unknown == 0
+
+
+def printed(config: Config) -> str:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(render(forecast(config)))
+    return capture.get()
+
+
+def test_the_plan_shows_the_teachers_flops_apart(tmp_path: Path) -> None:
+    base = small(schedule={"prune_warmup_fraction": 0.2})
+    own = configs.replace(base, distill={"teacher": "self"})
+    plain, taught = forecast(base), forecast(own)
+    forward = flops(base.model, 64, 8) // 3
+    assert taught.cost.teacher == 512 * forward and plain.cost.teacher == 0
+    assert [phase.teacher_flops for phase in taught.phases] == [
+        0, *(phase.tokens * forward for phase in taught.phases[1:]),
+    ]  # fmt: skip
+    assert taught.cost.this_run == plain.cost.this_run
+    assert "its teacher, forward passes" in printed(own)
+    assert "its teacher" not in printed(base)
+
+    other = small(distill={"teacher": str(tmp_path)}, prune={"strategy": "none"})
+    assert forecast(other).cost.teacher is None and "not known" in printed(other)
+    # A pruned run's checkpoint: its shape is in its state.
+    shape = Shape.full(base.model).with_counts("ffn_hidden_size", 32)
+    state = TrainState(1, 16, shape)
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(base))
+    (tmp_path / "state.json").write_text(json.dumps(dataclasses.asdict(state) | {"format": FORMAT}))
+    assert forecast(other).cost.teacher == 1024 * (flops(base.model, 32, 8) // 3)
 
 
 def test_the_plan_of_the_paper_run_shows_its_headline_numbers(paper: Config) -> None:

@@ -21,7 +21,7 @@ from megatron_idea.config import Config, ConfigError
 from megatron_idea.course import remaining_flops
 from megatron_idea.engine.gpus import peak_flops
 from megatron_idea.records.log import RecordError, RunLog
-from megatron_idea.records.progress import Progress
+from megatron_idea.records.progress import Progress, time_left_s
 from megatron_idea.records.read import lines_of, read_events, read_metrics, read_scores
 from megatron_idea.records.readable import human_amount, human_duration
 from megatron_idea.records.record import Record
@@ -221,6 +221,21 @@ def test_scalars_are_mirrored_to_tensorboard(tmp_path: Path) -> None:
     assert events.Scalars("loss")[0].value == pytest.approx(6.999)
     assert events.Scalars("stored/ffn_hidden_size")[0].value == 384  # the mean over layers
     assert "phase" not in events.Tags()["scalars"]
+
+
+def test_what_a_teacher_says_is_recorded_and_mirrored_in_the_steps_that_ask_it(
+    tmp_path: Path, wandb: FakeWandb
+) -> None:
+    log = RunLog(tmp_path, TRACKED, is_writer=True)
+    log.write(record(1))
+    taught = record(2, kl=0.25, teacher_loss=6.5, acceptance=0.75)
+    log.write(taught)
+    log.close()
+    before, after = (values[0] for name, values in wandb.calls if name == "log")
+    assert not {"kl", "teacher_loss", "acceptance", "mfu"} & before.keys()
+    assert (after["kl"], after["teacher_loss"], after["acceptance"]) == (0.25, 6.5, 0.75)
+    assert "kl" not in (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert read_metrics(tmp_path) == [record(1), taught]
 
 
 def test_without_tensorboard_no_folder_appears(tmp_path: Path) -> None:
@@ -476,6 +491,18 @@ def test_the_time_left_knows_that_the_model_will_shrink() -> None:
     assert f"ETA {expected}" in out.getvalue()
     # At the speed of the full width, had it stayed: (4e6 - 2048) / 4096 s = 16m16s.
     assert expected < "16m16s"
+
+
+def test_the_teachers_passes_count_in_the_time_left() -> None:
+    config = configs.replace(QUIET, distill={"teacher": "self"})
+    total, batch = config.schedule.total_tokens, config.batch_tokens
+    own = Shape.full(config.model).flops_per_token(config.model, 256)
+    taught = [record(step, tokens=total // 2 + step * batch, kl=0.1) for step in (1, 2)]
+    left = remaining_flops(config, taught[-1].tokens) + (total - taught[-1].tokens) * own // 3
+    assert time_left_s(config, taught) == pytest.approx(left / (4096 * own * 4 / 3))
+    progress, out, _ = plain_progress(config)
+    progress.update(taught[0])
+    assert "KL 0.100" in out.getvalue()
 
 
 def test_a_terminal_gets_one_live_line_with_everything_on_it() -> None:

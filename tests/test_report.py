@@ -575,6 +575,94 @@ def test_where_the_method_finds_the_shape_it_is_the_one_trained_from_scratch(run
     assert cost(early).from_scratch[0] == BATCH * forecast_rate
 
 
+@pytest.fixture
+def taught(tmp_path: Path) -> Path:
+    """A run that its own enlarged model teaches from step 200 on, and that passes it."""
+    run_dir = tmp_path / "taught"
+    config = synthetic_config(run_dir, distill={"teacher": "self", "acceptance": True})
+    write_synthetic_run(run_dir, config)
+    change_records(run_dir, **TAUGHT)
+    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    teacher = {"step": 200, "tokens": 200 * BATCH, "digest": "ab", "val_loss": 2.15}
+    write_lines(run_dir / "events.jsonl", [*lines, {"kind": "teacher", "time": 1.0, **teacher}])
+    return run_dir
+
+
+def in_taught_steps(value: float) -> Any:
+    return lambda record: value if record["step"] > 200 else None
+
+
+TAUGHT = {
+    "kl": in_taught_steps(0.25),
+    "teacher_loss": in_taught_steps(2.2),
+    "acceptance": in_taught_steps(0.8),
+}
+
+
+def test_what_a_teacher_says_is_drawn(taught: Path) -> None:
+    run = read_run(taught)
+    drawn = {chart.slug: chart for chart in charts.details([run])}
+    assert list(drawn)[:2] == ["teacher", "kl"] and slugs(page([run])) != EVERY_CHART
+    both = {one.name: one for one in drawn["teacher"].series}
+    assert list(both) == ["student", "teacher"]
+    assert both["teacher"].y[-1] == pytest.approx(2.2)
+    assert both["student"].y[-1] == pytest.approx(run.records[-1].loss, abs=0.1)
+    assert math.isnan(both["student"].y[0])
+    shown = {one.name: one for one in drawn["kl"].series}
+    assert list(shown) == ["each step", "KL, smoothed", "alpha", "acceptance"]
+    assert shown["KL, smoothed"].y[-1] == pytest.approx(0.25)
+    assert shown["alpha"].y[0] == 0 and shown["alpha"].y[-1] == pytest.approx(0.5)
+    assert max(shown["alpha"].y) == pytest.approx(0.9, abs=0.01)
+    assert shown["acceptance"].y[-1] == pytest.approx(0.8)
+
+
+def test_only_taught_runs_are_in_the_charts_of_teachers(run_dir: Path, taught: Path) -> None:
+    runs = [read_run(run_dir), read_run(taught)]
+    assert not read_run(run_dir).is_taught
+    drawn = {chart.slug: chart for chart in charts.details(runs)}
+    assert {one.run for slug in ("teacher", "kl") for one in drawn[slug].series} == {1}
+    assert not {"teacher", "kl"} & {chart.slug for chart in charts.details(runs[:1])}
+
+
+def test_the_teachers_flops_are_counted_apart(run_dir: Path, taught: Path) -> None:
+    run, plain = read_run(taught), read_run(run_dir)
+    sums, plan = cost(run), forecast(run.config)
+    assert sums.this_run == cost(plain).this_run
+    assert sums.teacher[199] == 0 and sums.teacher[-1] == plan.cost.teacher > 0
+    assert (
+        sums.teacher[200]
+        == BATCH * Shape.full(run.config.model).flops_per_token(run.config.model, 256) / 3
+    )
+    rows = {row[0]: row[1:] for row in tables.spent(run).rows}
+    ratio = plan.cost.teacher / plan.cost.target_from_scratch
+    assert rows["its teacher, forward passes"][1] == f"{ratio:.2f}"
+    assert "its teacher, forward passes" not in {row[0] for row in tables.spent(plain).rows}
+    other = configs.replace(run.config, distill={"teacher": "another"})
+    rows = {row[0]: row[1:] for row in tables.spent(dataclasses.replace(run, config=other)).rows}
+    assert rows["its teacher, forward passes"] == ("not known", "-")
+
+
+def test_a_run_that_has_passed_its_teacher_is_warned(run_dir: Path, taught: Path) -> None:
+    run = read_run(taught)
+    passed = run.passed_teacher()
+    assert passed is not None and passed[1] == 2.15
+    since = passed[0]["tokens"]
+    assert all((e["val_loss"] < 2.15) == (e["tokens"] >= since)
+               for e in run.evaluations() if e["tokens"] > 200 * BATCH)  # fmt: skip
+    warning = f"passed its teacher: from token {human_count(since)} on"
+    assert warning in page([run]) and "distill.alpha_end" in page([run])
+    assert warning in " ".join(printed(closing_table(taught)).split())
+    assert warning in page([read_run(run_dir), run])
+    better = [
+        event | ({"val_loss": 1.5} if event["kind"] == "teacher" else {}) for event in run.events
+    ]
+    assert dataclasses.replace(run, events=better).passed_teacher() is None
+    unmeasured = [event for event in run.events if event["kind"] != "teacher"]
+    unmeasured.append({"kind": "teacher", "step": 200, "tokens": 200 * BATCH})
+    assert dataclasses.replace(run, events=unmeasured).passed_teacher() is None
+    assert "passed its teacher" not in page([read_run(run_dir)])
+
+
 def test_a_jump_within_its_noise_is_marked(run_dir: Path) -> None:
     step = read_run(run_dir).compactions()[-1]["step"]
     change_records(

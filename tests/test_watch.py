@@ -66,6 +66,14 @@ def test_a_running_run_shows_where_it_is(run_dir: Path) -> None:
     assert set(SPARKS) & set(text)
 
 
+def test_a_taught_run_shows_what_its_teacher_says(run_dir: Path) -> None:
+    assert "KL" not in frame(run_dir)
+    append(run_dir, "metrics.jsonl", record(41, kl=0.125, teacher_loss=6.5))
+    text = frame(run_dir)
+    assert "KL from teacher" in text and "0.1250" in text and "6.5000" in text
+    assert "acceptance" not in text
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_a_frame_is_no_wider_than_the_terminal(run_dir: Path, width: int) -> None:
     assert max(map(len, frame(run_dir, width).splitlines())) <= width
@@ -271,6 +279,10 @@ def test_every_kind_of_event_has_its_words() -> None:
     assert (
         describe({"kind": "signal", "step": 6, "name": None}) == "stopped by a signal after step 6"
     )
+    taught = {"kind": "teacher", "step": 6, "digest": "ab", "val_loss": 3.25}
+    assert describe(taught) == "teacher made at step 6, held-out loss 3.2500"
+    del taught["val_loss"]
+    assert describe(taught) == "teacher at step 6"
     stopped = {"kind": "signal", "step": 6, "name": "SIGTERM"}
     assert describe(stopped) == "stopped by SIGTERM after step 6"
     rolled = {"kind": "rolled_back", "step": 4, "from_step": 9}

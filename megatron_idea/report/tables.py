@@ -277,7 +277,7 @@ def passed_teacher(run: Run) -> str:
     return (
         f"The model has passed its teacher: from token {human_count(since['tokens'])} on its "
         f"held-out loss ({run.evaluations()[-1]['val_loss']:.4f} at last) is below the teacher's "
-        f"({its_loss:.4f}). A lower distill.alpha_end would let go of the teacher by then."
+        f"({its_loss:.4f}). A lower distill.alpha_end lets go of the teacher earlier."
     )
 
 
