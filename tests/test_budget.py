@@ -287,6 +287,8 @@ def test_a_teacher_is_in_memory_messages_and_hours_and_kept_apart() -> None:
     with console.capture() as capture:
         console.print(render_budget(elsewhere))
     assert "its size cannot be read" in capture.get()
+    with pytest.raises(ConfigError, match=r"distill\.teacher \(nowhere\) cannot be read"):
+        suggest(small(distill={"teacher": "nowhere"}), 1, GPUS["h100"])
 
 
 def save_a_checkpoint(groups: Any, config: Config) -> int:

@@ -473,9 +473,14 @@ def suggest(
     TP stays inside a node. Activations are taken at a micro-batch of 1 and grow with its size.
 
     Returns: layouts that fit, fastest first; and the smallest of each kind that does not fit.
-    Raises: ConfigError when no layout is legal for so many GPUs.
+    Raises: ConfigError when no layout is legal for so many GPUs, or the teacher cannot be read.
     """
     assume = assume or Assumptions()
+    if config.distill.teaches and teacher_size(config) is None:
+        raise ConfigError(
+            f"distill.teacher ({config.distill.teacher}) cannot be read, and what fits depends on "
+            "its size: put it there, or set distill.teacher=none to plan without it"
+        )
     fitting, refused = [], []
     for tp, pp in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
         if tp > gpu.gpus_per_node:
