@@ -111,7 +111,7 @@ def taught_as_alone(
     return found
 
 
-MIX = {"alpha": 0.6, "distill": {"acceptance": True}}
+MIX = {"alpha": 0.6, "distill": {"acceptance": True, "keep_hidden": "host"}}
 
 
 @pytest.fixture(scope="module")

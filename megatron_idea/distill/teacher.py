@@ -97,15 +97,12 @@ class Teacher:
             results = through(
                 self.chunks,
                 lambda: data.step(samples),
-                _forward,
+                _forward_to_host if self._settings.keep_hidden == "host" else _forward,
                 data.num_microbatches,
                 data.seq_length,
                 data.micro_batch_size,
             )
-        hidden = [result["hidden"] for result in results]
-        if self._settings.keep_hidden == "host":
-            hidden = [each.cpu() for each in hidden]
-        return hidden
+        return [result["hidden"] for result in results]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -156,3 +153,11 @@ def _forward(batches: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tu
     batch = next(batches)
     output = model(batch["tokens"], batch["position_ids"], None)
     return output, lambda hidden: (hidden.new_zeros(()), {"hidden": hidden.detach()})
+
+
+def _forward_to_host(
+    batches: Iterator[dict[str, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    output, _ = _forward(batches, model)
+    # One micro-batch at a time is on the device.
+    return output, lambda hidden: (hidden.new_zeros(()), {"hidden": hidden.detach().cpu()})
