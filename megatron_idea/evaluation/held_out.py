@@ -42,6 +42,8 @@ from megatron_idea.evaluation.sums import (
 )
 from megatron_idea.guard import DivergedError
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.huggingface.export import plain_tokenizer
+from megatron_idea.huggingface.names import is_hugging_face
 
 _LARGEST_LOSS = 700.0
 """e to the power of more is no number in double precision."""
@@ -267,11 +269,6 @@ def _token_sizes(tokenizer: Tokenizer, device: torch.device | str) -> Tensor | N
     return None if sizes is None else torch.tensor(sizes, device=device)
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Whether transformers can read it: an export, or another model."""
-    return (path / "config.json").is_file()
-
-
 def _evaluate_folder(
     path: Path, data: Sequence[str], overrides: Sequence[str], options: Options
 ) -> list[Measured]:
@@ -282,7 +279,7 @@ def _evaluate_folder(
     if not data:
         raise ConfigError(f"say what to measure {path} on: --data PREFIX_OR_TEXT")
     model = load_folder(path)
-    file = options.tokenizer or _folder_tokenizer(path)
+    file = options.tokenizer or plain_tokenizer(path)
     tokenizer = load_tokenizer(file)
     batch_size = options.batch_size or 8
     window = options.seq_length or model.config.max_position_embeddings
@@ -349,15 +346,6 @@ def _check_depth(path: Path, config: dict[str, Any], weights: Sequence[Path]) ->
             raise ConfigError(
                 f"{path}: config.json has {name} {config[name]!r:.100}, the files {tensors} tensors"
             )
-
-
-def _folder_tokenizer(path: Path) -> str:
-    """What an export calls its tokenizer: ``byte`` is written as a tokenizer.json."""
-    from megatron_idea.huggingface.export import byte_tokenizer_json
-
-    file = path / "tokenizer.json"
-    is_byte = file.is_file() and file.read_text(encoding="utf-8") == byte_tokenizer_json()
-    return "byte" if is_byte else str(path)
 
 
 def _folder_step(model: Any, token_bytes: Tensor | None, rows: Rows, begin: int) -> Tensor:

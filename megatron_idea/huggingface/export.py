@@ -32,6 +32,7 @@ from megatron_idea.data.tokenizer import (
     Tokenizer,
     copy_tokenizer,
     load_tokenizer,
+    tokenizer_file,
 )
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.prune.axis import cut, shares_of
@@ -428,6 +429,13 @@ def byte_tokenizer_json() -> str:
     engine.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
     assert engine.token_to_id(END_OF_DOCUMENT) == ByteTokenizer.eod
     return engine.to_str(pretty=True)
+
+
+def plain_tokenizer(name: str | Path) -> str:
+    """Return the name of a tokenizer, of a tokenizer.json that an export wrote for it ``byte``."""
+    file = tokenizer_file(name)
+    is_byte = file.is_file() and file.read_bytes() == byte_tokenizer_json().encode()
+    return "byte" if is_byte else str(name)
 
 
 def _byte_letters() -> list[str]:

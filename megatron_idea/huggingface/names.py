@@ -145,6 +145,11 @@ def hf_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int
         yield prefix + _FFN_PARTS[2], (hidden, layer.ffn_hidden_size)
 
 
+def is_hugging_face(path: Path) -> bool:
+    """Whether transformers can read it: an export, or another model."""
+    return (path / "config.json").is_file()
+
+
 def check_folder(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     """Make sure that a model folder is data: plain files, safetensors, no code from elsewhere.
 
