@@ -475,19 +475,24 @@ def export(
     ] = "",
     tokenizer: OtherTokenizer = "",
     max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights.")] = 5.0,
+    draft_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEACHER_OUT",
+            help="Write the teacher, too; the model cards say how OUT drafts for it.",
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: LlamaForCausalLM or Qwen3ForCausalLM."""
-    from megatron_idea.huggingface.export import export_checkpoint
+    from megatron_idea.distill.draft import export_draft
+    from megatron_idea.huggingface.export import Form, export_checkpoint
 
-    done = export_checkpoint(
-        path,
-        out,
-        layout=layout,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        max_shard_bytes=max_shard_gb * 1e9,
-    )
-    say(done.as_text())
+    form = Form(layout, dtype, tokenizer, max_shard_gb * 1e9)
+    if draft_of is None:
+        say(export_checkpoint(path, out, **vars(form)).as_text())
+        return
+    for done in export_draft(path, out, draft_of, form):
+        say(done.as_text())
 
 
 @app.command("import")

@@ -57,9 +57,10 @@ def test_silent_units_and_cut_ones_hear_a_teacher_alike(
     (expected,) = run_job(workers, taught_run, 1, silent)
     found = run_job(workers, taught_run, size, cut)[0]
     begin = next(n for n, kl in enumerate(expected["kl"]) if kl is not None)
-    assert begin == 4 and found["compactions"] >= 3 and expected["compactions"] == 0
+    assert begin == 3 and found["compactions"] >= 3 and expected["compactions"] == 0
+    # A divergence is a difference of sums of a few nats, however small it is.
     for name in ("loss", "kl", "teacher_loss", "acceptance"):
-        assert found[name][begin:] == pytest.approx(expected[name][begin:], rel=1e-6), name
+        assert found[name][begin:] == pytest.approx(expected[name][begin:], rel=1e-6, abs=1e-7)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     for axis, count in TARGET.items():
         assert max(found["stored"][axis]) == count

@@ -490,7 +490,7 @@ def test_a_model_card_names_the_number_of_parameters_and_no_forecast() -> None:
     config = configuration.from_dict({"prune": prune})
     full = Shape.full(config.model)
     state, exported = TrainState.fresh(config), Exported(Path("out"), full, full, full, 1, 1)
-    card = _model_card(config, state, exported, "padded", "float32")
+    card = _model_card(config, state, exported, "padded", "float32", "A GPT.")
     assert "| pruning | strategy adapt_pruner, target parameters 1,200,000, element" in card
 
 

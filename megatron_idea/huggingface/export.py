@@ -120,6 +120,22 @@ class _Live:
             shape = shape.with_counts(axis, [len(kept) for kept in each])
         return _Live(shape, layers, places, numbers)
 
+    @staticmethod
+    def all_of(shape: Shape) -> _Live:
+        """Everything of a model that nothing was removed from."""
+        places: dict[tuple[str, int | None], Tensor] = {
+            (axis, position): torch.arange(count)
+            for axis in LAYER_AXES
+            for position, count in enumerate(shape.counts(axis))
+        }
+        places["hidden_size", None] = torch.arange(shape.hidden_size)
+        numbers: dict[str, list[Any]] = {
+            axis: [list(range(count)) for count in shape.counts(axis)] for axis in LAYER_AXES
+        }
+        for axis in ("hidden_size", "num_layers"):
+            numbers[axis] = list(range(shape.counts(axis)[0]))
+        return _Live(shape, list(range(shape.num_layers)), places, numbers)
+
 
 @dataclass(frozen=True)
 class _Weights:
@@ -188,6 +204,34 @@ class _Weights:
         return weight.to(self.dtype)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a folder is to be written."""
+
+    layout: str
+    """``padded``: every layer gets the FFN width and the KV groups of the largest, the rest zeros,
+    which change no logit; LlamaForCausalLM, or Qwen3ForCausalLM with QK norm. ``compact``: each
+    layer its own, in the ``block_configs`` of Nemotron-NAS, which few engines load."""
+    dtype: str
+    """``fp32`` (of a bf16 run: its main weights) or ``bf16``; empty: the run's precision."""
+    tokenizer: str
+    """In place of the run's; empty: that."""
+    max_shard_bytes: float
+
+    def __post_init__(self) -> None:
+        for what, value, legal in (
+            ("--layout", self.layout, LAYOUTS), ("--dtype", self.dtype, ("", *DTYPES)),
+        ):  # fmt: skip
+            if value not in legal:
+                named = ", ".join(each for each in legal if each)
+                raise ConfigError(f"{what} is {value!r}; legal values: {named}")
+        if not 0 < self.max_shard_bytes < math.inf:
+            raise ConfigError(
+                f"--max-shard-gb is {self.max_shard_bytes / 1e9:g}; it must be a finite number "
+                "above 0"
+            )
+
+
 def export_checkpoint(
     path: Path,
     out: Path,
@@ -196,60 +240,88 @@ def export_checkpoint(
     dtype: str = "",
     tokenizer: str = "",
     max_shard_bytes: float = 5e9,
+    remark: str = "",
 ) -> Exported:
     """Write the checkpoint ``path`` (or a run's latest) as a Hugging Face model folder ``out``.
 
-    Removed units of every axis are left out, and layers numbered anew. ``padded``: every layer
-    gets the FFN width and the KV groups of the largest, the rest zeros, which change no logit;
-    LlamaForCausalLM, or Qwen3ForCausalLM with QK norm. ``compact``: each layer its own, in the
-    ``block_configs`` of Nemotron-NAS, which few engines load. Counts are multiples of what the run
-    calls legal, so during pruning a few zeros remain.
+    Removed units of every axis are left out, and layers numbered anew. Counts are multiples of what
+    the run calls legal, so during pruning a few zeros remain.
 
     Args:
-        dtype: ``fp32`` (of a bf16 run: its main weights) or ``bf16``; empty: the run's precision.
-        tokenizer: in place of the run's.
+        layout, dtype, tokenizer, max_shard_bytes: as in ``Form``.
+        remark: what the model card says besides.
     Raises: ConfigError for what cannot be exported so, CheckpointError for a checkpoint that
         cannot be read, DataError for the tokenizer. ``out`` is complete or absent.
     """
+    form = Form(layout, dtype, tokenizer, max_shard_bytes)
     found = checkpoint.resolve(path)
     storage.verify(found)
     config = checkpoint.read_config(found)
-    dtype = dtype or config.training.precision
-    for what, value, legal in (("--layout", layout, LAYOUTS), ("--dtype", dtype, tuple(DTYPES))):
-        if value not in legal:
-            raise ConfigError(f"{what} is {value!r}; legal values: {', '.join(legal)}")
-    if not 0 < max_shard_bytes < math.inf:
-        raise ConfigError(
-            f"--max-shard-gb is {max_shard_bytes / 1e9:g}; it must be a finite number above 0"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; name a folder that does not, or is empty")
-    _make_way(out)
-    words = _tokenizer_of(config, tokenizer)
     state = checkpoint.read_state(found, config)
-    tensors, full = CheckpointTensors(found), Shape.full(config.model)
-    live = _Live.of(found, tensors, state.shape, full)
-    shape = _folder_shape(live.shape, state.shape, config, layout)
-    mains = dtype == "fp32" and config.training.precision == "bf16"
-    weights = _Weights(found, tensors, config.model, state.shape, live, shape, DTYPES[dtype], mains)
+    tensors = CheckpointTensors(found)
+    live = _Live.of(found, tensors, state.shape, Shape.full(config.model))
+    model = _Model(found, config, state, tensors, live)
+    about = "A GPT that was pruned while it trained, under one learning-rate curve."
+    return _export(model, out, form, about, remark)
+
+
+def export_weights(
+    path: Path, config: Config, state: TrainState, out: Path, form: Form, about: str, remark: str
+) -> Exported:
+    """Write weights alone, as ``checkpoint.save_weights`` leaves them, as such a folder.
+
+    Args:
+        config: of the run that they are from.
+        state: when they are from, and of which shape; nothing is removed from them.
+        about: what the model card says that they are.
+    Raises: as ``export_checkpoint``.
+    """
+    storage.verify(path)
+    live = _Live.all_of(state.shape)
+    model = _Model(path, config, state, CheckpointTensors(path), live)
+    return _export(model, out, form, about, remark)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is exported."""
+
+    path: Path
+    config: Config
+    state: TrainState
+    tensors: CheckpointTensors
+    live: _Live
+
+
+def _export(one: _Model, out: Path, form: Form, about: str, remark: str) -> Exported:
+    config, live, full = one.config, one.live, Shape.full(one.config.model)
+    dtype, stored = form.dtype or config.training.precision, one.state.shape
+    check_free(out)
+    words = _tokenizer_of(config, form.tokenizer)
+    shape = _folder_shape(live.shape, stored, config, form.layout)
+    weights = _Weights(
+        one.path, one.tensors, config.model, stored, live, shape, DTYPES[dtype],
+        mains=dtype == "fp32" and config.training.precision == "bf16",
+    )  # fmt: skip
     hf_config = huggingface.to_hf_config(
         config.model,
         shape,
         config.training.seq_length,
         str(DTYPES[dtype]).removeprefix("torch."),
         words.eod,
-        compact=layout == "compact",
+        compact=form.layout == "compact",
     )
+    _make_way(out)
     partial = out.parent / f"{out.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        writer = _Shards(partial, max_shard_bytes)
+        writer = _Shards(partial, form.max_shard_bytes)
         for name, tensor in weights.in_order():
             writer.add(name, tensor)
         writer.close()
         _write_json(partial / "config.json", hf_config)
-        if layout == "compact":
+        if form.layout == "compact":
             _write_config_class(partial)
         _write_tokenizer(partial, words, config.training.seq_length)
         ends = _ends_of_text(partial, words.eod)
@@ -258,14 +330,20 @@ def export_checkpoint(
         enlarged = {axis: full.counts(axis)[0] for axis in AXES}
         _write_json(partial / "pruning.json", {"enlarged": enlarged, "live": live.numbers})
         result = Exported(out, full, live.shape, shape, writer.parameters, writer.bytes)
-        card = _model_card(config, state, result, layout, dtype)
-        (partial / "README.md").write_text(card + _added_tokens(partial))
+        card = _model_card(config, one.state, result, form.layout, dtype, about)
+        (partial / "README.md").write_text(card + remark + _added_tokens(partial))
         partial.rename(out)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return result
+
+
+def check_free(out: Path) -> None:
+    """Raises: ConfigError unless ``out`` can be made: it is not there, or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; name a folder that does not, or is empty")
 
 
 def _make_way(out: Path) -> None:
@@ -454,7 +532,7 @@ def _write_config_class(folder: Path) -> None:
 
 
 def _model_card(
-    config: Config, state: TrainState, result: Exported, layout: str, dtype: str
+    config: Config, state: TrainState, result: Exported, layout: str, dtype: str, about: str
 ) -> str:
     schedule, prune, model = config.schedule, config.prune, config.model
     tokens, total = state.consumed_tokens, schedule.total_tokens
@@ -473,8 +551,7 @@ def _model_card(
         "",
         f"# {Path(config.run_dir).name}",
         "",
-        "A GPT that was pruned while it trained, under one learning-rate curve. Exported by "
-        f"megatron-idea {__version__}, layout `{layout}`, {dtype}.",
+        f"{about} Exported by megatron-idea {__version__}, layout `{layout}`, {dtype}.",
         "",
         "| | when training began | now | in this folder |",
         "|---|---|---|---|",
