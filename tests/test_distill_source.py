@@ -267,8 +267,11 @@ def test_a_damaged_teacher_is_refused_on_every_rank(
         CheckpointError,
         2,
     )
-    next(run.glob("checkpoints/*/manifest.json")).unlink()
+    manifest = next(run.glob("checkpoints/*/manifest.json"))
+    manifest.unlink()
     is_refused(run, "does not go on without", CheckpointError)
+    os.mkfifo(manifest)  # it need never end
+    is_refused(run, "manifest.json is not a regular file", CheckpointError)
 
     folder = tmp_path / "folder"
     shutil.copytree(runs["uneven_padded"], folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_idea import checkpoint
+from megatron_idea import checkpoint, files
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint import CheckpointError, storage
 from megatron_idea.checkpoint.index import ForeignError, read_index
@@ -25,7 +25,6 @@ from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.distill.teacher import Teacher
 from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.files import UnsafeFileError
 from megatron_idea.huggingface import import_
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.huggingface.export import plain_tokenizer
@@ -176,7 +175,7 @@ def own_shape(path: Path, model: ModelConfig) -> Shape:
         ):
             names = [f"decoder.layers.{n}.{tensor}" for n in range(model.num_layers)]
             shape = shape.with_counts(axis, [sizes[name][1] // columns for name in names])
-    except (OSError, LookupError, ForeignError, UnsafeFileError) as error:
+    except (OSError, LookupError, ForeignError, files.UnsafeFileError) as error:
         raise CheckpointError(f"the teacher {path} cannot be read: {error}") from error
     return shape
 
@@ -189,16 +188,16 @@ def _build(config: Config, of_teacher: Config, shape: Shape, groups: ProcessGrou
 
 def _digest(path: Path) -> str:
     """Take the SHA-256 of a manifest, which has checksums of all files, or of a folder's files."""
-    files = [path / storage.MANIFEST]
+    names = [path / storage.MANIFEST]
     if is_hugging_face(path):
-        files = [path / "config.json", *huggingface.check_folder(path)[1]]
+        names = [path / "config.json", *huggingface.check_folder(path)[1]]
     digest = hashlib.sha256()
-    for file in files:
+    for name in names:
         try:
-            with file.open("rb") as stream:
+            with files.regular(name).open("rb") as stream:
                 while chunk := stream.read(1 << 22):
                     digest.update(chunk)
-        except OSError as error:
+        except (OSError, files.UnsafeFileError) as error:
             raise CheckpointError(
                 f"the teacher {path} cannot be read: {error}; the run needs it, and does not go "
                 "on without"
