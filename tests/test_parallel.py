@@ -163,7 +163,7 @@ class Silence:
     def _hear(self, activations: torch.Tensor) -> None:
         self.activation = max(self.activation, _largest(activations))
 
-    def _look(self, trainable: Any, tokens: int) -> Any:
+    def _look(self, trainable: Any, tokens: int, seen: Any) -> Any:
         for _, mlp in trainable.mlps:
             dead = ~mask_of(mlp)
             self.seen += int(dead.sum())
@@ -171,7 +171,7 @@ class Silence:
             self.gradient = max(
                 self.gradient, _largest(fc1[torch.cat([dead, dead])]), _largest(fc2[:, dead])
             )
-        return self._observe(trainable, tokens)
+        return self._observe(trainable, tokens, seen)
 
 
 def _largest(x: torch.Tensor) -> float:

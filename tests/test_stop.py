@@ -140,7 +140,8 @@ DEAF = """
 import ctypes, threading
 from megatron_idea.engine.launcher import PassOn
 with PassOn("no worker"):
-    print("waiting", flush=True)
+    # Said by another thread once this one is in there: before, Python would run its own handler.
+    threading.Timer(0.3, print, ["waiting"], {"flush": True}).start()
     mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     library.pthread_mutex_lock(mutex)
     library.pthread_mutex_lock(mutex)  # never returns, and runs no handler

@@ -133,7 +133,7 @@ def slow_job(rendezvous: str, config: Config) -> list[int]:
             overtaken.append(run.saving.state.step)
             if state.step - run.saving.state.step == 3:
                 may_go_on.set()
-                run.saving._writing.join()
+                run.saving._folder.writing.join()
         return outcome
 
     storage.Writing._write_buckets, module.step = slowly, watched  # type: ignore[method-assign]
@@ -180,7 +180,7 @@ def abandoned_job(rendezvous: str, config: Config) -> None:
         for _ in range(14):
             step(run, state)
             if state.step == 2:
-                checkpoint.Saving(config, run.trainable, run.pruner, state)._writing.join()
+                checkpoint.Saving(config, run.trainable, run.pruner, state)._folder.writing.join()
         assert run.trainable.shape.counts("ffn_hidden_size")[0] < 64, (
             "the abandoned one had other sizes"
         )
