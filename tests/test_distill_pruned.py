@@ -44,7 +44,7 @@ def taught_run(groups: ProcessGroups, config: Config) -> dict[str, Any]:
     return measured | {"stored": records[-1].stored, "compactions": len(compactions)}
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2_pp2"])
+@pytest.mark.parametrize("layout", ["tp1", "pp2"])
 def test_silent_units_and_cut_ones_hear_a_teacher_alike(
     workers: Workers, tmp_path: Path, layout: str
 ) -> None:

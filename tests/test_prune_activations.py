@@ -346,7 +346,7 @@ def _resumed(groups: ProcessGroups, config: Config, saved: dict[str, Tensor]) ->
     return _go_on(run)
 
 
-@pytest.mark.parametrize("strategy", ["minitron", "flap_score", "shortgpt"])
+@pytest.mark.parametrize("strategy", ["minitron", "shortgpt"])
 def test_what_was_seen_is_saved_and_goes_on_in_any_layout(workers: Workers, strategy: str) -> None:
     target = {axis: CONFIG.prune.target.counts[axis] for axis in AXES_OF[strategy]}
     base = replace(

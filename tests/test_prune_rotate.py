@@ -141,10 +141,10 @@ def test_a_run_turns_once_and_keeps_the_first_channels(workers: Workers) -> None
     assert cut["alive"] == silent["alive"] == [True] * 12 + [False] * 4
     assert (cut["hidden_size"], silent["hidden_size"]) == (12, 16)
     assert cut["losses"] == pytest.approx(silent["losses"], rel=1e-5)
-    for parallel in (TP2, {**PP2, "virtual_pipeline_model_parallel_size": 2}):
-        split = run_job(workers, _run, 2, replace(CONFIG, parallel=parallel))[0]
-        assert split["alive"] == cut["alive"]
-        assert split["losses"] == pytest.approx(cut["losses"], rel=1e-4)
+    parallel = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+    split = run_job(workers, _run, 2, replace(CONFIG, parallel=parallel))[0]
+    assert split["alive"] == cut["alive"]
+    assert split["losses"] == pytest.approx(cut["losses"], rel=1e-4)
 
 
 def test_what_cannot_turn_is_refused() -> None:
