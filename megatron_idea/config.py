@@ -325,15 +325,15 @@ _SCORES = ("element", "row_reduce", "matrix_reduce")
 _ALL_AXES = ("ffn_hidden_size", "num_query_groups", "hidden_size", "num_layers")
 METHODS = {
     "idea": Method(_ALL_AXES),
-    "random": Method(_ALL_AXES, fixed=_SCORES),
-    "magnitude": Method(_ALL_AXES, fixed=_SCORES[:1]),
+    "random": Method(_ALL_AXES, fixed=(*_SCORES, "calibration_steps")),
+    "magnitude": Method(_ALL_AXES, fixed=(*_SCORES[:1], "calibration_steps")),
     "taylor": Method(_ALL_AXES, fixed=_SCORES),
     "llm_pruner": Method(_ALL_AXES, fixed=_SCORES[1:]),
     "wanda": Method(_ALL_AXES[:2], fixed=_SCORES),
     "flap_score": Method(_ALL_AXES[:2], fixed=_SCORES),
     "minitron": Method(_ALL_AXES, fixed=_SCORES),
     "shortgpt": Method(_ALL_AXES[3:], fixed=_SCORES),
-    "pca_stem": Method(("hidden_size",), "one_shot", fixed=_SCORES),
+    "pca_stem": Method(("hidden_size",), "one_shot", fixed=(*_SCORES, "calibration_steps")),
     "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True, fixed=_SCORES),
     "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True, fixed=_SCORES[1:]),
 }
@@ -414,6 +414,9 @@ class PruneConfig:
     """Over the weights of a unit in a matrix: ``mean``, ``sum``, ``l2``, ``max``."""
     matrix_reduce: str = "max"
     """Over the matrices that a unit has weights in: ``max``, ``mean``, ``sum``."""
+    calibration_steps: int = 0
+    """Batches of training data, drawn anew for each plan and not learnt from, that scores come
+    from; 0: the training steps themselves."""
     aggregation: str = "sequence_mean"
     """Of activations, for ``minitron``: ``sequence_mean``, the mean of their sizes over a sample's
     tokens, then L2 over samples; ``sequence_norm``: L2 over tokens, then the mean over samples."""
@@ -502,7 +505,10 @@ class PruneConfig:
         _require(self.mask_interval_steps >= 1, "prune.mask_interval_steps must be at least 1")
         for name in ("alignment", "channel_alignment"):
             _require(getattr(self, name) >= 1, f"prune.{name} must be at least 1")
-        for name in ("compaction_block", "serve_tensor_model_parallel_size", "layer_candidates"):
+        for name in (
+            "compaction_block", "serve_tensor_model_parallel_size", "layer_candidates",
+            "calibration_steps",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"prune.{name} must not be negative")
         if self.order:
             ordered = [axis for part in self.order for axis in part.split("+")]

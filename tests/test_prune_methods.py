@@ -383,3 +383,43 @@ def test_a_run_stopped_between_plans_goes_on_bit_for_bit(
     assert [r["loss"] for r in found] == pytest.approx(
         [r["loss"] for r in expected if r["step"] > 10], rel=2e-5
     )
+
+
+def calibrated(groups: ProcessGroups, config: Config) -> dict[str, Any]:
+    """Losses, and who lives on after each step, of a run whose scores are drawn for each plan."""
+    from megatron_idea.train import step
+
+    run, state = live_run(groups, config)
+    drawn = []
+    batches = run.data.step
+    run.data.step = lambda begin: drawn.append(begin) or batches(begin)
+    steps = [(step(run, state)[0].loss, run.pruner.alive) for _ in range(12)]
+    assert run.pruner.pending_steps == 0
+    return {
+        "losses": [loss for loss, _ in steps],
+        "alive": [{axis: t.tolist() for axis, t in alive.items()} for _, alive in steps],
+        "drawn": drawn,
+    }
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parallel"),
+    [("minitron", {"tensor_model_parallel_size": 2}), ("adapt_pruner", {})],
+    ids=["minitron tp2", "adapt_pruner dp2"],
+)
+def test_scores_can_come_from_batches_of_their_own(
+    workers: Workers, strategy: str, parallel: dict[str, int]
+) -> None:
+    target = PruneTarget(ffn_hidden_size=12, num_query_groups=2)
+    config = replace(
+        pruned({}), prune={"strategy": strategy, "target": target, "calibration_steps": 2}
+    )
+    (alone,) = run_job(workers, calibrated, 1, config)
+    (plain,) = run_job(workers, calibrated, 1, replace(config, prune={"calibration_steps": 0}))
+    first = next(n for n, alive in enumerate(alone["alive"]) if alive != alone["alive"][0])
+    assert alone["losses"][: first + 1] == plain["losses"][: first + 1], "nothing is learnt of them"
+    learnt = {n * config.training.global_batch_size for n in range(12)}
+    assert len(set(alone["drawn"]) - learnt) >= 2 > len(set(plain["drawn"]) - learnt)
+    assert alone["alive"][-1] != plain["alive"][-1], "another draw, other scores"
+    other, *_ = run_job(workers, calibrated, 2, replace(config, parallel=parallel))
+    assert (other["drawn"], other["alive"]) == (alone["drawn"], alone["alive"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_idea.engine.passes import MicroBatches, forward_loss, through
+from megatron_idea.engine.passes import MicroBatches, forward_backward, forward_loss, through
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.activations import decoder_layers, residual_norms, watch_norm
+from megatron_idea.prune.activations import (
+    decoder_layers,
+    residual_norms,
+    watch_norm,
+    watched,
+)
 from megatron_idea.prune.plan import StoredUnits
+from megatron_idea.prune.scores import Scores
 
 
 class Probe:
@@ -55,6 +61,22 @@ class Probe:
             total += torch.stack(losses).double().mean() / groups.dp.size()
         dist.all_reduce(total)
         return float(total)
+
+    def measure(self, scores: Scores, begins: Sequence[int]) -> None:
+        """Let passes over other batches count as ``scores``' steps: backward too, and no update.
+
+        Args:
+            begins: for each batch, how many of the data's samples come before it.
+        """
+        trainable = self._trainable
+        for chunk in trainable.chunks:
+            chunk.eval()
+        for begin in begins:
+            with watched(trainable, scores.activations) as seen:
+                forward_backward(trainable, self._data, begin)
+            scores.record(scores.observe(trainable, seen))
+        for chunk in trainable.chunks:
+            chunk.train()
 
     @torch.no_grad()
     def norm_inputs(self, stored: StoredUnits, channels: int) -> Tensor:

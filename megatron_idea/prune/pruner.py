@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_idea.config import Config
-from megatron_idea.course import finished_axes, removed_by_axis
+from megatron_idea.course import finished_axes, num_steps, removed_by_axis
 from megatron_idea.engine.distributed import assert_same_on_all_ranks, on_device
 from megatron_idea.engine.optimizer import reset_moments
 from megatron_idea.engine.trainable import Trainable
@@ -48,7 +49,6 @@ from megatron_idea.prune.silence import rescale_norms, silence
 from megatron_idea.prune.strategy import (
     Activation,
     Counts,
-    Removed,
     Stats,
     Strategy,
     ranked,
@@ -126,8 +126,10 @@ class Pruner:
         self.memory = torch.empty(0)
         self.due = None
         self.trials: list[LayerTrial] = []
+        # What was drawn for a plan is all that it knows.
+        history = 0.0 if config.prune.calibration_steps else config.prune.history
         self.scores = (
-            Scores(self.strategy, config.model, config.prune.history, trainable.groups.device)
+            Scores(self.strategy, config.model, history, trainable.groups.device)
             if self.strategy is not None
             else None
         )
@@ -139,8 +141,14 @@ class Pruner:
         self, trainable: Trainable, tokens: int
     ) -> contextlib.AbstractContextManager[dict[Activation, Sums]]:
         """Watch the forward passes of the step that ends at ``tokens``, if a method asks for it."""
-        gathers = self.scores is not None and gathers_scores(self.config.schedule, tokens)
-        return watched(trainable, self.scores.activations if gathers and self.scores else {})
+        scores = self._gathering(tokens)
+        return watched(trainable, {} if scores is None else scores.activations)
+
+    def _gathering(self, tokens: int) -> Scores | None:
+        """Return the scores, if they come of the step that ends at ``tokens``."""
+        if self.config.prune.calibration_steps or not gathers_scores(self.config.schedule, tokens):
+            return None
+        return self.scores
 
     def observe(
         self, trainable: Trainable, tokens: int, seen: Mapping[Activation, Sums] | None = None
@@ -152,9 +160,8 @@ class Pruner:
         Args:
             seen: what ``watched`` saw.
         """
-        if self.scores is None or not gathers_scores(self.config.schedule, tokens):
-            return None
-        return self.scores.observe(trainable, seen)
+        scores = self._gathering(tokens)
+        return None if scores is None else scores.observe(trainable, seen)
 
     def record(self, observed: dict[Measured, Sums] | None) -> None:
         """Let an observation count: the step that it comes from was taken."""
@@ -179,7 +186,7 @@ class Pruner:
         self.scores.fold(trainable, self.stored)
         if pausing and tokens < removal_window(self.config.schedule)[1]:
             return None
-        alive, memory = self._choose(trainable, removed_by_axis(self.config, tokens), probe)
+        alive, memory = self._choose(trainable, tokens, probe)
         shape = self.due_shape(trainable.shape, alive, finished_axes(self.config, tokens))
         if shape == trainable.shape and alive is self.alive:
             return None
@@ -207,16 +214,29 @@ class Pruner:
         return tokens >= removal_window(self.config.schedule)[1] or step % interval == 0
 
     def _choose(
-        self, trainable: Trainable, removed: Removed, probe: Probe | None
+        self, trainable: Trainable, tokens: int, probe: Probe | None
     ) -> tuple[Units, Tensor]:
-        """Ask the strategy who lives on when so much of the removal is due, and what to keep."""
-        strategy = self.strategy
+        """Ask the strategy who lives on after ``tokens`` consumed tokens, and what to keep."""
+        strategy, removed = self.strategy, removed_by_axis(self.config, tokens)
         assert strategy is not None
         if not strategy.is_due(self.alive, removed):
             return self.alive, self.memory
+        self._calibrate(trainable, tokens, probe)
         importance = strategy.importance(self.stats(trainable))
         counts, memory = strategy.budget(importance, self.alive, removed, self.memory)
         return self.keep(importance, counts, probe), memory
+
+    def _calibrate(self, trainable: Trainable, tokens: int, probe: Probe | None) -> None:
+        """Measure batches that are drawn for this plan, if scores come from such."""
+        config, number = self.config, self.config.prune.calibration_steps
+        if not number or self.scores is None:
+            return
+        assert probe is not None, "calibration needs data"
+        draw = random.Random(f"{config.training.seed} calibration {tokens}")
+        batch = config.training.global_batch_size
+        begins = [draw.randrange(num_steps(config)) * batch for _ in range(number)]
+        probe.measure(self.scores, begins)
+        self.scores.fold(trainable, self.stored)
 
     def _gains(self, alive: Units, probe: Probe | None) -> Tensor | None:
         """Return what keeps every norm's output of the channels that stay as it was.
