@@ -68,6 +68,7 @@ ARMS = {
     "taylor": Arm(NEURONS, {"strategy": "taylor"}),
     "idea": Arm(NEURONS, {"strategy": "idea"}),
     "idea-one-shot": Arm(NEURONS, {"strategy": "idea"}, ONE_SHOT),
+    "idea-wsd": Arm(NEURONS, {"strategy": "idea"}, RELEASED),
     "idea+groups": Arm(AND_GROUPS, {"strategy": "idea"}),
     "random+groups": Arm(AND_GROUPS, {"strategy": "random"}),
     "llm_pruner": Arm(AND_GROUPS, {"strategy": "llm_pruner"}),
