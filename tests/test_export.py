@@ -491,7 +491,7 @@ def test_a_model_card_names_the_number_of_parameters_and_no_forecast() -> None:
     full = Shape.full(config.model)
     state, exported = TrainState.fresh(config), Exported(Path("out"), full, full, full, 1, 1)
     card = _model_card(config, state, exported, "padded", "float32", "A GPT.")
-    assert "| pruning | strategy adapt_pruner, target parameters 1,200,000, element" in card
+    assert "| pruning | strategy adapt_pruner, target parameters 1,200,000, ema" in card
 
 
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(

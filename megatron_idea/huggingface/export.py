@@ -25,7 +25,7 @@ from megatron_idea import __version__, checkpoint
 from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.reader import CheckpointTensors
 from megatron_idea.checkpoint.state import CheckpointError, TrainState
-from megatron_idea.config import Config, ConfigError, ModelConfig
+from megatron_idea.config import METHODS, Config, ConfigError, ModelConfig, PruneConfig
 from megatron_idea.data.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
@@ -331,7 +331,8 @@ def _export(one: _Model, out: Path, form: Form, about: str, remark: str) -> Expo
         _write_json(partial / "pruning.json", {"enlarged": enlarged, "live": live.numbers})
         result = Exported(out, full, live.shape, shape, writer.parameters, writer.bytes)
         card = _model_card(config, one.state, result, form.layout, dtype, about)
-        (partial / "README.md").write_text(card + remark + _added_tokens(partial))
+        parts = [card, remark, _added_tokens(partial)]
+        (partial / "README.md").write_text("\n".join(part for part in parts if part))
         partial.rename(out)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error}") from error
@@ -576,9 +577,15 @@ def _model_card(
         f"{learning_rate(schedule, total):g}, phases "
         f"{schedule.enlarged_fraction:g} / {schedule.prune_fraction:g} / "
         f"{schedule.recover_fraction:g}, removal {config.removal} |",
-        f"| pruning | strategy {prune.strategy}, target {target or 'none'}, "
-        f"element {prune.element}, rows {prune.row_reduce}, matrices {prune.matrix_reduce}, "
-        f"ema {prune.ema:g} on {prune.ema_on}, scope {prune.scope} |",
+        f"| pruning | {_pruning(prune, target)} |",
+    ]
+    if config.distill.teaches:
+        taught = config.distill
+        lines.append(
+            f"| distillation | teacher {taught.teacher}, {taught.direction} KL at temperature "
+            f"{taught.temperature:g}, alpha {taught.alpha:g} to {taught.alpha_end:g} |"
+        )
+    lines += [
         "",
         "`pruning.json` lists the units that are left, by their numbers in the enlarged model; "
         "those of layers in the order of the layers that are left.",
@@ -591,6 +598,21 @@ def _model_card(
             "",
         ]
     return "\n".join(lines)
+
+
+def _pruning(prune: PruneConfig, target: str) -> str:
+    """Say what was pruned by what, without keys that the method has no use for."""
+    if prune.strategy == "none":
+        return "none"
+    said = {
+        "element": f"element {prune.element}",
+        "row_reduce": f"rows {prune.row_reduce}",
+        "matrix_reduce": f"matrices {prune.matrix_reduce}",
+    }
+    fixed = METHODS[prune.strategy].fixed
+    parts = [f"strategy {prune.strategy}", f"target {target or 'none'}"]
+    parts += [text for name, text in said.items() if name not in fixed]
+    return ", ".join([*parts, f"ema {prune.ema:g} on {prune.ema_on}", f"scope {prune.scope}"])
 
 
 def _brief(counts: Sequence[int]) -> str:
