@@ -68,11 +68,10 @@ if (($# == 0)); then
     newest=$!
 fi
 
-# Files side by side, one more than there are cores, for those that wait (for Slurm, for a time limit),
-# in the order of conftest.py. -n0 among the arguments runs one after the other,
+# Files side by side, in the order of conftest.py. -n0 among the arguments runs one after the other,
 # with output as it comes.
 status=0
-pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=15 "$@" || status=$?
+pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@" || status=$?
 if (($# == 0)); then
     wait "$newest" || status=$?
     cat "$output"

@@ -220,11 +220,9 @@ ALL = {"ffn_hidden_size": 768, "num_query_groups": 2, "hidden_size": 48, "num_la
     ("world", "parallel", "target"),
     [
         (1, {}, NEURONS),
-        (2, {}, NEURONS),
         (2, {"tensor_model_parallel_size": 2}, NEURONS),
         (4, {"tensor_model_parallel_size": 2}, NEURONS),
         (1, {}, ALL),
-        (2, {"tensor_model_parallel_size": 2}, ALL),
         (4, {"pipeline_model_parallel_size": 2}, ALL),
         (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, ALL),
     ],

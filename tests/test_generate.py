@@ -101,9 +101,8 @@ def live_job(
     [
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-        {"overlap_grad_reduce": True, "overlap_param_gather": True},
     ],
-    ids=["tp2", "pp2 vp2", "dp2"],
+    ids=["tp2", "pp2 vp2"],
 )
 def test_a_model_in_training_writes_what_its_checkpoint_does(
     parallel: dict[str, Any], workers: Workers, tmp_path: Path

@@ -95,11 +95,10 @@ TP2 = {"tensor_model_parallel_size": 2}
     [
         (1, {}, "min", "fp32"),
         (2, TP2, "ordered", "bf16"),
-        (2, TP2, "min", "fp32"),
         (2, {"pipeline_model_parallel_size": 2}, "min", "bf16"),
         (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, "min", "bf16"),
     ],
-    ids=["one", "tp2_ordered_bf16", "tp2", "pp2_bf16", "dp2_overlapped_bf16"],
+    ids=["one", "tp2_ordered_bf16", "pp2_bf16", "dp2_overlapped_bf16"],
 )
 def test_online_and_offline_compaction_agree_bit_for_bit(
     world_size: int,
