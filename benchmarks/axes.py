@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, PruneTarget
@@ -75,18 +73,8 @@ def parameters(config: Config) -> int:
 
 
 def show(arms: dict[str, dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for header in (
-        "arm",
-        "parameters",
-        "FLOPs",
-        "loss, nats per byte",
-        "to ffn",
-        "rise at removal",
-    ):
-        table.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
-    for name, row in arms.items():
-        table.add_row(
+    rows = [
+        (
             name,
             f"{row['parameters']:,}",
             f"{row['flops_to_ffn']:.2f}",
@@ -94,7 +82,11 @@ def show(arms: dict[str, dict[str, Any]]) -> None:
             plus_minus(row["to_ffn"], signed=True),
             plus_minus(row.get("rise"), signed=True),
         )
-    Console(width=120).print(table)
+        for name, row in arms.items()
+    ]
+    measure.show(
+        ("arm", "parameters", "FLOPs", "loss, nats per byte", "to ffn", "rise at removal"), rows
+    )
 
 
 def main() -> None:

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config
@@ -141,10 +139,7 @@ def arms(steps: int, seeds: list[int], names: list[str], out: Path, json: Path) 
                 found["kl"] = round(sum(r.kl or 0 for r in last) / len(last), 4)
             print(f"seed {seed}  {name:<22} {found['loss']:.4f}", flush=True)
     base = runs["idea"]
-    table = Table(box=None, pad_edge=False)
-    for header in ("arm", "tokens", "FLOPs", "loss, nats per byte", "to idea"):
-        table.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
-    rows = {}
+    rows, shown = {}, []
     for name, of_seed in runs.items():
         each = list(of_seed.values())
         rows[name] = row = {
@@ -155,8 +150,8 @@ def arms(steps: int, seeds: list[int], names: list[str], out: Path, json: Path) 
         }
         loss, to_idea = plus_minus(row["loss"]), plus_minus(row["to_idea"], signed=True)
         ratio = f"{row['flops_to_idea']:.2f}"
-        table.add_row(name, f"{row['tokens']:,}", ratio, loss, to_idea)
-    Console(width=120).print(table)
+        shown.append((name, f"{row['tokens']:,}", ratio, loss, to_idea))
+    measure.show(("arm", "tokens", "FLOPs", "loss, nats per byte", "to idea"), shown)
     measure.keep(json, {"measured": {"steps": steps, "arms": rows, "runs": runs}})
 
 

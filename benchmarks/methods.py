@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, PruneTarget
@@ -139,14 +137,12 @@ def brief(shape: Shape) -> str:
 
 
 def show(arms: dict[str, dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for header in (
+    headers = (
         "arm", "parameters", "FLOPs", "loss, nats per byte", "to idea", "rise at removal",
         "neurons | groups | channels, first seed",
-    ):  # fmt: skip
-        table.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
-    for name, row in arms.items():
-        table.add_row(
+    )  # fmt: skip
+    rows = [
+        (
             name,
             f"{row['parameters'][0]:,}",
             f"{row['flops_to_idea']:.2f}",
@@ -155,7 +151,9 @@ def show(arms: dict[str, dict[str, Any]]) -> None:
             plus_minus(row.get("rise"), signed=True),
             row["shapes"][0],
         )
-    Console(width=150).print(table)
+        for name, row in arms.items()
+    ]
+    measure.show(headers, rows, width=150)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import reprlib
@@ -318,7 +319,9 @@ class Method:
     finds_shape: bool = False
     """Whether it can find the shape itself, given a number of parameters."""
     fixed: tuple[str, ...] = ()
-    """Keys of ``prune`` that say how weights become scores and that it has no use for."""
+    """Keys of ``prune`` that it has no use for, of those that most methods read."""
+    own: tuple[str, ...] = ()
+    """Keys of ``prune`` that it alone reads."""
 
 
 _SCORES = ("element", "row_reduce", "matrix_reduce")
@@ -331,12 +334,15 @@ METHODS = {
     "llm_pruner": Method(_ALL_AXES, fixed=_SCORES[1:]),
     "wanda": Method(_ALL_AXES[:2], fixed=_SCORES),
     "flap_score": Method(_ALL_AXES[:2], fixed=_SCORES),
-    "minitron": Method(_ALL_AXES, fixed=_SCORES),
+    "minitron": Method(_ALL_AXES, fixed=_SCORES, own=("aggregation",)),
     "shortgpt": Method(_ALL_AXES[3:], fixed=_SCORES),
     "pca_stem": Method(("hidden_size",), "one_shot", fixed=(*_SCORES, "calibration_steps")),
-    "adapt_pruner": Method(_ALL_AXES[:2], "rounds", finds_shape=True, fixed=_SCORES),
+    "adapt_pruner": Method(
+        _ALL_AXES[:2], "rounds", finds_shape=True, fixed=_SCORES,
+        own=("amplitude", "sparsity_step", "as_released", "skip_first_token"),
+    ),
     "efficient_llm": Method(_ALL_AXES[:3], "linear", finds_shape=True, fixed=_SCORES[1:]),
-}
+}  # fmt: skip
 """By the value of ``prune.strategy``; ``none`` is plain training."""
 
 
@@ -542,11 +548,8 @@ class PruneConfig:
 
     def _require_use(self) -> None:
         """Refuse what was set and would be ignored, of what some methods alone ask for."""
-        ignored = METHODS[self.strategy].fixed
-        ignored += () if self.strategy == "minitron" else ("aggregation",)
-        of_adapt = ("amplitude", "sparsity_step", "as_released", "skip_first_token")
-        ignored += () if self.strategy == "adapt_pruner" else of_adapt
-        for name in ignored:
+        others = (method.own for name, method in METHODS.items() if name != self.strategy)
+        for name in itertools.chain(METHODS[self.strategy].fixed, *others):
             default = getattr(PruneConfig, name)
             _require(
                 getattr(self, name) == default,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from jobs import RandomBatches, live_run, run_job, small, whole
-from test_all_axes import killed_after
+from test_all_axes import PP2, TP2, killed_after
 from test_checkpoint import checkpoint_at, curves, tensors, train_on
 
 from megatron_idea.checkpoint import read_state
@@ -18,8 +18,6 @@ from megatron_idea.testing import Workers, assert_close, assert_equal
 if TYPE_CHECKING:
     from megatron_idea.engine.distributed import ProcessGroups
 
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, TP2),
     "tp2": (2, {**TP2, "sequence_parallel": False}),

@@ -30,8 +30,8 @@ from megatron_idea.config import (
 from megatron_idea.data.tokenizer import copy_tokenizer
 from megatron_idea.engine.distributed import joined
 from megatron_idea.engine.model import named_parameters
-from megatron_idea.engine.optimizer import adam_step, finish_main_update, has_moments, set_state
-from megatron_idea.engine.shards import MOMENTS, shard_of
+from megatron_idea.engine.optimizer import adam_step, finish_main_update, set_state
+from megatron_idea.engine.shards import MOMENTS
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.prune.axis import Share
 from megatron_idea.prune.compact import kept
@@ -92,9 +92,6 @@ def compact_checkpoint(
         pruner = Pruner(config, trainable)
         pruner.goals = saved.goals  # counts are to be legal for the run's own layout
         checkpoint.load(trainable, pruner, found)
-        if not has_moments(trainable.optimizer, groups):
-            _begin_moments(trainable)
-        plan = None
         if chooser is not None:
             plan = _chosen(trainable, pruner, chooser, wanted)
         elif wanted:
@@ -269,16 +266,6 @@ def _chosen(
         alive, goals = choose(trainable, pruner, config, None), config.goals
         shape = due_shape(shape, live_by_axis(alive), live_layers(alive), goals, goals)
     return Plan.of(alive, shape, pruner.memory)
-
-
-@torch.no_grad()
-def _begin_moments(trainable: Trainable) -> None:
-    """Give a model that was never trained here, as an imported one, the moments of no step."""
-    for parameter in trainable.parameters:
-        shard = shard_of(trainable.optimizer, parameter)
-        assert shard is not None, "one process has all"
-        zeros = {name: torch.zeros_like(shard.main, dtype=torch.float32) for name in MOMENTS}
-        set_state(trainable.optimizer, parameter, 0, None, zeros)
 
 
 def _cut(

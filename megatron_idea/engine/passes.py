@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -61,6 +62,19 @@ def through(
 def at_least(chunks: Sequence[torch.nn.Module], groups: ProcessGroups) -> int:
     """Return what the number of micro-batches must be a multiple of: PP if interleaved, or 1."""
     return groups.pp.size() if len(chunks) > 1 else 1
+
+
+@contextlib.contextmanager
+def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Turn dropout off, and on again where it was."""
+    training = [chunk for chunk in chunks if chunk.training]
+    for chunk in training:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in training:
+            chunk.train()
 
 
 def forward_backward(trainable: Trainable, data: MicroBatches, samples: int) -> list[Tensor]:

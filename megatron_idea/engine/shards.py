@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,13 +130,18 @@ class ShardExchange:
 
     @torch.no_grad()
     def gather(self, parameter: torch.nn.Parameter) -> Tensor | None:
-        """Whole fp32 [3, numel] on the owner, None elsewhere; a collective over DP."""
+        """Whole fp32 [3, numel] on the owner, None elsewhere; a collective over DP.
+
+        Moments are 0 before the first step.
+        """
         part = shard_of(self._optimizer, parameter)
-        mine = (
-            torch.stack([part.main.detach().view(-1), *(part.state[m].view(-1) for m in MOMENTS)])
-            if part
-            else torch.empty(3, 0, device=self._groups.device)
-        )
+        mine = torch.empty(3, 0, device=self._groups.device)
+        if part:
+            main = part.main.detach().view(-1)
+            moments = (part.state.get(name) for name in MOMENTS)
+            mine = torch.stack(
+                [main, *(torch.zeros_like(main) if m is None else m.view(-1) for m in moments)]
+            )
         if not self._sharded:
             return mine
         ranges = self._ranges[id(parameter)]
@@ -179,6 +184,22 @@ class ShardExchange:
             group=self._groups.shards,
         )
         return received.view(3, -1) if end > start else None
+
+    @torch.no_grad()
+    def change_main(
+        self, parameter: torch.nn.Parameter, change: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Replace a main weight by what ``change`` makes of the whole one; a collective over DP.
+
+        The model's own weights follow with ``finish_main_update``.
+        """
+        whole = self.gather(parameter)
+        if whole is not None:
+            whole[0] = change(whole[0].view(parameter.shape)).view(-1)
+        part = self.scatter(parameter, whole)
+        held = shard_of(self._optimizer, parameter)
+        if part is not None and held is not None:
+            held.main.data.view(-1).copy_(part[0])
 
     def _splits(self, parameter: torch.nn.Parameter) -> list[int]:
         """Elements of this rank's part, at the owner's place."""

@@ -25,8 +25,8 @@ from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.engine.distributed import ProcessGroups, joined
 from megatron_idea.engine.model import build_model, transformer_config
-from megatron_idea.engine.passes import at_least, through
-from megatron_idea.evaluation.held_out import evaluating, load_folder
+from megatron_idea.engine.passes import at_least, evaluating, through
+from megatron_idea.evaluation.held_out import load_folder
 from megatron_idea.records.log import RecordError
 from megatron_idea.records.read import SAMPLES
 

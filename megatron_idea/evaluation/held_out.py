@@ -6,7 +6,6 @@ by document (``data/rolling.py``). Bytes are those of the text whose tokens were
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from megatron_idea.data.rolling import RollingBatches
 from megatron_idea.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_idea.engine.distributed import ProcessGroups, joined, world_size_from_environment
 from megatron_idea.engine.model import build_model, transformer_config
-from megatron_idea.engine.passes import at_least, through
+from megatron_idea.engine.passes import at_least, evaluating, through
 from megatron_idea.evaluation.sums import (
     Measured,
     Step,
@@ -101,18 +100,6 @@ def _megatron_step(
         sums += sum(result["sums"] for result in results)
     dist.all_reduce(sums)
     return sums
-
-
-@contextlib.contextmanager
-def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    training = [chunk for chunk in chunks if chunk.training]
-    for chunk in training:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk in training:
-            chunk.train()
 
 
 def held_out_loss(

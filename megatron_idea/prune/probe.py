@@ -16,7 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_idea.engine.passes import MicroBatches, forward_backward, forward_loss, through
+from megatron_idea.engine.passes import (
+    MicroBatches,
+    evaluating,
+    forward_backward,
+    forward_loss,
+    through,
+)
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.activations import (
     decoder_layers,
@@ -69,14 +75,11 @@ class Probe:
             begins: for each batch, how many of the data's samples come before it.
         """
         trainable = self._trainable
-        for chunk in trainable.chunks:
-            chunk.eval()
-        for begin in begins:
-            with watched(trainable, scores.activations) as seen:
-                forward_backward(trainable, self._data, begin)
-            scores.record(scores.observe(trainable, seen))
-        for chunk in trainable.chunks:
-            chunk.train()
+        with evaluating(trainable.chunks):
+            for begin in begins:
+                with watched(trainable, scores.activations) as seen:
+                    forward_backward(trainable, self._data, begin)
+                scores.record(scores.observe(trainable, seen))
 
     @torch.no_grad()
     def norm_inputs(self, stored: StoredUnits, channels: int) -> Tensor:
@@ -194,18 +197,15 @@ class Probe:
 
     def _pass(self) -> list[Tensor]:
         chunks, data = self._trainable.chunks, self._data
-        for chunk in chunks:
-            chunk.eval()
-        results = through(
-            chunks,
-            lambda: data.step(self._samples),
-            forward_loss,
-            data.num_microbatches,
-            data.seq_length,
-            data.micro_batch_size,
-        )
-        for chunk in chunks:
-            chunk.train()
+        with evaluating(chunks):
+            results = through(
+                chunks,
+                lambda: data.step(self._samples),
+                forward_loss,
+                data.num_microbatches,
+                data.seq_length,
+                data.micro_batch_size,
+            )
         return [result["loss"] for result in results]
 
 

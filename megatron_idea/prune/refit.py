@@ -12,7 +12,8 @@ tr(W_Q ((H^-1)_QQ)^-1 W_Q^T), lambda's part included: the least there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,12 @@ from torch import Tensor
 
 from megatron_idea.config import PruneConfig
 from megatron_idea.engine.optimizer import finish_main_update
-from megatron_idea.engine.shards import shard_of
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.guard import DivergedError
 from megatron_idea.prune.axis import EMBEDDING, Share
 from megatron_idea.prune.plan import StoredUnits, Units, local_part
 from megatron_idea.prune.probe import Probe
-from megatron_idea.prune.units import named_shares
+from megatron_idea.prune.units import named_shares, norm_row
 from megatron_idea.shape import LAYER_AXES
 
 
@@ -66,18 +66,12 @@ def refit(
         lost, stay = (_columns(units, share, trainable, stored, over_tp) for units in (gone, kept))
         if not bool(lost.any()):
             continue
-        whole = exchange.gather(parameter)
-        if whole is not None:
-            gram = grams[share.axis, _row(name, share, trainable)]
-            beta = regression(gram, lost, stay, config.update_damping)
-            weight = whole[0].view(parameter.shape)
-            split = over_tp and share.axis in LAYER_AXES
-            weight.add_(_moved(weight, beta, lost, trainable.groups.tp if split else None))
-        part = exchange.scatter(parameter, whole)
-        if part is not None:
-            held = shard_of(trainable.optimizer, parameter)
-            assert held is not None
-            held.main.data.view(-1).copy_(part[0])
+        row = share.layer if share.axis in LAYER_AXES else norm_row(name, trainable)
+        assert row is not None
+        gram = grams[share.axis, row]
+        tp = trainable.groups.tp if over_tp and share.axis in LAYER_AXES else None
+        beta = functools.partial(regression, gram, lost, stay, config.update_damping)
+        exchange.change_main(parameter, functools.partial(_refitted, beta, lost, tp))
     finish_main_update(trainable.optimizer, trainable.chunks)
 
 
@@ -105,19 +99,22 @@ def regression(gram: Tensor, lost: Tensor, stay: Tensor, damping: float) -> Tens
         damping *= 10
 
 
-def _moved(weight: Tensor, beta: Tensor, lost: Tensor, tp: dist.ProcessGroup | None) -> Tensor:
-    """Return what is added to a matrix; over ``tp`` the columns of all ranks take part."""
-    columns = weight.double()
+def _refitted(
+    beta: Callable[[], Tensor], lost: Tensor, tp: dist.ProcessGroup | None, main: Tensor
+) -> Tensor:
+    """Return a main weight whose columns make up for ``lost``; over ``tp`` those of all ranks."""
+    sums = beta()  # worked out where the whole matrix is, and nowhere else
+    columns = main.double()
     mine = slice(None)
     if tp is not None:
-        begin = tp.rank() * weight.shape[1]
-        mine = slice(begin, begin + weight.shape[1])
-        columns = beta.new_zeros(len(weight), len(beta))
-        columns[:, mine] = weight.double()
+        begin = tp.rank() * main.shape[1]
+        mine = slice(begin, begin + main.shape[1])
+        columns = sums.new_zeros(len(main), len(sums))
+        columns[:, mine] = main.double()
     columns = columns[:, lost]
     if tp is not None:
         dist.all_reduce(columns, group=tp)
-    return columns @ beta[mine].T
+    return main + columns @ sums[mine].T
 
 
 def _columns(
@@ -131,16 +128,6 @@ def _columns(
         ids = stored[share.axis][share.layer]
         ids = ids if over_tp else local_part(ids, trainable.groups.tp)
     return of_units[ids].repeat_interleave(share.stride).to(trainable.groups.device)
-
-
-def _row(name: str, share: Share, trainable: Trainable) -> int:
-    """Return the row that ``Probe.grams`` has of what goes into a matrix."""
-    if share.axis in LAYER_AXES:
-        assert share.layer is not None
-        return share.layer
-    if share.layer is None:
-        return 2 * trainable.model.num_layers
-    return 2 * trainable.shape.layers[share.layer].number + ("linear_fc1" in name)
 
 
 def _check_finite(grams: Iterable[Tensor], trainable: Trainable) -> None:

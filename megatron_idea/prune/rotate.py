@@ -11,6 +11,8 @@ write to it, linear_proj and linear_fc2, by Q^T from the left.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,8 +21,7 @@ from megatron_idea.engine.distributed import ProcessGroups
 from megatron_idea.engine.optimizer import finish_main_update, reset_moments
 from megatron_idea.engine.shards import shard_of
 from megatron_idea.engine.trainable import Trainable
-from megatron_idea.prune.axis import EMBEDDING
-from megatron_idea.prune.units import named_shares
+from megatron_idea.prune.units import named_shares, norm_row
 
 WRITERS = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -54,43 +55,22 @@ def rotate(trainable: Trainable, directions: Tensor) -> None:
     turn = directions.to(trainable.groups.device)
     exchange = trainable.exchange()
     for name, parameter, _ in named_shares(trainable):
-        whole = exchange.gather(parameter)
-        if whole is not None:
-            row = _norm_row(name, trainable)
-            main = whole[0].view(parameter.shape).double()
-            if parameter.dim() == 1:
-                main = torch.ones_like(main) if row is not None else main
-            elif name.endswith(WRITERS):
-                main = turn.T @ main
-            else:
-                main = (main if row is None else main * gains[row]) @ turn
-            whole[0] = main.flatten().float()
-        part = exchange.scatter(parameter, whole)
-        shard = shard_of(trainable.optimizer, parameter)
-        if part is not None and shard is not None:
-            shard.main.data.copy_(part[0].view_as(shard.main))
+        row = norm_row(name, trainable)
+        gain = None if row is None else gains[row]
+        exchange.change_main(
+            parameter, functools.partial(_turned, name.endswith(WRITERS), gain, turn)
+        )
     finish_main_update(trainable.optimizer, trainable.chunks)
     reset_moments(trainable.optimizer)
 
 
-def _norm_row(name: str, trainable: Trainable) -> int | None:
-    """Number the norm that a tensor belongs to or reads from, as ``Plan.gains`` does.
-
-    None for the embedding, norms of queries and keys, and what writes to the stream.
-    """
-    if name in ("decoder.final_layernorm.weight", "output_layer.weight"):
-        return 2 * trainable.model.num_layers
-    if name == EMBEDDING or not name.startswith("decoder.layers."):
-        return None
-    position, _, tensor = name.removeprefix("decoder.layers.").partition(".")
-    row = 2 * trainable.shape.layers[int(position)].number
-    sites = {
-        "input_layernorm.weight": row,
-        "self_attention.linear_qkv.weight": row,
-        "pre_mlp_layernorm.weight": row + 1,
-        "mlp.linear_fc1.weight": row + 1,
-    }
-    return sites.get(tensor)
+def _turned(writes: bool, gain: Tensor | None, turn: Tensor, main: Tensor) -> Tensor:
+    """Return a turned main weight; ``gain``: of the norm that it is, or reads from."""
+    if main.dim() == 1:
+        return main if gain is None else torch.ones_like(main)
+    if writes:
+        return turn.T @ main.double()
+    return (main.double() if gain is None else main * gain) @ turn
 
 
 def _gains(trainable: Trainable) -> Tensor:
@@ -102,7 +82,7 @@ def _gains(trainable: Trainable) -> Tensor:
     )
     sharded = trainable.parallel.use_distributed_optimizer
     for name, parameter, _ in named_shares(trainable):
-        row = _norm_row(name, trainable)
+        row = norm_row(name, trainable)
         if parameter.dim() > 1 or row is None or groups.tp.rank() > 0:
             continue
         shard = shard_of(trainable.optimizer, parameter)

@@ -13,7 +13,7 @@ from megatron_idea.engine.distributed import on_device
 from megatron_idea.engine.shards import MOMENTS, has_main_copy, shard_of
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share, blocks
-from megatron_idea.prune.units import LocalUnits, named_shares
+from megatron_idea.prune.units import LocalUnits, named_shares, norm_row
 
 
 @torch.no_grad()
@@ -52,14 +52,10 @@ def rescale_norms(trainable: Trainable, gains: Tensor) -> None:
     Args:
         gains: as in ``Plan``.
     """
-    final = len(gains) - 1
-    for name, parameter, shares in named_shares(trainable):
-        if parameter.dim() > 1 or not any(share.axis == "hidden_size" for share in shares):
+    for name, parameter, _ in named_shares(trainable):
+        row = norm_row(name, trainable)
+        if parameter.dim() > 1 or row is None:
             continue
-        row = final
-        if (position := shares[0].layer) is not None:
-            number = trainable.shape.layers[position].number
-            row = 2 * number + ("pre_mlp" in name)
         factor = float(gains[row])
         if factor == 1.0:
             continue

@@ -107,7 +107,8 @@ class Strategy(Protocol):
     least important one."""
     mend: str
     """What is done to weights between a plan and the zeros that it asks for: ``none``; ``refit``,
-    those that stay make up for the inputs that matrices lose."""
+    those that stay make up for the inputs that matrices lose; ``rotate``, the residual stream turns
+    into its principal directions."""
 
     def is_due(self, alive: Units, removed: Removed) -> bool:
         """Say whether anything has to go by now; nothing is asked of the method before."""

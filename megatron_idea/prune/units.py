@@ -38,6 +38,27 @@ def _known_shares(model: ModelConfig, shape: Shape, tp: int) -> dict[str, tuple[
     return {}
 
 
+def norm_row(name: str, trainable: Trainable) -> int | None:
+    """Number the norm of the residual stream that a tensor is the gain of, or reads from.
+
+    Two a layer of the enlarged model, in the order of layers, and the final one. None for the
+    embedding, norms of queries and keys, and what writes to the stream.
+    """
+    if name in ("decoder.final_layernorm.weight", "output_layer.weight"):
+        return 2 * trainable.model.num_layers
+    if not name.startswith("decoder.layers."):
+        return None
+    position, _, tensor = name.removeprefix("decoder.layers.").partition(".")
+    row = 2 * trainable.shape.layers[int(position)].number
+    rows = {
+        "input_layernorm.weight": row,
+        "self_attention.linear_qkv.weight": row,
+        "pre_mlp_layernorm.weight": row + 1,
+        "mlp.linear_fc1.weight": row + 1,
+    }
+    return rows.get(tensor)
+
+
 def local_layers(trainable: Trainable, axes: Sequence[str]) -> list[tuple[str, int | None]]:
     """List (axis, position of a layer) for the layers of this rank; position None for channels."""
     layers = sorted({n for n, _ in trainable.mlps})

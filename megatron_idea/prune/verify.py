@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idea.engine.distributed import ProcessGroups, together
-from megatron_idea.engine.passes import at_least, through
+from megatron_idea.engine.passes import at_least, evaluating, through
 from megatron_idea.engine.shards import MOMENTS, shard_of
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import Share
@@ -246,18 +246,15 @@ def _losses(trainable: Trainable) -> Tensor:
 
         return output, collect
 
-    for chunk in chunks:
-        chunk.eval()
-    through(
-        chunks,
-        lambda: itertools.repeat(None),
-        forward,
-        num_microbatches=at_least(chunks, groups),  # of the same text
-        seq_length=length,
-        micro_batch_size=1,
-    )
-    for chunk in chunks:
-        chunk.train()
+    with evaluating(chunks):
+        through(
+            chunks,
+            lambda: itertools.repeat(None),
+            forward,
+            num_microbatches=at_least(chunks, groups),  # of the same text
+            seq_length=length,
+            micro_batch_size=1,
+        )
     losses = collected[0] if collected else torch.zeros(length, device=groups.device)
     return _from_last_stage(losses, groups)
 
