@@ -16,6 +16,7 @@ import re
 import reprlib
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -655,6 +656,8 @@ class CheckpointConfig:
     """Older checkpoints are deleted; 0 keeps all."""
     keep_every_tokens: int = 0
     """The first checkpoint at or after each multiple of so many tokens stays for good; 0: none."""
+    keep_phase_ends: bool = False
+    """Those at the ends of phases stay for good: the enlarged model, what pruning leaves of it."""
     asynchronous: bool = True
     """A thread writes a copy in the CPU's memory while training goes on."""
     on_damage: str = "stop"
@@ -723,6 +726,38 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class LawConfig:
+    """Scaling law by which ``plan`` and ``report`` predict: L(N, D) = e + a / N^alpha + b / D^beta.
+
+    L is the loss in nats per token, N the mean of the live parameters over the run's tokens, all of
+    them, embeddings included, D the tokens. docs/method.md has sources and what it does not know.
+    """
+
+    name: str = "Besiroglu et al. 2024, over average parameters"
+    e: float = 1.8172
+    a: float = 482.01
+    alpha: float = 0.3478
+    b: float = 2085.43
+    beta: float = 0.3658
+    parameters: list[float] = field(default_factory=lambda: [58e6, 468e6])
+    """Fewest and most for which the law was validated; beyond them it extrapolates."""
+    tokens_per_parameter: list[float] = field(default_factory=lambda: [10.0, 400.0])
+    """Likewise."""
+
+    def __post_init__(self) -> None:
+        for name in ("a", "alpha", "b", "beta"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"law.{name} is {value}; it must be positive")
+        _require(0 <= self.e < math.inf, f"law.e is {self.e}; it must not be negative")
+        for name in ("parameters", "tokens_per_parameter"):
+            value = getattr(self, name)
+            _require(
+                len(value) == 2 and 0 < value[0] <= value[1] < math.inf,
+                f"law.{name} is {value}; it must be [least, most], two positive numbers",
+            )
+
+
+@dataclass(frozen=True)
 class Sections:
     """What a model and its optimizer are built from, at the start and after each compaction."""
 
@@ -736,6 +771,10 @@ class Sections:
 @dataclass(frozen=True)
 class Config:
     run_dir: str = "runs/unnamed"
+    start_from: str = ""
+    """Where a new run begins, in place of the seed: a checkpoint, or a run and which of its own, as
+    in ``runs/wide`` (the latest), ``runs/wide@enlarged`` (the end of a phase) or
+    ``runs/wide@1.5e12`` (the first at or after so many consumed tokens)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -748,6 +787,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    law: LawConfig = field(default_factory=LawConfig)
 
     @property
     def sections(self) -> Sections:
@@ -764,7 +804,7 @@ class Config:
         """Most weights that the shipped model may have, where the method finds its shape."""
         return None if self.prune.strategy == "none" else self.prune.target.parameters
 
-    @property
+    @cached_property  # asked at every step of a course, a hundred thousand times
     def goals(self) -> dict[str, AxisGoal]:
         """The axes that pruning shrinks, in the order of the table of axes; none without it."""
         if self.prune.strategy == "none":
@@ -866,16 +906,16 @@ def load(
     Raises: ConfigError for a missing file, broken YAML, unknown keys, wrong types, illegal values.
     """
     given: dict[str, Any] = {}
-    layers = [base or {}, {} if path is None else _read_file(Path(path))]
-    for layer in (*layers, *map(_read_override, overrides)):
-        _reject_unknown(layer, Config, prefix="")
-        given = _merge(given, layer)
+    layers = [base or {}, {} if path is None else read_file(Path(path))]
+    for layer in (*layers, *map(read_override, overrides)):
+        reject_unknown(layer, Config, prefix="")
+        given = merge(given, layer)
     return from_dict(given)
 
 
 def from_dict(given: dict[str, Any]) -> Config:
     """Build a Config from nested plain values; raises ConfigError as ``load`` does."""
-    _reject_unknown(given, Config, prefix="")
+    reject_unknown(given, Config, prefix="")
     config = _read_section(given, Config, prefix="")
     assert isinstance(config, Config)
     return config
@@ -901,21 +941,31 @@ def _replaced(section: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(section, **values)
 
 
-def _reject_unknown(given: dict[str, Any], section: type, prefix: str) -> None:
+def reject_unknown(
+    given: dict[str, Any], section: type, prefix: str, also: tuple[str, ...] = ()
+) -> None:
+    """Raise ConfigError for the first key that neither ``section``, a dataclass, nor ``also`` has.
+
+    ``prefix``: what stands before the keys in the message, with its dot.
+    """
     known = get_type_hints(section)
     for key, value in given.items():
+        if key in also:
+            continue
         if key not in known:
-            near = difflib.get_close_matches(str(key), _keys(section), n=1, cutoff=0.0)[0]
+            keys = [*also, *_keys(section)]
+            same = [near for near in keys if near.endswith(f".{key}")]
+            near = (same or difflib.get_close_matches(str(key), keys, n=1, cutoff=0.0))[0]
             raise ConfigError(
                 f"unknown key {prefix + str(key)!r}; did you mean {prefix + near!r}? "
-                f"known here: {', '.join(known)}"
+                f"known here: {', '.join((*also, *known))}"
             )
         if dataclasses.is_dataclass(known[key]):
             _require(
                 isinstance(value, dict),
                 f"{prefix}{key} is a section, not the value {_brief(value)}",
             )
-            _reject_unknown(value, known[key], prefix=f"{prefix}{key}.")
+            reject_unknown(value, known[key], prefix=f"{prefix}{key}.")
 
 
 def _keys(section: type) -> list[str]:
@@ -929,13 +979,23 @@ def _keys(section: type) -> list[str]:
     return found
 
 
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; of anything else the one in ``over``."""
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Put one set of nested sections over another: key by key; of any other value the upper one."""
     both = {
-        key: _merge(under[key], value) if isinstance(under.get(key), dict) else value
+        key: merge(under[key], value) if isinstance(under.get(key), dict) else value
         for key, value in over.items()
     }
     return under | both
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping of dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 class _Yaml(yaml.SafeLoader):  # type: ignore[misc]  # yaml is not annotated
@@ -962,7 +1022,11 @@ class _Yaml(yaml.SafeLoader):  # type: ignore[misc]  # yaml is not annotated
         return mapping
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a YAML file of nested sections; its scalars are texts, but for null.
+
+    Raises: ConfigError when it is missing, too large, broken, or no mapping.
+    """
     _require(path.is_file(), f"no configuration file at {path}")
     try:
         check_yaml(path)  # it may come from a stranger, beside a checkpoint
@@ -974,8 +1038,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     return given
 
 
-def _read_override(text: str) -> dict[str, Any]:
-    """``key.sub=value`` as nested sections; YAML where a section or a list is asked for."""
+def read_override(text: str) -> dict[str, Any]:
+    """Read ``key.sub=value`` as nested sections; YAML where a section or a list is asked for.
+
+    Raises: ConfigError.
+    """
     key, equals, value = text.partition("=")
     _require(bool(equals), f"override {text!r} is not of the form key.sub=value")
     names = key.split(".")
@@ -999,18 +1066,18 @@ def _read_yaml(content: str | bytes, where: str) -> Any:
 
 def _read_section(given: dict[str, Any], section: type, prefix: str) -> Any:
     kinds = get_type_hints(section)
-    return section(**{k: _read_value(v, kinds[k], f"{prefix}{k}") for k, v in given.items()})
+    return section(**{k: read_value(v, kinds[k], f"{prefix}{k}") for k, v in given.items()})
 
 
-def _read_value(value: Any, kind: Any, name: str) -> Any:
-    """``value`` as a key's type wants it; from a file or the command line it is a text.
+def read_value(value: Any, kind: Any, name: str) -> Any:
+    """Read ``value`` as a key's type wants it; from a file or the command line it is a text.
 
     Raises: ConfigError that says what is legal.
     """
     if dataclasses.is_dataclass(kind):
         _require(isinstance(value, dict), f"{name} is {_brief(value)}; it must be a mapping")
         assert isinstance(kind, type)
-        _reject_unknown(value, kind, prefix=f"{name}.")
+        reject_unknown(value, kind, prefix=f"{name}.")
         return _read_section(value, kind, prefix=f"{name}.")
     if NoneType in get_args(kind):
         if value is None or value == "null":
@@ -1019,7 +1086,7 @@ def _read_value(value: Any, kind: Any, name: str) -> Any:
     if get_origin(kind) is list:
         _require(isinstance(value, list), f"{name} is {_brief(value)}; it must be a list: [a, b]")
         (item,) = get_args(kind)
-        return [_read_value(one, item, f"{name}[{i}]") for i, one in enumerate(value)]
+        return [read_value(one, item, f"{name}[{i}]") for i, one in enumerate(value)]
     found = _SCALARS[kind](value)
     if found is None:
         given = "empty" if value is None else _brief(value)
@@ -1042,8 +1109,8 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number else None
 
 
-def _whole_number(value: Any) -> int | None:
-    """Also written as 4e6 or 2_000_000; always decimal, whatever it begins with."""
+def whole_number(value: Any) -> int | None:
+    """Read a whole number, also written as 4e6 or 2_000_000; always decimal; None if it is none."""
     number = _number(value)
     if number is None or not math.isfinite(number):
         return None
@@ -1057,7 +1124,7 @@ _NUMBER = re.compile(
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "n", "0"), False
 )
-_SCALARS = {str: _text, bool: _boolean, float: _number, int: _whole_number}
+_SCALARS = {str: _text, bool: _boolean, float: _number, int: whole_number}
 _LEGAL = {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}
 
 

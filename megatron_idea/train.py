@@ -23,13 +23,14 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint.saving import Saving
 from megatron_idea.checkpoint.state import TrainState
 from megatron_idea.config import Config, ConfigError, validate
-from megatron_idea.course import num_steps, removed_at
+from megatron_idea.course import TeacherSize, num_steps, removed_at
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.of_run import open_batches, validation_batches
 from megatron_idea.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from megatron_idea.distill.source import (
     average_snapshots,
     due_snapshots,
+    inherit_teacher,
     open_teacher,
     take_snapshot,
 )
@@ -113,7 +114,9 @@ class StopSignal:
 
 
 def train(config: Config, rendezvous: str | None = None) -> TrainState:
-    """Train from the latest checkpoint of ``config.run_dir``, or from the seed, to the last token.
+    """Train from the latest checkpoint of ``config.run_dir``, or from its start, to the last token.
+
+    A run starts from its seed, or at the checkpoint that ``config.start_from`` names.
 
     ``rendezvous`` as in ``start_distributed``; torchrun needs none.
 
@@ -145,9 +148,10 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
 def loop(config: Config, groups: ProcessGroups) -> TrainState:
     """Step after step, with what is done between them, to the last token or until told to stop."""
     run, state = build(config, groups)
-    if state.step == 0:
+    if state.step == state.began_at:
         evaluate(run, state, "start")
-        prepare_teacher(run, state)
+        if not state.teacher:
+            prepare_teacher(run, state)
     while state.consumed_tokens < config.schedule.total_tokens:
         before = state.consumed_tokens
         watch = state.watch
@@ -183,6 +187,11 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     """Assemble a run at its latest checkpoint, or at its start."""
     run_dir = Path(config.run_dir)
     path, damage = checkpoint.choose(config, groups)
+    source = None
+    if path is None and config.start_from:
+        source = checkpoint.find_source(config, groups)
+        together(lambda: inherit_teacher(config, source) if groups.is_writer else None, groups)
+        path = checkpoint.branch(config, source, groups)
     if path is not None:
         checkpoint.check_same_run(path, config)
     state = TrainState.fresh(config) if path is None else checkpoint.read_state(path, config)
@@ -194,6 +203,8 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
     pruner = Pruner(config, trainable)
     if path is not None:
         checkpoint.load(trainable, pruner, path)
+    if source is not None:
+        checkpoint.check_targets(config, pruner.live(pruner.alive), str(source))
 
     def open_log() -> RunLog:
         if groups.is_writer:
@@ -210,12 +221,16 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
 
     log = together(open_log, groups)
     progress = Progress(config, groups.is_writer)
+    if source is not None:
+        place = {"step": state.step, "tokens": state.consumed_tokens}
+        log.event("branched", source=str(source), **place)
     for found in damage:
         log.event("damaged", reason=found)
         progress.note(found)
     if path is not None:
         done = state.consumed_tokens >= config.schedule.total_tokens
-        progress.note(f"{path.name}: this run is finished" if done else f"resuming at {path.name}")
+        going_on = f"starting from {source}" if source else f"resuming at {path.name}"
+        progress.note(f"{path.name}: this run is finished" if done else going_on)
     run = Run(
         config, groups, trainable, pruner, data, held_out, tokenizer, log, progress, StopSignal()
     )
@@ -253,6 +268,8 @@ def step(run: Run, state: TrainState) -> tuple[Record, bool]:
     state.step += 1
     state.consumed_tokens = tokens
     state.skipped += not taken
+    if state.flops is not None:
+        state.flops += config.batch_tokens * flops_per_token(run, taught=alpha > 0)
     plan = None
     if taken:
         pruner.record(observed)
@@ -306,6 +323,7 @@ def note(run: Run, state: TrainState, measured: Measured, plan: Plan | None) -> 
         tokens_per_s=config.batch_tokens / measured.step_s,
         skipped=state.skipped,
         memory_bytes=memory_bytes(),
+        flops=state.flops,
         **vars(measured),
     )
     run.progress.update(run.log.write(record))
@@ -318,6 +336,16 @@ def note(run: Run, state: TrainState, measured: Measured, plan: Plan | None) -> 
         gains = plan.gains.tolist()
         run.log.event("norms_rescaled", step=state.step, tokens=tokens, gains=gains)
     return record
+
+
+def flops_per_token(run: Run, taught: bool) -> int:
+    """Training FLOPs of a token in the present shape; ``taught``: with the teacher's pass."""
+    model, seq_length = run.config.model, run.config.training.seq_length
+    flops = run.trainable.shape.flops_per_token(model, seq_length)
+    if taught:
+        assert run.teacher is not None
+        flops += TeacherSize(run.teacher.model, run.teacher.shape).flops_per_token(seq_length)
+    return flops
 
 
 def react(run: Run, state: TrainState, loss: float) -> bool:

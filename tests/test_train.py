@@ -24,7 +24,7 @@ from megatron_idea.testing import Workers
 TP2 = {"tensor_model_parallel_size": 2}
 FIELDS = {
     "step", "tokens", "phase", "loss", "lr", "removed", "live", "stored", "grad_norm",
-    "tokens_per_s", "step_s", "memory_bytes", "skipped",
+    "tokens_per_s", "step_s", "memory_bytes", "skipped", "flops",
 }  # fmt: skip
 MEASURED = {"tokens_per_s", "step_s", "memory_bytes"}
 

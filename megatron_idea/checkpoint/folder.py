@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 # What a resumed run may change: where and how it runs, not what it computes.
 _FREE = {
-    "run_dir", "parallel", "checkpoint", "guard", "evaluation", "logging", "data.cache_dir",
-    "training.micro_batch_size", "training.kernel_implementation", "prune.compaction_block",
-    "prune.placement",
+    "run_dir", "parallel", "checkpoint", "guard", "evaluation", "logging", "law",
+    "data.cache_dir", "training.micro_batch_size", "training.kernel_implementation",
+    "prune.compaction_block", "prune.placement",
 }  # fmt: skip
 
 
@@ -121,15 +121,10 @@ def check_same_run(path: Path, config: Config) -> None:
         saved = read_config(path)
     except ConfigError as error:
         raise CheckpointError(f"{path} cannot be resumed: {error}") from error
-    was, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
-    then = saved.data.tokenizer
-    kept = None if then == "byte" else tokenizer_beside(path)
-    meant_then, meant_now = was | _meant(saved, kept or then), now | _meant(config)
     changed = [
-        f"{key}: {was[key]!r} in the checkpoint, {now[key]!r} now"
-        for key in sorted(was)
-        if meant_then[key] != meant_now[key]
-        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        line
+        for key, line in differences(saved, config, tokenizer_beside(path) or "")
+        if not is_among(key, _FREE)
     ]
     if changed:
         other = any(line.startswith("model.") for line in changed)
@@ -138,6 +133,27 @@ def check_same_run(path: Path, config: Config) -> None:
             f"{path} {what}:\n  " + "\n  ".join(changed) + "\n"
             "Resume with the same values, or give the new run another run_dir."
         )
+
+
+def differences(saved: Config, config: Config, tokenizer: str = "") -> list[tuple[str, str]]:
+    """List what differs in meaning between two configurations: keys, and a line about each.
+
+    Args:
+        tokenizer: the copy that the saved one's run has; empty without any.
+    """
+    was, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
+    kept = "" if saved.data.tokenizer == "byte" else tokenizer
+    meant_then, meant_now = was | _meant(saved, kept), now | _meant(config)
+    return [
+        (key, f"{key}: {was[key]!r} in the checkpoint, {now[key]!r} now")
+        for key in sorted(was)
+        if meant_then[key] != meant_now[key]
+    ]
+
+
+def is_among(key: str, keys: Collection[str]) -> bool:
+    """Tell whether a dotted key is one of ``keys``, or lies in a section that is."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
 def _meant(config: Config, tokenizer: str = "") -> dict[str, Any]:

@@ -39,6 +39,7 @@ from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.engine.optimizer import adam_step, has_moments
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.pruner import Pruner
+from megatron_idea.schedule import phase_ends
 
 
 def save(config: Config, trainable: Trainable, pruner: Pruner, state: TrainState) -> Path:
@@ -65,7 +66,6 @@ class Folder:
         """
         self.path, self.groups = path, groups
         self.partial = path.with_name(f"{path.name}.partial")
-        self._replaced = path.with_name(f"{path.name}.replaced")
         together(self._begin, groups)
         self._strategy, self._request = _begin_tensors(tree(), self.partial, groups)
         self.writing = storage.Writing(self._request)
@@ -87,28 +87,55 @@ class Folder:
 
     def _begin(self) -> None:
         if self.groups.is_writer:
-            for rest in (self.partial, self._replaced):  # of a job that was killed
-                shutil.rmtree(rest, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+            begin_folder(self.partial, self.path)
 
     def _complete(self, written: list[dict[str, Any]], texts: Mapping[str, str]) -> str:
         if not self.groups.is_writer:
             return ""
-        partial = self.partial
-        for name, text in texts.items():
-            _write(partial / name, text)
-        files = {name: entry for of_rank in written for name, entry in of_rank.items()}
-        small = sorted(p for p in partial.iterdir() if p.name not in files)
-        files |= {file.name: storage.describe(file) for file in small}
-        manifest = json.dumps({"files": files}, indent=1)
-        _write(partial / storage.MANIFEST, manifest)
-        _sync_folder(partial)
-        if self.path.exists():  # the one before this step's compaction
-            self.path.rename(self._replaced)
-        partial.rename(self.path)
-        _sync_folder(self.path.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        return hashlib.sha256(manifest.encode()).hexdigest()
+        known = {name: entry for of_rank in written for name, entry in of_rank.items()}
+        return complete_folder(self.partial, self.path, texts, known)
+
+
+def begin_folder(partial: Path, path: Path) -> None:
+    """Make the folder that will become ``path``; what a job left that was killed goes first."""
+    for rest in (partial, _replaced(path)):
+        shutil.rmtree(rest, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def complete_folder(
+    partial: Path, path: Path, texts: Mapping[str, str], known: Mapping[str, dict[str, Any]]
+) -> str:
+    """Write texts and manifest and give the folder its name; all of it survives a power cut.
+
+    Args:
+        known: size and checksum of files that are there; those of the others are taken now.
+    Returns: SHA-256 of the manifest.
+    """
+    for name, text in texts.items():
+        _write(partial / name, text)
+    files = dict(known)
+    small = sorted(p for p in partial.iterdir() if p.name not in files)
+    files |= {file.name: storage.describe(file) for file in small}
+    manifest = json.dumps({"files": files}, indent=1)
+    _write(partial / storage.MANIFEST, manifest)
+    _sync_folder(partial)
+    if path.exists():  # the one before this step's compaction
+        path.rename(_replaced(path))
+    partial.rename(path)
+    _sync_folder(path.parent)
+    shutil.rmtree(_replaced(path), ignore_errors=True)
+    return hashlib.sha256(manifest.encode()).hexdigest()
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f"{path.name}.replaced")
+
+
+def state_text(state: TrainState) -> str:
+    """Return what ``state.json`` says."""
+    header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
+    return json.dumps(header | dataclasses.asdict(state), indent=1)
 
 
 class Saving:
@@ -136,6 +163,7 @@ class Saving:
             pending_steps=pruner.pending_steps,
             memory=pruner.memory.tolist(),
             plan_due=pruner.due is not None,
+            has_scores=True,
             layout=layout_of(groups),
         )
         self.path = checkpoints_of(self.config.run_dir) / f"step_{state.step:08d}"
@@ -162,13 +190,11 @@ class Saving:
         Returns: its folder. Older ones that nobody asked to keep are removed afterwards.
         Raises: CheckpointError on every rank when it cannot be written; earlier ones stand.
         """
-        header = {"format": FORMAT, "megatron_core": megatron.core.__version__}
-        content = header | dataclasses.asdict(self.state)
         with self._explained():
             self._folder.finish(
                 {
                     "config.yaml": configuration.to_yaml(self.config),
-                    "state.json": json.dumps(content, indent=1),
+                    "state.json": state_text(self.state),
                 }
             )
         if self.groups.is_writer:
@@ -176,7 +202,10 @@ class Saving:
             # Newer ones are damaged: this run was begun again before them. They must not count.
             found = [path for path in complete(self.config.run_dir) if path <= self.path]
             known = [(path, _tokens(path)) for path in found]
-            storage.remove(storage.superfluous(known, keep.keep_last, keep.keep_every_tokens))
+            marks = list(phase_ends(self.config.schedule).values()) if keep.keep_phase_ends else []
+            storage.remove(
+                storage.superfluous(known, keep.keep_last, keep.keep_every_tokens, marks)
+            )
         return self.path
 
     @contextlib.contextmanager

@@ -53,6 +53,12 @@ class TrainState:
     """Saved right before a compaction, with its plan: whoever goes on from here compacts first."""
     teacher: str = ""
     """SHA-256 of the teacher's manifest, once there is a teacher."""
+    flops: int | None = None
+    """Training FLOPs of all steps so far, a teacher's included; None if an older version began."""
+    began_at: int = 0
+    """Step at which the run has begun: 0, or that of the checkpoint that it was branched from."""
+    has_scores: bool = True
+    """Whether the strategy's averages are stored: a branch that asks for others has none yet."""
     layout: dict[str, int] = field(default_factory=dict)
     """TP, PP and DP of the job that wrote it, and whether it had CUDA."""
 
@@ -64,7 +70,7 @@ class TrainState:
     @staticmethod
     def fresh(config: Config) -> TrainState:
         """Return the state before the first step: nothing consumed, nothing removed."""
-        return TrainState(0, 0, Shape.full(config.model))
+        return TrainState(0, 0, Shape.full(config.model), flops=0)
 
 
 def read_state(path: Path, config: Config | None = None) -> TrainState:
@@ -181,6 +187,7 @@ def _value(name: str, kind: str, value: Any) -> Any:
     elif (
         (kind == "str" and isinstance(value, str))
         or (kind == "int" and files.is_whole(value))
+        or (kind == "int | None" and (value is None or files.is_whole(value, most=1 << 100)))
         or (kind == "bool" and isinstance(value, bool))
         or (kind == "float" and files.is_number(value))
         or (kind == "dict[str, int]" and isinstance(value, dict))

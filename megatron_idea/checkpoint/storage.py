@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import shutil
 import threading
@@ -183,15 +184,21 @@ def _named(path: Path, name: str) -> Iterator[None]:
 
 
 def superfluous(
-    checkpoints: Sequence[tuple[Path, int]], last: int, every_tokens: int
+    checkpoints: Sequence[tuple[Path, int]],
+    last: int,
+    every_tokens: int,
+    marks: Sequence[int] = (),
 ) -> list[Path]:
     """Checkpoints that may go, of those given with their tokens, oldest first.
 
-    The ``last`` newest stay (0: all), and the first at or after each multiple of ``every_tokens``.
+    The ``last`` newest stay (0: all), the first at or after each multiple of ``every_tokens``, and
+    the first at or after each of ``marks``.
     """
     if not last:
         return []
     milestones, reached = set(), 0
+    for mark in marks:
+        milestones |= set([path for path, tokens in checkpoints if tokens >= mark][:1])
     for path, tokens in checkpoints:
         if every_tokens and tokens // every_tokens > reached:
             milestones.add(path)
@@ -208,3 +215,16 @@ def remove(paths: Sequence[Path]) -> None:
         with contextlib.suppress(OSError):
             (path / "state.json").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name; copy it where a disk or a file system does not let us.
+
+    Files of checkpoints are written once: two names of one never disagree.
+    """
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())

@@ -45,7 +45,10 @@ def load(trainable: Trainable, pruner: Pruner, path: Path) -> TrainState:
     groups = trainable.groups
     assert state.shape == trainable.shape, (state.shape, trainable.shape)
     wanted = tensors_of(
-        trainable, pruner.blank_state(state.plan_due), state.has_moments, empty=True
+        trainable,
+        pruner.blank_state(state.plan_due, state.has_scores),
+        state.has_moments,
+        empty=True,
     )
     if state.layout != layout_of(groups):
         wanted.pop("rng")

@@ -11,6 +11,7 @@ stay: a run that has to go on from before the last of them needs the others.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import torch
@@ -38,8 +39,9 @@ def folder_of(config: Config) -> Path:
     return Path(config.run_dir) / "teacher" / "self"
 
 
-def _snapshot(config: Config, tokens: int) -> Path:
-    return folder_of(config).with_name(f"snapshot_{tokens:012d}")
+def _snapshot(teacher: Path, tokens: int) -> Path:
+    """Return where a snapshot lies, beside the teacher that is made of it."""
+    return teacher.with_name(f"snapshot_{tokens:012d}")
 
 
 def due_snapshots(config: Config, tokens: int) -> list[int]:
@@ -55,7 +57,7 @@ def due_snapshots(config: Config, tokens: int) -> list[int]:
 
 def take_snapshot(config: Config, trainable: Trainable, mark: int) -> None:
     """Write the weights as they are; collective over all ranks. Raises: CheckpointError."""
-    checkpoint.save_weights(trainable.chunks, _snapshot(config, mark), trainable.groups)
+    checkpoint.save_weights(trainable.chunks, _snapshot(folder_of(config), mark), trainable.groups)
 
 
 @torch.no_grad()
@@ -66,13 +68,13 @@ def average_snapshots(config: Config, groups: ProcessGroups) -> tuple[Teacher, s
     Raises: CheckpointError when a snapshot is missing or damaged, or it cannot be written.
     """
     marks = snapshot_tokens(config.schedule, config.distill)
-    last = _snapshot(config, marks[-1])
+    last = _snapshot(folder_of(config), marks[-1])
     shape = together(lambda: own_shape(last, config.model), groups)
     teacher = _build(config, config, shape, groups)
     parameters = [p for chunk in teacher.chunks for p in chunk.parameters()]
     sums = [torch.zeros(p.shape, dtype=torch.float32) for p in parameters]
     for mark in marks:
-        path = _snapshot(config, mark)
+        path = _snapshot(folder_of(config), mark)
         _verify(path, groups)
         checkpoint.load_weights(teacher.chunks, path, groups)
         for total, parameter in zip(sums, parameters, strict=True):
@@ -81,6 +83,41 @@ def average_snapshots(config: Config, groups: ProcessGroups) -> tuple[Teacher, s
         parameter.copy_(total / len(marks))
     digest = checkpoint.save_weights(teacher.chunks, folder_of(config), groups)
     return teacher, digest
+
+
+def inherit_teacher(config: Config, source: Path) -> None:
+    """Bring along what checkpoint ``source`` of another run has of this run's ``self``.
+
+    Snapshots that this run would have taken before that checkpoint, or the teacher that was made of
+    them. Writes to this run's folder; one rank alone calls it.
+
+    Raises: ConfigError when one is needed and not there.
+    """
+    if not config.distill.teaches or config.distill.teacher != "self":
+        return
+    before = checkpoint.read_config(source)
+    state = checkpoint.read_state(source)
+    there = source.absolute().parents[1] / "teacher" / "self"
+    marks = snapshot_tokens(config.schedule, config.distill)
+    needed = [_snapshot(there, mark) for mark in marks if mark < state.consumed_tokens]
+    if has_one := bool(state.teacher) and checkpoint.keeps_teacher(before, config):
+        needed.append(there)
+    missing = [path for path in needed if not (path / storage.MANIFEST).is_file()]
+    if missing or (state.consumed_tokens > marks[-1] and not has_one):
+        raise ConfigError(
+            f"distill.teacher=self is the mean of weights at {', '.join(f'{m:,}' for m in marks)} "
+            f"consumed tokens, and {source} is from {state.consumed_tokens:,}, of a run that has "
+            f"not kept those before. Start from an earlier checkpoint, or from one of at most "
+            f"{marks[-1]:,} tokens with distill.average_last=1, or name a checkpoint that is to "
+            "teach: distill.teacher=PATH"
+        )
+    for path in needed:
+        copy = folder_of(config).parent / path.name
+        if not (copy / storage.MANIFEST).is_file():
+            partial = copy.with_name(f"{copy.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(path, partial, copy_function=storage.link)
+            partial.rename(copy)
 
 
 def open_teacher(

@@ -84,6 +84,14 @@ def build_strategy(config: Config) -> Strategy | None:
     return methods[prune.strategy]()
 
 
+def measures_alike(one: Config, other: Config) -> bool:
+    """Tell whether two runs' strategies want to know the same of units: then scores carry over."""
+    ours, theirs = build_strategy(one), build_strategy(other)
+    if ours is None or theirs is None:
+        return ours is theirs
+    return (ours.axes, ours.measures) == (theirs.axes, theirs.measures)
+
+
 @dataclass(frozen=True)
 class LayerTrial:
     """Why a layer went."""
@@ -372,9 +380,14 @@ class Pruner:
         scores = self.scores.state(trainable, self.stored) if self.scores is not None else {}
         return self._units(self.due) | _prefixed("scores", scores)
 
-    def blank_state(self, due: bool) -> dict[str, Tensor]:
-        """Return tensors of the same names and sizes, to be read into; ``due``: with a plan."""
-        scores = self.scores.blank_state() if self.scores is not None else {}
+    def blank_state(self, due: bool, has_scores: bool = True) -> dict[str, Tensor]:
+        """Return tensors of the same names and sizes, to be read into.
+
+        Args:
+            due: with a plan.
+            has_scores: with what the strategy has measured; without it begins anew.
+        """
+        scores = self.scores.blank_state() if self.scores is not None and has_scores else {}
         blank = (self.alive, torch.ones(2 * self.full.num_layers + 1)) if due else None
         return self._units(blank) | _prefixed("scores", scores)
 
@@ -419,12 +432,12 @@ class Pruner:
         self.memory = torch.tensor(memory)
         if "gains" in tensors:
             self.due = {axis: tensors[f"due.{axis}"].cpu() for axis in AXES}, tensors["gains"].cpu()
-        if self.scores is not None:
-            of_scores = {
-                name.removeprefix("scores."): value
-                for name, value in tensors.items()
-                if name.startswith("scores.")
-            }
+        of_scores = {
+            name.removeprefix("scores."): value
+            for name, value in tensors.items()
+            if name.startswith("scores.")
+        }
+        if self.scores is not None and of_scores.keys() == self.scores.blank_state().keys():
             self.scores.load_state(of_scores, pending_steps, trainable, self.stored)
         self.tell_layers(trainable)
 

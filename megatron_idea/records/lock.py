@@ -85,10 +85,11 @@ class Holder:
 
 
 class RunLock:
-    """Keeps other writers out of ``run_dir`` while it is held; a context manager."""
+    """Keeps other writers out of ``folder`` while it is held; a context manager."""
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self.path = Path(run_dir) / NAME
+    def __init__(self, folder: str | Path, what: str = "run folder") -> None:
+        self.path = Path(folder) / NAME
+        self._what = what
         self._me: Holder | None = None
         self._made_folder = False
         self._released = threading.Event()
@@ -118,7 +119,9 @@ class RunLock:
         except OSError as error:
             self._remove_folder()
             why = error.strerror or error
-            raise RunFolderError(f"cannot write to run folder {self.path.parent}: {why}") from error
+            raise RunFolderError(
+                f"cannot write to {self._what} {self.path.parent}: {why}"
+            ) from error
         self._me = me
         self._released.clear()
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
@@ -219,8 +222,9 @@ class RunLock:
 
     def _in_use(self, holder: Holder | None) -> str:
         return (
-            f"run folder {self.path.parent} is in use by {holder or 'another process'}: wait until "
-            f"it has ended, stop it, or name another folder ({NAME} of a copied one can be deleted)"
+            f"{self._what} {self.path.parent} is in use by {holder or 'another process'}: wait "
+            "until it has ended, stop it, or name another folder "
+            f"({NAME} of a copied one can be deleted)"
         )
 
     def _beat(self) -> None:
@@ -235,8 +239,8 @@ class RunLock:
         found = self._look()
         holder = _parse(found[0]) if found else None
         sys.stderr.write(
-            f"error: run folder {self.path.parent} was taken over by {holder or 'another process'} "
-            "while this one gave no sign of life; this one ends\n"
+            f"error: {self._what} {self.path.parent} was taken over by "
+            f"{holder or 'another process'} while this one gave no sign of life; this one ends\n"
         )
         sys.stderr.flush()
         os._exit(1)

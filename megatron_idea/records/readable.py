@@ -46,6 +46,11 @@ def spread(counts: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
+def human_range(ends: Sequence[float]) -> str:
+    """Write a range of counts: 58M to 468M."""
+    return " to ".join(map(human_count, ends))
+
+
 def human_mean(mean: float) -> str:
     """Write a mean of counts: whole, but with two decimals where that would hide a difference."""
     return f"{mean:,.0f}" if mean >= 100 or mean == int(mean) else f"{mean:.2f}"

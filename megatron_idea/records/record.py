@@ -39,6 +39,9 @@ class Record:
     skipped: int
     """Steps so far whose loss or gradient was not finite."""
     memory_bytes: float | None = None
+    flops: float | None = None
+    """Training FLOPs of all steps so far, with a teacher's forward passes and those of the run that
+    this one was branched from; None where what came before is not known."""
     kl: float | None = None
     """Divergence from the teacher in nats per token, unscaled; None in steps that ask none."""
     teacher_loss: float | None = None
@@ -191,6 +194,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "step_s": is_amount,
     "skipped": files.is_whole,
     "memory_bytes": is_amount_or_none,
+    "flops": is_amount_or_none,
     "kl": is_measured_or_none,
     "teacher_loss": is_measured_or_none,
     "acceptance": is_measured_or_none,

@@ -44,6 +44,11 @@ def say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_progress(text: str) -> None:
+    """Print text as ``say`` does, on standard error: standard output is for the result."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def say_error(text: str) -> None:
     """Print a red line on standard error."""
     line = Text.assemble(("error: ", "bold"), text, style="red")

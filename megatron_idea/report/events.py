@@ -9,6 +9,7 @@ from megatron_idea.records.record import mean_count
 from megatron_idea.report.run import named
 
 _WORDS = {
+    "branched": "began at step {step:,} of {source}",
     "evaluated": "held-out loss {val_loss:.4f} at step {step:,}",
     "compacted": "compacted {change} at step {step:,}",
     "layer_removed": "removed layer {layer} at step {step:,}",

@@ -1,0 +1,235 @@
+"""Begin a run at another one's checkpoint, with another future.
+
+The checkpoint becomes the new run's first one: its tensors are linked, or copied where the disk is
+another one, and beside them lie the new configuration and a state without what that one has no use
+for. From then on nothing is special about the run: it resumes from checkpoints of its own, and
+whatever the other run throws away stays here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_idea import config as configuration
+from megatron_idea import files
+from megatron_idea.checkpoint import storage
+from megatron_idea.checkpoint.folder import (
+    checkpoints_of,
+    complete,
+    differences,
+    is_among,
+    latest,
+    read_config,
+    tokenizer_beside,
+)
+from megatron_idea.checkpoint.saving import begin_folder, complete_folder, state_text
+from megatron_idea.checkpoint.state import CheckpointError, TrainState, read_state
+from megatron_idea.config import Config, ConfigError
+from megatron_idea.course import num_steps
+from megatron_idea.engine.distributed import ProcessGroups, together
+from megatron_idea.prune.pruner import measures_alike
+from megatron_idea.schedule import PHASES, phase_ends, snapshot_tokens
+from megatron_idea.shape import LAYER_AXES
+
+FIXED = (
+    "model", "data.tokenizer", "training.seq_length", "training.global_batch_size",
+    "training.precision", "training.seed",
+)  # fmt: skip
+"""What a branch has of the run that it leaves: what was trained, and what a step is."""
+
+_OF_RUN = ("config.yaml", "state.json")
+
+
+def find_source(config: Config, groups: ProcessGroups) -> Path:
+    """Find the checkpoint that ``start_from`` names, as rank 0 sees it, and verify its files.
+
+    Collective over all ranks.
+
+    Raises: ConfigError when there is none, CheckpointError when it is damaged; on every rank.
+    """
+    found = [together(lambda: named(config.start_from) if groups.is_writer else None, groups)]
+    dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    try:
+        storage.verify(found[0], groups)
+    except storage.DamagedError as error:
+        raise CheckpointError(f"start_from: {error}") from error
+    return found[0]
+
+
+def named(start_from: str) -> Path:
+    """Return the checkpoint that a value of ``start_from`` means. Raises: ConfigError."""
+    path = Path(start_from)
+    if (path / "state.json").is_file():
+        return path
+    newest = latest(path)
+    if newest is not None:
+        return newest
+    run, at, which = start_from.rpartition("@")
+    there = complete(run) if at else []
+    if not there:
+        raise ConfigError(
+            f"start_from is {start_from!r}, which is neither a checkpoint, nor a run with a "
+            f"complete one, nor RUN@PHASE or RUN@TOKENS of such a run (phases: {', '.join(PHASES)})"
+        )
+    known = [(one, read_state(one).consumed_tokens) for one in there]
+    begin, end = _span(which, read_config(there[-1]), start_from)
+    for one, tokens in known:
+        if begin <= tokens < end:
+            return one
+    listed = ", ".join(f"{tokens:,}" for _, tokens in known)
+    raise ConfigError(
+        f"start_from is {start_from!r}, and {run} has no checkpoint from there, which is at "
+        f"{begin:,} consumed tokens; it has those at {listed}. checkpoint.keep_phase_ends=true or "
+        "keep_every_tokens keeps more of them"
+    )
+
+
+def _span(which: str, config: Config, start_from: str) -> tuple[int, float]:
+    """Return the consumed tokens, first and end, between which the checkpoint must lie."""
+    if which in PHASES:
+        begin = phase_ends(config.schedule)[which]
+        return begin, begin + config.batch_tokens
+    tokens = configuration.whole_number(which)
+    if tokens is None:
+        raise ConfigError(
+            f"start_from is {start_from!r}: after the @ comes a phase ({', '.join(PHASES)}) or a "
+            "number of tokens, as in 1.5e12"
+        )
+    return tokens, float("inf")
+
+
+def branch(config: Config, source: Path, groups: ProcessGroups) -> Path:
+    """Make the run's first checkpoint of ``source``; collective over all ranks.
+
+    Returns: its folder.
+    Raises: ConfigError, on every rank, that names what cannot change, or CheckpointError.
+    """
+    path = checkpoints_of(config.run_dir) / source.name
+    together(lambda: _branch(config, source, path) if groups.is_writer else None, groups)
+    return path
+
+
+def _branch(config: Config, source: Path, path: Path) -> None:
+    before = _configuration(source)
+    kept = tokenizer_beside(source) or ""
+    check_may_branch(before, config, tokenizer=kept, where=str(source))
+    state = read_state(source, before)
+    _check_future(state, config, source)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        begin_folder(partial, path)
+        known = files.read_json(source / storage.MANIFEST)["files"]
+        tensors = {name: known[name] for name in known if name not in _OF_RUN}
+        for name in tensors:
+            storage.link(files.inside(source, name), partial / name)
+        texts = (configuration.to_yaml(config), state_text(_future_state(state, before, config)))
+        complete_folder(partial, path, dict(zip(_OF_RUN, texts, strict=True)), tensors)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        why = error.strerror or error
+        raise CheckpointError(f"cannot begin {config.run_dir} from {source}: {why}") from error
+
+
+def _configuration(source: Path) -> Config:
+    try:
+        return read_config(source)
+    except ConfigError as error:
+        raise CheckpointError(f"{source} cannot be started from: {error}") from error
+
+
+def check_may_branch(source: Config, config: Config, tokenizer: str = "", where: str = "") -> None:
+    """Make sure that one run may go on as another. Raises: ConfigError that names what cannot.
+
+    Args:
+        tokenizer: the copy that the source's run has; empty without any.
+        where: the checkpoint, for the message; by default the source's run folder.
+    """
+    fixed = [line for key, line in differences(source, config, tokenizer) if is_among(key, FIXED)]
+    if fixed:
+        raise ConfigError(
+            f"a run that starts from {where or source.run_dir} cannot change\n  "
+            + "\n  ".join(fixed)
+            + "\nSchedule, pruning, distillation, optimizer, data and layout may change."
+        )
+
+
+def _check_future(state: TrainState, config: Config, source: Path) -> None:
+    """Make sure that there is something left to do, and that it can be done.
+
+    Units that are dead and still stored are looked at when they are known, after loading.
+    """
+    total = config.schedule.total_tokens
+    if state.consumed_tokens >= total:
+        raise ConfigError(
+            f"start_from: {source} has consumed {state.consumed_tokens:,} tokens, and "
+            f"schedule.total_tokens is {total:,}: nothing would be left to train"
+        )
+    live = {axis: list(state.shape.counts(axis)) for axis in (*LAYER_AXES, "hidden_size")}
+    check_targets(config, live | {"num_layers": [state.shape.num_layers]}, str(source))
+
+
+def check_targets(config: Config, live: dict[str, list[int]], where: str) -> None:
+    """Make sure that no axis is to end with more units than there are. Raises: ConfigError.
+
+    A run without pruning keeps what there is.
+
+    Args:
+        live: units by axis, of every layer that is there, or one number.
+    """
+    if config.prune.strategy == "none":
+        return
+    goals = config.goals
+    for axis, counts in live.items():
+        there = [count for count in counts if count]
+        least = goals[axis].least if axis in goals else getattr(config.model, axis)
+        if sum(there) < least * len(there):
+            asked = f"prune.target.{axis} is {least}"
+            if axis not in goals:
+                asked = f"prune.target does not name {axis}, which keeps all {least}"
+            raise ConfigError(
+                f"start_from: {where} has {sum(there) / len(there):g} left of model.{axis}, and "
+                f"{asked}: what was removed does not come back. Ask for at most so many, start "
+                "from an earlier checkpoint, or set prune.strategy=none to keep what there is"
+            )
+
+
+def _future_state(state: TrainState, before: Config, config: Config) -> TrainState:
+    """Return the state that the branch begins with: what its own future has a use for."""
+    alike = measures_alike(before, config)
+    same_method = before.prune.strategy == config.prune.strategy
+    same_plan = (before.prune, before.schedule) == (config.prune, config.schedule)
+    skipped_samples = state.skipped_samples
+    if not _shares_data(before, config):
+        # Other data is read from its beginning: samples are counted modulo those of the whole run.
+        batch = config.training.global_batch_size
+        done = state.consumed_tokens // config.training.seq_length
+        skipped_samples = num_steps(config) * batch - done
+    return dataclasses.replace(
+        state,
+        began_at=state.step,
+        has_scores=alike,
+        pending_steps=state.pending_steps if alike else 0,
+        memory=state.memory if alike and same_method else [],
+        plan_due=state.plan_due and same_plan,
+        teacher=state.teacher if keeps_teacher(before, config) else "",
+        skipped_samples=skipped_samples,
+    )
+
+
+def keeps_teacher(before: Config, config: Config) -> bool:
+    """Tell whether a branch has the same teacher: by name; the run's own, by its snapshots, too."""
+    if before.distill.teacher != config.distill.teacher:
+        return False
+    marks = [snapshot_tokens(each.schedule, each.distill) for each in (before, config)]
+    return config.distill.teacher != "self" or marks[0] == marks[1]
+
+
+def _shares_data(one: Config, other: Config) -> bool:
+    prefixes = [{os.path.realpath(e.prefix) for e in each.data.train} for each in (one, other)]
+    return bool(prefixes[0] & prefixes[1])
