@@ -519,6 +519,17 @@ def test_scores_of_a_deep_model_are_drawn_for_a_few_layers(run_dir: Path) -> Non
     assert charts.distributions(read_run(deep)) == []
 
 
+def test_a_ranking_that_never_changes_is_drawn_too(run_dir: Path) -> None:
+    """Chance ranks units once: the correlation is 1 from beginning to end."""
+    records = score_records("ffn_hidden_size", 4, 20)
+    for i, record in enumerate(records):
+        record["rank_correlation"] = [1.0 if i else None] * 4
+    write_lines(run_dir / "scores.jsonl", records)
+    churn = charts.churn_map(read_run(run_dir), "ffn_hidden_size")
+    assert churn is not None and (churn.values.low, churn.values.high) == (0.9, 1.0)
+    assert churn.title in page([read_run(run_dir)])
+
+
 def test_layers_of_different_sizes_are_told_apart(run_dir: Path) -> None:
     change_records(run_dir, stored=uneven)
     run = read_run(run_dir)
@@ -1099,5 +1110,7 @@ def test_a_browser_shows_the_page_without_complaint(
     assert len(seen["titles"]) == len(EVERY_CHART) + 2 + 4 and all(seen["titles"])
     assert all(len(labels) >= 2 and all(labels) for labels in seen["labels"])
     assert min(seen["heights"]) >= 100
-    assert seen["tip"].startswith("409.6K tokens") and "training, smoothed: 2." in seen["tip"]
+    assert (
+        seen["tip"].startswith("409.6K consumed tokens") and "training, smoothed: 2." in seen["tip"]
+    )
     assert seen["cursors"] == len(EVERY_CHART)  # scores are over tokens of their own

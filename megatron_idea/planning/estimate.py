@@ -30,7 +30,8 @@ from megatron_idea.course import (
     teacher_flops_between,
 )
 from megatron_idea.errors import UserError
-from megatron_idea.records.readable import human_count
+from megatron_idea.planning.law import Outlook, outlook
+from megatron_idea.records.readable import human_count, human_range
 from megatron_idea.records.terminal import table
 from megatron_idea.schedule import (
     learning_rate,
@@ -140,6 +141,8 @@ class Forecast:
     points: list[Point]
     compactions: list[Compaction]
     cost: Cost
+    outlook: Outlook | None
+    """None where nothing is pruned."""
 
     @property
     def axes(self) -> list[str]:
@@ -194,6 +197,7 @@ def forecast(config: Config, world_size: int = 1) -> Forecast:
             target_from_scratch=total * target.flops_per_token(model, config.training.seq_length),
             teacher=teacher_flops_between(config, 0, total, teacher),
         ),
+        outlook=outlook(config, teacher),
     )
 
 
@@ -292,6 +296,8 @@ def render(run: Forecast) -> Group:
         tables.append(_render_compactions(run))
     if run.axes or run.cost.teacher != 0:
         tables.append(_render_cost(run))
+    if run.outlook is not None:
+        tables.append(_render_outlook(run.outlook))
     return Group(_headline(run), *(part for each in tables for part in ("", each)))
 
 
@@ -411,3 +417,31 @@ def _render_cost(run: Forecast) -> Group:
     ]
     columns = ("training run", "FLOPs", "x target from scratch")
     return table(columns, rows, title="Compute for the same tokens")
+
+
+def _render_outlook(outlook: Outlook) -> Group:
+    rows = [
+        (
+            name,
+            human_count(one.average_parameters),
+            human_count(one.tokens),
+            f"{one.flops:.2e}",
+            f"{one.loss:.4f}{' ' if one.in_range else '*'}",
+            "" if one is outlook.this_run else f"{one.difference:+.4f}",
+        )
+        for name, one in outlook.predictions.items()
+    ]
+    law = outlook.law
+    note = (
+        f"By the law of {law.name}, which does not know the method, a teacher or data that "
+        "repeat. Difference: this run's loss minus the row's, below 0 this run is better."
+    )
+    if not all(one.in_range for one in outlook.predictions.values()):
+        note += (
+            f"\n* outside the range of the law ({human_range(law.parameters)} parameters, "
+            f"{human_range(law.tokens_per_parameter)} tokens per parameter): an extrapolation."
+        )
+    if outlook.without_teacher:
+        note += "\nWithout the teacher's FLOPs: its size cannot be read from distill.teacher."
+    columns = ("training run", "average parameters", "tokens", "FLOPs", "predicted loss")
+    return table((*columns, "difference"), rows, title="Should it pay?", note=note)

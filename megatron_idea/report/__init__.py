@@ -12,6 +12,7 @@ from rich.text import Text
 from megatron_idea.report import charts, tables
 from megatron_idea.report.page import page
 from megatron_idea.report.picture import draw
+from megatron_idea.report.predicted import prediction
 from megatron_idea.report.run import Run, read_run
 
 
@@ -62,8 +63,8 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> ReportPaths:
 def closing_table(run_dir: Path) -> Group:
     """Lay out a run's closing table for a terminal. Raises: UserError as ``report`` does."""
     run = read_run(Path(run_dir))
-    passed = tables.passed_teacher(run)
-    lines = [Text(f"\n{passed}")] if passed else []
+    said = (tables.passed_teacher(run), prediction(run))
+    lines = [Text(f"\n{sentence}") for sentence in said if sentence]
     return Group(tables.in_terminal(tables.closing(run)), *lines)
 
 

@@ -53,6 +53,8 @@ class Band:
     steps: bool = False
     is_inner: bool = False
     """Lies within another one, whose shade adds to its own."""
+    run: int | None = None
+    """Which of several runs."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ class Table:
     note: str = ""
     colours: Sequence[str] = ()
     """Of each row's curves elsewhere."""
+    is_muted: bool = False
+    """Says less than it seems to."""
 
 
 def tokens_axis(low: float, high: float) -> Axis:

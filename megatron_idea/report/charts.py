@@ -175,7 +175,7 @@ def loss(runs: Sequence[Run]) -> Chart:
     ]
     scatter = [v for band in bands for v in band.low]
     scatter += [v for one in series if one.style == "thin" for v in one.y]
-    y = _loss_axis(smoothed, [v for points in held_out for v in points.y], scatter)
+    y = loss_axis(smoothed, [v for points in held_out for v in points.y], scatter)
     shown = [points for one in held_out if (points := _below(one, y.high)).x]
     return _chart(
         runs,
@@ -189,7 +189,7 @@ def loss(runs: Sequence[Run]) -> Chart:
     )
 
 
-def _loss_axis(
+def loss_axis(
     smoothed: Sequence[float], held_out: Sequence[float], scatter: Sequence[float]
 ) -> Axis:
     """Fit the axis to where most steps are: the fall from ln(vocab) would flatten all others.
@@ -237,7 +237,7 @@ def student_and_teacher(runs: Sequence[Run]) -> Chart:
         "Student and teacher",
         "Cross entropy of both on the same batches, smoothed. Where the student's is the lower one "
         "the teacher holds it back.",
-        _loss_axis([v for one in series for v in one.y if math.isfinite(v)], [], []),
+        loss_axis([v for one in series for v in one.y if math.isfinite(v)], [], []),
         series,
     )
 
@@ -569,13 +569,14 @@ def churn_map(run: Run, axis: str) -> HeatMap | None:
         return None
     rows = [list(row) for row in zip(*values, strict=True)]
     low = min(_known([value for row in rows for value in row]))
+    least = min(0.0, low) if low < 0.2 else math.floor(min(low, 0.99) * 10) / 10
     return HeatMap(
         f"{axis}-churn-by-layer",
         f"Stability of the ranking, by layer{_of_axis(run, axis)}",
         "Spearman rank correlation of a layer's importances with those of the record before: "
         "1 is the same order, 0 is no relation. Layers from the first (top) to the last.",
         _scores_axis(run, axis),
-        Axis("rank correlation", min(0.0, low) if low < 0.2 else math.floor(low * 10) / 10, 1.0),
+        Axis("rank correlation", least, 1.0),
         edges,
         rows,
         "layer removed, or fewer than two units left",

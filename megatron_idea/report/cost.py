@@ -14,7 +14,7 @@ from megatron_idea.shape import Shape
 
 @dataclass(frozen=True)
 class Cost:
-    """Holds the training FLOPs up to each recorded step, without evaluations."""
+    """Holds sums up to each recorded step: of training FLOPs, without evaluations."""
 
     tokens: list[int]
     this_run: list[float]
@@ -28,6 +28,8 @@ class Cost:
     teacher: list[float]
     """Of the teacher's forward passes, which are in none of the others; NaN once a teacher was
     asked whose size is not in the run's records."""
+    parameter_tokens: list[float]
+    """Not FLOPs: the live parameters in each step times its tokens, added up."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -45,12 +47,16 @@ def cost(run: Run) -> Cost:
     teacher = own_teacher(run.config)
     asked = teacher.flops_per_token(seq_length) if teacher else math.nan
     rates = [*map(per_token, shapes), per_token(_target(run)), 0.0]
-    total = Cost([], [], [], [], [], [])
-    columns = (total.this_run, total.zeros_only, total.ideal, total.from_scratch, total.teacher)
+    rates.append(shapes[2].parameters(model).total)
+    total = Cost([], [], [], [], [], [], [])
+    columns = (
+        total.this_run, total.zeros_only, total.ideal, total.from_scratch, total.teacher,
+        total.parameter_tokens,
+    )  # fmt: skip
     sums = [0.0] * len(columns)
     for record in run.records:
         tokens = record.tokens - done
-        rates[-1] = 0.0 if record.kl is None else asked
+        rates[4] = 0.0 if record.kl is None else asked
         for i, column in enumerate(columns):
             sums[i] += tokens * rates[i]
             column.append(sums[i])
@@ -62,7 +68,8 @@ def cost(run: Run) -> Cost:
             rates[0] = per_token(shape_of(model, stored))
         if record.live is not live:
             live = record.live
-            rates[2] = per_token(shape_of(model, live))
+            shape = shape_of(model, live)
+            rates[2], rates[5] = per_token(shape), shape.parameters(model).total
     return total
 
 

@@ -117,7 +117,8 @@
     const rows = frame.dataset.cells
       ? cell(frame, share, within((event.clientY - box.top) / box.height))
       : lines(figure, share * SIZE);
-    const head = `${write("count", valueAt(axis(figure.dataset.x), share))} tokens${phase(figure, share)}`;
+    const across = figure.querySelector(".label.x").textContent;
+    const head = `${write("count", valueAt(axis(figure.dataset.x), share))} ${across}${phase(figure, share)}`;
     tip.replaceChildren(line("", head), ...rows);
     plot.append(tip);
     // Beside the pointer where there is room, and never outside of the plot.

@@ -20,6 +20,7 @@ from megatron_idea.records.terminal import CONTROL
 from megatron_idea.report import charts, tables
 from megatron_idea.report.chart import SHADES, Figure, Table
 from megatron_idea.report.cost import cost
+from megatron_idea.report.predicted import predicted
 from megatron_idea.report.run import Run, mean_of, named
 from megatron_idea.report.samples import samples
 from megatron_idea.report.svg import SIZE, figure
@@ -29,15 +30,20 @@ def page(runs: Sequence[Run]) -> str:
     """Write the page of one run with all its numbers, or of several in the same charts."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     body = _one(runs[0]) if len(runs) == 1 else _several(runs)
+    return document(title, f"{body}{_footer(runs)}")
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """Write a page with all that its charts and tables need, and ``style``, around its body."""
     whole = (
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>\n:root {{ --shades: linear-gradient(90deg, {', '.join(SHADES)}); }}\n"
-        f"{_asset('page.css')}</style></head><body>"
+        f"{_asset('page.css')}{style}</style></head><body>"
         '<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
         f'<clipPath id="plot"><rect width="{SIZE}" height="{SIZE}"/></clipPath></svg>'
-        f"<main>{body}{_footer(runs)}</main>"
+        f"<main>{body}</main>"
         f"<script>\n{_asset('page.js')}</script></body></html>\n"
     )
     return whole.translate(CONTROL)  # which a browser hides, or takes for the end of the text
@@ -51,7 +57,7 @@ def _one(run: Run) -> str:
     return (
         f"<header><h1>{escape(run.name)}</h1><p>{escape(_subtitle(run))}</p></header>"
         f"{_broken(run)}{_passed(run)}{_tiles(run)}"
-        f"<h2>Run</h2>{_charts([*charts.overview([run]), *charts.details([run])])}"
+        f"<h2>Run</h2>{gallery([*charts.overview([run]), *charts.details([run])])}"
         f"{_layers(run)}"
         f"<h2>Numbers</h2>{_tables(run)}"
         f"{samples(run)}{_configuration(run)}"
@@ -60,11 +66,11 @@ def _one(run: Run) -> str:
 
 def _several(runs: Sequence[Run]) -> str:
     differences = tables.differences(runs)
-    drawn = _charts([*charts.overview(runs), *charts.details(runs)])
+    drawn = gallery([*charts.overview(runs), *charts.details(runs)])
     return (
         f"<header><h1>{len(runs)} runs</h1></header>"
-        f"<h2>Side by side</h2>{_card(tables.compared(runs))}"
-        f"{_card(differences) if differences else ''}"
+        f"<h2>Side by side</h2>{card(tables.compared(runs))}"
+        f"{card(differences) if differences else ''}"
         '<h2>Curves</h2><p class="hint">A run in a legend: touch it to hide it in every chart, '
         f"move over it to see it alone.</p>{drawn}<h2>Each run</h2>" + "".join(map(_folded, runs))
     )
@@ -140,7 +146,7 @@ def _tile(name: str, value: str, note: str) -> str:
     )
 
 
-def _charts(figures: Sequence[Figure]) -> str:
+def gallery(figures: Sequence[Figure]) -> str:
     """Draw charts two in a row; one that would stand alone takes the row."""
     drawn = list(figures)
     if sum(not one.is_wide for one in drawn) % 2:
@@ -155,7 +161,7 @@ def _layers(run: Run) -> str:
     row = "".join(map(figure, scores))
     return (
         ("<h2>Layers</h2>" if figures or scores else "")
-        + (_charts(figures) if figures else "")
+        + (gallery(figures) if figures else "")
         + (f'<h2>Importance</h2><div class="charts slides">{row}</div>' if row else "")
     )
 
@@ -163,16 +169,17 @@ def _layers(run: Run) -> str:
 def _tables(run: Run) -> str:
     every = (
         tables.closing(run), tables.spent(run), tables.environment(run), tables.removed(run),
-        tables.removed_layers(run), tables.incidents(run),
+        tables.removed_layers(run), predicted(run), tables.incidents(run),
     )  # fmt: skip
-    return f'<div class="cards">{"".join(_card(table) for table in every if table)}</div>'
+    return f'<div class="cards">{"".join(card(table) for table in every if table)}</div>'
 
 
 # Rows of a table that are shown without asking.
 MOST_ROWS = 14
 
 
-def _card(table: Table) -> str:
+def card(table: Table) -> str:
+    """Write a table; of a long one that no colour ties to charts the end is folded."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     firsts = [
         f'<th scope="row" class="keyed"><i class="dot {colour}"></i>' for colour in table.colours
@@ -190,7 +197,10 @@ def _card(table: Table) -> str:
             f"rows</summary>{body}</details>"
         )
     wide = " wide" if len(table.columns) > 5 else ""
-    return f'<section class="card{wide}"><h3>{escape(table.title)}</h3>{body}{note}</section>'
+    muted = " muted" if table.is_muted else ""
+    return (
+        f'<section class="card{wide}{muted}"><h3>{escape(table.title)}</h3>{body}{note}</section>'
+    )
 
 
 def _cell(text: str) -> str:

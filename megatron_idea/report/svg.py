@@ -247,8 +247,11 @@ def _curve(chart: Chart, series: Series) -> str:
     path = _path(chart.x, axis, series.x, series.y, series.style)
     name = f' data-name="{escape(series.name)}"' if series.name else ""
     side = ' data-side="right"' if series.is_right else ""
-    run = "" if series.run is None else f' data-run="{series.run}"'
-    return f'<path class="{series.style} {series.colour}"{name}{side}{run} d="{path}"/>'
+    return f'<path class="{series.style} {series.colour}"{name}{side}{_of_run(series)} d="{path}"/>'
+
+
+def _of_run(drawn: Series | Band) -> str:
+    return "" if drawn.run is None else f' data-run="{drawn.run}"'
 
 
 def _path(x_axis: Axis, y_axis: Axis, xs: Sequence[float], ys: Sequence[float], style: str) -> str:
@@ -281,7 +284,7 @@ def _band(chart: Chart, band: Band) -> str:
     # There along the high side, back along the low one; a step back rises before it runs.
     there = _path(chart.x, chart.y, xs, highs, style)
     back = _path(chart.x, chart.y, xs[::-1], lows[::-1], "line")
-    return f'<path class="band {band.colour}" d="{there}L{back[1:]}Z"/>'
+    return f'<path class="band {band.colour}"{_of_run(band)} d="{there}L{back[1:]}Z"/>'
 
 
 def _across(axis: Axis, value: float) -> int:

@@ -256,11 +256,11 @@ def _time(run: Run) -> str:
 
 def on_processes(run: Run) -> str:
     """Say on how many processes the run trains, where it was recorded."""
-    count = _environment(run).get("processes")
+    count = environment_of(run).get("processes")
     return f"on {count} {'process' if count == 1 else 'processes'}" if count else ""
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def environment_of(run: Run) -> dict[str, Any]:
     """Return what the last process of the run recorded of its environment; empty without it."""
     for event in reversed(run.events):
         if event["kind"] in ("started", "resumed"):
@@ -283,7 +283,7 @@ def passed_teacher(run: Run) -> str:
 
 def environment(run: Run) -> Table | None:
     """List the device, the processes and the versions that the run runs on."""
-    found = _environment(run)
+    found = environment_of(run)
     if not found:
         return None
     rows = [(name, str(found[name])) for name in ("device", "processes", "threads")]
