@@ -19,6 +19,7 @@
 #   NPROC_PER_NODE=8  processes of a node, one per GPU (LAUNCH=local: as many as there are GPUs)
 #   GPUS_PER_NODE     GPUs to ask Slurm for (NPROC_PER_NODE); 0 asks for none
 #   PARTITION, ACCOUNT, QOS, JOB_NAME     as in sbatch; JOB_NAME is by default the configuration's
+#   DEPENDENCY        jobs that must end well before this one begins, as in sbatch: afterok:41
 #   TIME_LIMIT=24:00:00   of one job; the run goes on in the next, see below
 #   STOP_BEFORE_S=600     seconds before the limit at which the run saves and requeues itself
 #   EXCLUSIVE=1       whole nodes, all of their memory; 0 takes the partition's defaults
@@ -101,6 +102,7 @@ LOG_DIR=${LOG_DIR:-runs/logs}
 PARTITION=${PARTITION:-}
 ACCOUNT=${ACCOUNT:-}
 QOS=${QOS:-}
+DEPENDENCY=${DEPENDENCY:-}
 CONTAINER=${CONTAINER:-}
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis}
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}
@@ -134,7 +136,7 @@ whole_number STOP_BEFORE_S 1
 for name in SLURM_JOB_ID SLURM_RESTART_COUNT REQUEUE; do
     if [[ -n ${!name:-} ]]; then whole_number "$name" 0; fi
 done
-for name in JOB_NAME PARTITION ACCOUNT QOS LOG_DIR; do one_word "$name"; done
+for name in JOB_NAME PARTITION ACCOUNT QOS DEPENDENCY LOG_DIR; do one_word "$name"; done
 limit_s=$(seconds "$TIME_LIMIT") ||
     fail "TIME_LIMIT is '$TIME_LIMIT'; write minutes, H:M:S or D-H:M:S, as for sbatch"
 ((STOP_BEFORE_S < limit_s)) ||
@@ -180,6 +182,9 @@ job_text() {
     directive partition "$PARTITION"
     directive account "$ACCOUNT"
     directive qos "$QOS"
+    directive dependency "$DEPENDENCY"
+    # Else a job would wait for ever for one that has failed.
+    if [[ -n $DEPENDENCY ]]; then directive kill-on-invalid-dep yes; fi
     directive nodes "$NODES"
     directive ntasks-per-node 1
     if ((GPUS_PER_NODE > 0)); then directive gpus-per-node "$GPUS_PER_NODE"; fi

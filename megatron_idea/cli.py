@@ -10,7 +10,9 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +22,7 @@ import typer
 from megatron_idea.engine.core_versions import quiet
 from megatron_idea.errors import UserError
 from megatron_idea.records.readable import megabytes
-from megatron_idea.records.terminal import Console, say, say_error, show
+from megatron_idea.records.terminal import Console, say, say_error, say_progress, show
 
 if TYPE_CHECKING:
     from megatron_idea.config import Config
@@ -435,6 +437,78 @@ def report(
     paths = reports.compare(runs, out)
     show(reports.comparison_table(runs))
     say(f"\npicture: {paths.picture}\npage:    {paths.page}")
+
+
+@app.command()
+def compare(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="YAML file of arms and seeds.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of all runs; default: the file's.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Default: the file's.")] = "",
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes of a run; default: TP x PP.")
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Submit each run by examples/launch.sh, and end.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would cost, end.")
+    ] = False,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="For --dry-run; as for plan.")] = "h100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="For --dry-run: share of the peak FLOP/s.")
+    ] = 0.4,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Also fit the scaling law to what came out.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run arms side by side on the same seeds; say which is better, and how sure that is.
+
+    Runs what is missing, prints the table and writes a page. Stopped or killed, the same call goes
+    on; SIGTERM, SIGINT or SIGUSR1: runs finish their step and save, and it ends with status 75.
+    """
+    from megatron_idea.compare.suite import check_ready, read_suite
+
+    if as_json and fit:
+        raise typer.BadParameter("the fit is printed as text: leave out --json", param_hint="--fit")
+    if dry_run and (fit or slurm):
+        raise typer.BadParameter("a dry run runs nothing", param_hint="--dry-run")
+    if slurm and parallel > 1:
+        raise typer.BadParameter("with --slurm the queue decides", param_hint="--parallel")
+    read = read_suite(suite, overrides or [], out, seeds.split(",") if seeds else None)
+    if dry_run:
+        from megatron_idea.compare.forecast import costs, render
+        from megatron_idea.engine.gpus import gpu_named
+
+        arms = costs(read, gpu_named(gpu), mfu)
+        if as_json:
+            _print_json({"suite": str(suite), "gpu": gpu, "mfu": mfu, "arms": arms})
+        else:
+            show(render(read, arms, gpu_named(gpu), mfu))
+        return
+    check_ready(read, nproc)
+    from megatron_idea.compare import jobs, page, results, tables
+
+    tell = say_progress if as_json else say
+    status = 0
+    if slurm:
+        jobs.submit_missing(read, nproc, tell)
+    else:
+        status = jobs.run_missing(read, parallel, nproc, tell=tell)
+    found = results.collect(read)
+    written = page.write(read, found, shlex.join(["megatron-idea", *sys.argv[1:]]))
+    if as_json:
+        _print_json(results.as_json(found))
+    else:
+        show(tables.render(found))
+        say(f"\npage: {written}")
+    if fit:
+        show(results.fit(found))
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -15,13 +15,13 @@ PACKAGE = "megatron_idea"
 
 # A part may import parts of its own rank or below. A folder has one rank, but for single files.
 LAYERS = (
-    {"config", "errors", "schedule", "shape", "course", "guard", "files", "kernels", "_C",
+    {"config", "errors", "schedule", "shape", "course", "law", "guard", "files", "kernels", "_C",
      "__init__", "engine.core_versions", "huggingface.names"},
     {"engine"},
     {"data", "records", "prune", "distill.loss", "distill.teacher"},
     {"checkpoint", "report"},
     {"huggingface", "planning"},
-    {"evaluation", "distill"},
+    {"evaluation", "distill", "compare"},
     {"train"},
     {"cli", "__main__", "testing", "planning.doctor"},
 )  # fmt: skip

@@ -216,6 +216,7 @@ def test_a_dry_run_prints_the_job_and_the_resolved_configuration(
         ({"TIME_LIMIT": "5"}, [DATA], r"STOP_BEFORE_S \(600\) must be below TIME_LIMIT"),
         ({"PARTITION": "gpu\n#SBATCH --nodes=900"}, [DATA], r"PARTITION is"),
         ({"LOG_DIR": "a;b"}, [DATA], r"LOG_DIR is"),
+        ({"DEPENDENCY": "afterok:41 42"}, [DATA], r"DEPENDENCY is"),
         ({"CONFIG": "nowhere.yaml"}, [DATA], r"no configuration file at nowhere.yaml"),
         ({"LAUNCH": "cloud"}, [DATA], r"it is auto, slurm, local or plan"),
         ({"CONTAINER_RUNTIME": "docker"}, [DATA], r"it is pyxis or apptainer"),
