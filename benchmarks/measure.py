@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,16 +57,6 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
         "denominator_ms": round(1e3 * statistics.median(denominator), 3),
         "rounds": len(ratios),
     }
-
-
-def show(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int = 120) -> None:
-    """Print a table: names to the left, numbers to the right."""
-    table = Table(box=None, pad_edge=False)
-    for number, header in enumerate(headers):
-        table.add_column(header, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=width).print(table)
 
 
 def device_name() -> str:

@@ -72,6 +72,7 @@ def test_the_wheel_has_one_top_level_name_and_every_module(wheel):
         path.as_posix() for path in package | kernels
     }
     assert {f"megatron_idea/report/page.{kind}" for kind in ("css", "js")} <= shipped
+    assert "megatron_idea/compare/page.css" in shipped
 
 
 def test_the_sdist_has_all_that_the_extension_is_compiled_from(sdist):
