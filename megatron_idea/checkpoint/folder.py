@@ -141,7 +141,10 @@ def differences(saved: Config, config: Config, tokenizer: str = "") -> list[tupl
     Args:
         tokenizer: the copy that the saved one's run has; empty without any.
     """
-    was, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
+    was, now = (
+        configuration.flat(dataclasses.asdict(saved)),
+        configuration.flat(dataclasses.asdict(config)),
+    )
     kept = "" if saved.data.tokenizer == "byte" else tokenizer
     meant_then, meant_now = was | _meant(saved, kept), now | _meant(config)
     return [
@@ -178,15 +181,6 @@ def _content(tokenizer: str) -> str:
     if not file.is_file():
         return os.path.realpath(file)
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
 
 
 def choose(config: Config, groups: ProcessGroups) -> tuple[Path | None, list[str]]:
