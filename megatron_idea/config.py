@@ -779,6 +779,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel_after_prune: ParallelConfig | None = None
+    """The layout from the end of the prune phase on, of the same processes: the run saves, builds
+    the small model in it and goes on. What it leaves out is as in ``parallel``; null: no change."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -793,6 +796,11 @@ class Config:
     def sections(self) -> Sections:
         """The sections that a model and its optimizer are built from."""
         return Sections(self.model, self.training, self.parallel, self.optimizer, self.schedule)
+
+    @property
+    def after_prune(self) -> Config:
+        """The same in the layout that it has from the end of the prune phase on."""
+        return dataclasses.replace(self, parallel=self.parallel_after_prune or self.parallel)
 
     @property
     def batch_tokens(self) -> int:
@@ -916,6 +924,8 @@ def load(
 def from_dict(given: dict[str, Any]) -> Config:
     """Build a Config from nested plain values; raises ConfigError as ``load`` does."""
     reject_unknown(given, Config, prefix="")
+    if isinstance(after := given.get("parallel_after_prune"), dict):
+        given = given | {"parallel_after_prune": merge(given.get("parallel", {}), after)}
     config = _read_section(given, Config, prefix="")
     assert isinstance(config, Config)
     return config
@@ -982,7 +992,9 @@ def _keys(section: type) -> list[str]:
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Put one set of nested sections over another: key by key; of any other value the upper one."""
     both = {
-        key: merge(under[key], value) if isinstance(under.get(key), dict) else value
+        key: merge(under[key], value)
+        if isinstance(under.get(key), dict) and isinstance(value, dict)
+        else value
         for key, value in over.items()
     }
     return under | both
@@ -1049,6 +1061,7 @@ def read_override(text: str) -> dict[str, Any]:
     kind: Any = Config
     for name in names:
         kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        kind = _given(kind)
     given: Any = value
     if dataclasses.is_dataclass(kind) or get_origin(kind) is list:
         given = _read_yaml(value, f"override {text!r}")
@@ -1074,15 +1087,14 @@ def read_value(value: Any, kind: Any, name: str) -> Any:
 
     Raises: ConfigError that says what is legal.
     """
+    if NoneType in get_args(kind) and (value is None or value == "null"):
+        return None
+    kind = _given(kind)
     if dataclasses.is_dataclass(kind):
         _require(isinstance(value, dict), f"{name} is {_brief(value)}; it must be a mapping")
         assert isinstance(kind, type)
         reject_unknown(value, kind, prefix=f"{name}.")
         return _read_section(value, kind, prefix=f"{name}.")
-    if NoneType in get_args(kind):
-        if value is None or value == "null":
-            return None
-        (kind,) = (option for option in get_args(kind) if option is not NoneType)
     if get_origin(kind) is list:
         _require(isinstance(value, list), f"{name} is {_brief(value)}; it must be a list: [a, b]")
         (item,) = get_args(kind)
@@ -1092,6 +1104,14 @@ def read_value(value: Any, kind: Any, name: str) -> Any:
         given = "empty" if value is None else _brief(value)
         raise ConfigError(f"{name} is {given}; it must be {_LEGAL[kind]}")
     return found
+
+
+def _given(kind: Any) -> Any:
+    """Return what a key's type is where its value is not null."""
+    if NoneType not in get_args(kind):
+        return kind
+    (kind,) = (option for option in get_args(kind) if option is not NoneType)
+    return kind
 
 
 def _text(value: Any) -> str | None:
@@ -1142,11 +1162,35 @@ def validate(config: Config, world_size: int) -> None:
     """
     validate_layout(config, world_size)
     validate_pruning(config)
+    _validate_layout_after(config, world_size)
     _require(
         config.distill.teacher != "self" or config.prune.strategy != "none",
         "distill.teacher=self is the enlarged model of a run that prunes, and prune.strategy is "
         "none: name another run or a Hugging Face folder",
     )
+
+
+def _validate_layout_after(config: Config, world_size: int) -> None:
+    """Check the layout that a run changes to. Raises: ConfigError."""
+    before, after = config.parallel, config.parallel_after_prune
+    if after is None:
+        return
+    _require(
+        config.prune.strategy != "none",
+        "parallel_after_prune is the layout of the small model, and prune.strategy is none: leave "
+        "it out",
+    )
+    tp = before.tensor_model_parallel_size, after.tensor_model_parallel_size
+    _require(
+        tp[0] % tp[1] == 0 and after.num_stages <= before.num_stages,
+        f"parallel_after_prune shrinks with the model: its TP size ({tp[1]}) must divide that of "
+        f"parallel ({tp[0]}), and its PP x virtual PP ({after.num_stages}) be at most "
+        f"{before.num_stages}",
+    )
+    try:
+        validate_layout(config.after_prune, world_size)
+    except ConfigError as error:
+        raise ConfigError(f"parallel_after_prune: {error}") from error
 
 
 def validate_layout(config: Config, world_size: int) -> None:

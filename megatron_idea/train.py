@@ -39,6 +39,7 @@ from megatron_idea.engine.distributed import (
     ProcessGroups,
     joined,
     memory_bytes,
+    regroup,
     together,
     world_size_from_environment,
 )
@@ -63,6 +64,7 @@ from megatron_idea.schedule import (
     learning_rate,
     phase,
     phase_ended,
+    phase_ends,
     teaching_begins,
 )
 
@@ -72,6 +74,8 @@ class Run:
     """The parts of a run on this rank."""
 
     config: Config
+    given: Config
+    """What the user has asked for: the same but for the layout, which may have changed since."""
     groups: ProcessGroups
     trainable: Trainable
     pruner: Pruner
@@ -147,7 +151,7 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
 
 def loop(config: Config, groups: ProcessGroups) -> TrainState:
     """Step after step, with what is done between them, to the last token or until told to stop."""
-    run, state = build(config, groups)
+    run, state = begin(config, groups)
     if state.step == state.began_at:
         evaluate(run, state, "start")
         if not state.teacher:
@@ -168,6 +172,9 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
             evaluate(run, state, "every")
         if ended or stopping or crossed(config.checkpoint.every_tokens, before, tokens):
             save(run, state, wait=stopping)
+        is_last = stopping or tokens >= config.schedule.total_tokens
+        if not is_last and run.config.parallel != layout_at(config, tokens).parallel:
+            run, state = change_layout(run, state)
         if stopping and state.consumed_tokens < config.schedule.total_tokens:
             run.log.event("signal", step=state.step, name=run.stop.received)
             run.progress.note(f"stopped by a signal after step {state.step:,}, which is saved")
@@ -183,8 +190,53 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
     return state
 
 
-def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
-    """Assemble a run at its latest checkpoint, or at its start."""
+def layout_at(config: Config, tokens: int) -> Config:
+    """Return the configuration in the layout that it has after ``tokens`` consumed tokens."""
+    return config.after_prune if tokens >= phase_ends(config.schedule)["prune"] else config
+
+
+def begin(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
+    """Build a run in the layout that it has where it goes on; collective."""
+    found = checkpoint.complete_for_all(config.run_dir, groups)
+    now = config
+    if config.parallel_after_prune is not None and found:
+        state = together(lambda: checkpoint.read_state(found[-1]), groups)
+        now = config if state.plan_due else layout_at(config, state.consumed_tokens)
+    if now.parallel != config.parallel:
+        groups = regroup(groups, now.parallel, now.training.seed)
+    return build(now, groups, config)
+
+
+def change_layout(run: Run, state: TrainState) -> tuple[Run, TrainState]:
+    """Go on in the layout of the small model, from a checkpoint of this step."""
+    before, given, stop = run.groups, run.given, run.stop
+    config, was = layout_at(given, state.consumed_tokens), before.layout
+    if run.saving is None or run.saving.state.step != state.step:
+        save(run, state)
+    finish_saving(run)
+    run.progress.close()
+    run.log.close()
+    release(run.trainable)
+    del run
+    gc.collect()  # a teacher is in cycles, too
+    groups = regroup(before, config.parallel, config.training.seed)
+    again, state = build(config, groups, given)
+    again.stop.received = again.stop.received or stop.received
+    place = {"step": state.step, "tokens": state.consumed_tokens}
+    again.log.event("layout_changed", was=was, now=groups.layout, **place)
+    again.progress.note(f"from {was} to {groups.layout}")
+    return again, state
+
+
+def build(
+    config: Config, groups: ProcessGroups, given: Config | None = None
+) -> tuple[Run, TrainState]:
+    """Assemble a run at its latest checkpoint, or at its start.
+
+    Args:
+        given: what the user has asked for, where ``config`` has another layout.
+    """
+    given = given or config
     run_dir = Path(config.run_dir)
     path, damage = checkpoint.choose(config, groups)
     source = None
@@ -210,7 +262,7 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
         if groups.is_writer:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
-                (run_dir / "config.yaml").write_text(configuration.to_yaml(config), "utf-8")
+                (run_dir / "config.yaml").write_text(configuration.to_yaml(given), "utf-8")
                 if config.data.tokenizer != "byte":
                     copy_tokenizer(config.data.tokenizer, run_dir / checkpoint.TOKENIZER)
             except OSError as error:
@@ -232,7 +284,17 @@ def build(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
         going_on = f"starting from {source}" if source else f"resuming at {path.name}"
         progress.note(f"{path.name}: this run is finished" if done else going_on)
     run = Run(
-        config, groups, trainable, pruner, data, held_out, tokenizer, log, progress, StopSignal()
+        config,
+        given,
+        groups,
+        trainable,
+        pruner,
+        data,
+        held_out,
+        tokenizer,
+        log,
+        progress,
+        StopSignal(),
     )
     if config.distill.teaches and (config.distill.teacher != "self" or state.teacher):
         run.teacher, state.teacher = open_teacher(config, groups, tokenizer, state.teacher)
@@ -372,13 +434,14 @@ def react(run: Run, state: TrainState, loss: float) -> bool:
 def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     """Go on from the last checkpoint, with the data that comes after the spike."""
     config, groups, rollbacks = run.config, run.groups, state.watch.rollbacks + 1
+    given = run.given
     stop = run.stop  # may be told to stop until the new one takes over
     spike_at = state.step, state.consumed_tokens, state.skipped_samples
     run.progress.close()
     run.log.close()
     release(run.trainable)
     del run
-    again, state = build(config, groups)
+    again, state = build(config, groups, given)
     again.stop.received = again.stop.received or stop.received
     window = (spike_at[1] - state.consumed_tokens) // config.training.seq_length
     state.skipped_samples = spike_at[2] + window

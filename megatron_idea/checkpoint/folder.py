@@ -75,6 +75,7 @@ ONE_PROCESS = (
     "parallel.virtual_pipeline_model_parallel_size=1",
     "parallel.overlap_grad_reduce=false",
     "parallel.overlap_param_gather=false",
+    "parallel_after_prune=null",
 )
 """Overrides for a checkpoint's configuration when one process works on it."""
 
@@ -102,8 +103,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 # What a resumed run may change: where and how it runs, not what it computes.
 _FREE = {
-    "run_dir", "parallel", "checkpoint", "guard", "evaluation", "logging", "law",
-    "data.cache_dir", "training.micro_batch_size", "training.kernel_implementation",
+    "run_dir", "parallel", "parallel_after_prune", "checkpoint", "guard", "evaluation", "logging",
+    "law", "data.cache_dir", "training.micro_batch_size", "training.kernel_implementation",
     "prune.compaction_block", "prune.placement",
 }  # fmt: skip
 

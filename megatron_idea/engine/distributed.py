@@ -62,6 +62,11 @@ class ProcessGroups:
         return self.collection.dp_cp
 
     @property
+    def layout(self) -> str:
+        """Say the sizes: TP 2 x PP 1 x DP 4."""
+        return f"TP {self.tp.size()} x PP {self.pp.size()} x DP {self.dp.size()}"
+
+    @property
     def is_writer(self) -> bool:
         """Whether this rank writes the run folder's logs."""
         return dist.get_rank() == 0
@@ -192,6 +197,22 @@ def start_distributed(
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroups(ProcessGroupCollection.use_mpu_process_groups(), device())
+
+
+def regroup(groups: ProcessGroups, parallel: ParallelConfig, seed: int) -> ProcessGroups:
+    """Group the same processes anew; collective, and nothing of the old groups can be used.
+
+    Random-number streams begin again from the seed.
+    """
+    forget_rotary_cache()
+    old = {id(group): group for group in vars(groups.collection).values()}
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    for group in old.values():
+        for one in group if isinstance(group, list) else [group]:
+            if isinstance(one, dist.ProcessGroup) and one is not dist.group.WORLD:
+                dist.destroy_process_group(one)
+    return start_distributed(parallel, seed)
 
 
 def stop_distributed() -> None:

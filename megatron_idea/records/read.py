@@ -184,7 +184,9 @@ _TYPES: dict[str, Callable[[Any], bool]] = (
     )
     | dict.fromkeys(("loss", "val_loss", "average"), is_measured)
     | dict.fromkeys(("time", "seconds", "waited_s"), is_amount)
-    | dict.fromkeys(("kind", "why", "path", "reason", "prompt", "text", "source"), is_word)
+    | dict.fromkeys(
+        ("kind", "why", "path", "reason", "prompt", "text", "source", "was", "now"), is_word
+    )
     | dict.fromkeys(("before", "after"), are_counts)
     | {
         "peak_bytes": is_amount_or_none,
