@@ -112,18 +112,22 @@ def check_yaml(path: Path) -> None:
 
     Raises: UnsafeFileError. YAML that is broken in another way is left to its reader.
     """
+    check_yaml_text(read_bytes(path, most=1 << 20), path.name)
+
+
+def check_yaml_text(text: bytes, name: str) -> None:
+    """``check_yaml`` for what was read from a file of that name."""
     import yaml
 
-    text = read_bytes(path, most=1 << 20)
     try:
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeError, ValueError):
         return
     except RecursionError as error:
-        raise UnsafeFileError(f"{path.name} is nested too deeply") from error
+        raise UnsafeFileError(f"{name} is nested too deeply") from error
     if root is not None and _values(root, {}) > MOST_YAML_VALUES:
         raise UnsafeFileError(
-            f"{path.name} has more than {MOST_YAML_VALUES:,} values, or aliases in a circle"
+            f"{name} has more than {MOST_YAML_VALUES:,} values, or aliases in a circle"
         )
 
 

@@ -566,10 +566,9 @@ def measure(run: Run, state: TrainState, why: str) -> None:
     """Measure the held-out loss and log it; nothing without held-out data."""
     if run.held_out is None:
         return
-    loss, _tokens = held_out_loss(run.trainable.chunks, run.held_out, run.groups)
-    run.log.event(
-        "evaluated", step=state.step, tokens=state.consumed_tokens, val_loss=loss, why=why
-    )
+    loss, scored = held_out_loss(run.trainable.chunks, run.held_out, run.groups)
+    place = {"step": state.step, "tokens": state.consumed_tokens}
+    run.log.event("evaluated", **place, val_loss=loss, scored_tokens=scored, why=why)
     run.progress.note(f"held-out loss {loss:.4f} after {state.consumed_tokens:,} tokens")
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,7 +175,10 @@ def tokenizer_file(name: str | Path) -> Path:
 
 
 def copy_tokenizer(name: str | Path, to: Path) -> None:
-    """Copy a ``tokenizer.json`` and its settings into folder ``to``."""
+    """Copy a ``tokenizer.json`` and its settings into folder ``to``.
+
+    Raises: UnsafeFileError for one that is no regular file, or larger than any tokenizer's.
+    """
     path = tokenizer_file(name)
     if to.resolve() == path.parent.resolve() and path.name == "tokenizer.json":
         return
@@ -184,7 +186,7 @@ def copy_tokenizer(name: str | Path, to: Path) -> None:
     for source, target in [(path, "tokenizer.json"), *((path.with_name(n), n) for n in SETTINGS)]:
         if source.is_file():
             part = to / f".{target}.{os.getpid()}.part"
-            shutil.copyfile(source, part)
+            part.write_bytes(files.read_bytes(source, _MOST_BYTES))
             part.replace(to / target)
 
 

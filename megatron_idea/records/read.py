@@ -173,6 +173,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = (
         (
             "step",
             "tokens",
+            "scored_tokens",
             "skipped",
             "from_step",
             "skipped_samples",
