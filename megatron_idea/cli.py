@@ -539,16 +539,27 @@ def doctor() -> None:
 @app.command()
 def export(
     path: CheckpointOrRun,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder, or file.gguf.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="huggingface|gguf", help="A folder for transformers, or a file for llama.cpp."
+        ),
+    ] = "huggingface",
     layout: Annotated[
         str,
         typer.Option(help="padded: any server loads it; compact: a width for each layer, few do."),
     ] = "padded",
     dtype: Annotated[
-        str, typer.Option(metavar="bf16|fp32", help="Default: the run's own precision.")
+        str,
+        typer.Option(
+            metavar="bf16|fp32", help="Default: the run's own precision. GGUF: also fp16, q8_0."
+        ),
     ] = "",
     tokenizer: OtherTokenizer = "",
-    max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights.")] = 5.0,
+    max_shard_gb: Annotated[
+        float | None, typer.Option(help="Largest file of weights in a folder; default: 5.")
+    ] = None,
     draft_of: Annotated[
         Path | None,
         typer.Option(
@@ -557,11 +568,12 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder: LlamaForCausalLM or Qwen3ForCausalLM."""
+    """Write a checkpoint as a Hugging Face folder of a Llama or Qwen3, or as one GGUF file."""
     from megatron_idea.distill.draft import export_draft
     from megatron_idea.huggingface.export import Form, export_checkpoint
 
-    form = Form(layout, dtype, tokenizer, max_shard_gb * 1e9)
+    max_shard_bytes = None if max_shard_gb is None else max_shard_gb * 1e9
+    form = Form(format, layout, dtype, tokenizer, max_shard_bytes)
     if draft_of is None:
         say(export_checkpoint(path, out, **vars(form)).as_text())
         return

@@ -13,12 +13,14 @@ absent.
 from megatron_idea.checkpoint.branch import branch, check_targets, find_source, keeps_teacher
 from megatron_idea.checkpoint.folder import (
     ONE_PROCESS,
+    ORIGIN,
     TOKENIZER,
     check_same_run,
     checkpoints_of,
     choose,
     complete,
     complete_for_all,
+    copy_origin,
     latest,
     read_config,
     resolve,
@@ -30,6 +32,7 @@ from megatron_idea.checkpoint.tensors import load, load_weights
 
 __all__ = [
     "ONE_PROCESS",
+    "ORIGIN",
     "TOKENIZER",
     "CheckpointError",
     "Saving",
@@ -41,6 +44,7 @@ __all__ = [
     "choose",
     "complete",
     "complete_for_all",
+    "copy_origin",
     "find_source",
     "keeps_teacher",
     "latest",

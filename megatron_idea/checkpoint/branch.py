@@ -21,6 +21,7 @@ from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.folder import (
     checkpoints_of,
     complete,
+    copy_origin,
     differences,
     is_among,
     latest,
@@ -130,6 +131,7 @@ def _branch(config: Config, source: Path, path: Path) -> None:
             storage.link(files.inside(source, name), partial / name)
         texts = (configuration.to_yaml(config), state_text(_future_state(state, before, config)))
         complete_folder(partial, path, dict(zip(_OF_RUN, texts, strict=True)), tensors)
+        copy_origin(source, config.run_dir)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         why = error.strerror or error

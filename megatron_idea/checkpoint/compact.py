@@ -120,6 +120,7 @@ def compact_checkpoint(
         pruner.load_state(fresh, carried, pruner.pending_steps, pruner.memory.tolist())
         if tokenizer := checkpoint.tokenizer_beside(found):
             copy_tokenizer(tokenizer, out / checkpoint.TOKENIZER)
+        checkpoint.copy_origin(found, out)
         new_run = configuration.replace(saved, run_dir=str(out))
         return checkpoint.save(new_run, fresh, pruner, state)
 

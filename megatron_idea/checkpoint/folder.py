@@ -22,6 +22,8 @@ from megatron_idea.engine.distributed import ProcessGroups, together
 
 TOKENIZER = "tokenizer"
 """Folder of a run that has a copy of its tokenizer: a run can be moved, and read from anywhere."""
+ORIGIN = "origin.json"
+"""File of an imported run, and of what branched from it: name and license of the model it was."""
 
 
 def checkpoints_of(run_dir: str | Path) -> Path:
@@ -84,6 +86,13 @@ def tokenizer_beside(path: Path) -> str | None:
     """The copy of its tokenizer in the run of checkpoint ``path``; older runs have none."""
     kept = path.absolute().parents[1] / TOKENIZER
     return str(kept) if (kept / "tokenizer.json").is_file() else None
+
+
+def copy_origin(path: Path, run_dir: str | Path) -> None:
+    """Let run ``run_dir`` say of itself what that of checkpoint ``path`` began with."""
+    kept = path.absolute().parents[1] / ORIGIN
+    if kept.is_file():
+        (Path(run_dir) / ORIGIN).write_bytes(files.read_bytes(kept, most=1 << 16))
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:

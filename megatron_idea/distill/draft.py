@@ -42,6 +42,8 @@ def export_draft(path: Path, out: Path, draft_of: Path, form: Form) -> list[Expo
     Raises: ConfigError without a teacher, CheckpointError when it is missing, damaged or another
         one; else as ``export_checkpoint``.
     """
+    if form.format != "huggingface":
+        raise ConfigError("--draft-of writes Hugging Face folders; export each --format gguf alone")
     found = checkpoint.resolve(path)
     run_dir = found.absolute().parents[1]
     # A run can be moved, and its own teacher with it.

@@ -8,6 +8,7 @@ file (``max_shard_bytes``).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -21,11 +22,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from megatron_idea import __version__, checkpoint
+from megatron_idea import __version__, checkpoint, files
 from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.reader import CheckpointTensors
 from megatron_idea.checkpoint.state import CheckpointError, TrainState
-from megatron_idea.config import METHODS, Config, ConfigError, ModelConfig, PruneConfig
+from megatron_idea.config import Config, ConfigError, ModelConfig
 from megatron_idea.data.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
@@ -34,15 +35,18 @@ from megatron_idea.data.tokenizer import (
     load_tokenizer,
     tokenizer_file,
 )
+from megatron_idea.huggingface import gguf
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.huggingface.card import Facts, HeldOut, Origin, model_card
 from megatron_idea.prune.axis import cut, shares_of
 from megatron_idea.prune.plan import misfit
 from megatron_idea.records.readable import human_widths, megabytes
-from megatron_idea.schedule import learning_rate, phase
 from megatron_idea.shape import AXES, LAYER_AXES, UNITS, LayerShape, Shape, round_up
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"huggingface": ("fp32", "bf16"), "gguf": tuple(gguf.DTYPES)}
+"""By format."""
 LAYOUTS = ("padded", "compact")
+DEFAULT_SHARD_BYTES = 5e9
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Exported:
     """What an export wrote."""
 
     path: Path
+    kind: str
+    """The model's class, or its GGUF architecture."""
     full: Shape
     """The enlarged model."""
     live: Shape
@@ -59,10 +65,12 @@ class Exported:
     heads in every layer, however many groups."""
     parameters: int
     bytes: int
+    notes: tuple[str, ...] = ()
+    """What the user should know of the file."""
 
     def as_text(self) -> str:
-        (kind,) = json.loads((self.path / "config.json").read_text())["architectures"]
-        lines = [f"{kind} of {self.parameters:,} parameters, {megabytes(self.bytes)}: {self.path}"]
+        size = f"{self.parameters:,} parameters, {megabytes(self.bytes)}"
+        lines = [f"{self.kind} of {size}: {self.path}"]
         for axis in AXES:
             full, live, here = (of.counts(axis) for of in (self.full, self.live, self.shape))
             if not full == live == here:
@@ -70,6 +78,7 @@ class Exported:
                 lines.append(
                     f"{UNITS[axis]}s {human_widths(here)}{alive}, of {human_widths(full[:1])}"
                 )
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -206,25 +215,36 @@ class _Weights:
 
 @dataclass(frozen=True)
 class Form:
-    """How a folder is to be written."""
+    """How a folder, or a file, is to be written."""
 
+    format: str
+    """``huggingface``: a folder. ``gguf``: one file, for llama.cpp."""
     layout: str
     """``padded``: every layer gets the FFN width and the KV groups of the largest, the rest zeros,
     which change no logit; LlamaForCausalLM, or Qwen3ForCausalLM with QK norm. ``compact``: each
     layer its own, in the ``block_configs`` of Nemotron-NAS, which few engines load."""
     dtype: str
-    """``fp32`` (of a bf16 run: its main weights) or ``bf16``; empty: the run's precision."""
+    """``fp32`` or ``bf16``; in a GGUF file also ``fp16`` or ``q8_0``; empty: the run's precision.
+    All but ``bf16`` are made of a bf16 run's fp32 main weights."""
     tokenizer: str
     """In place of the run's; empty: that."""
-    max_shard_bytes: float
+    max_shard_bytes: float | None
+    """Of a folder; None: 5 GB."""
 
     def __post_init__(self) -> None:
         for what, value, legal in (
-            ("--layout", self.layout, LAYOUTS), ("--dtype", self.dtype, ("", *DTYPES)),
-        ):  # fmt: skip
+            ("--format", self.format, tuple(DTYPES)),
+            ("--layout", self.layout, LAYOUTS),
+            ("--dtype", self.dtype, ("", *DTYPES.get(self.format, ()))),
+        ):
             if value not in legal:
                 named = ", ".join(each for each in legal if each)
-                raise ConfigError(f"{what} is {value!r}; legal values: {named}")
+                of = f" of --format {self.format}" if what == "--dtype" else ""
+                raise ConfigError(f"{what} is {value!r}; legal values{of}: {named}")
+        if self.max_shard_bytes is None:
+            return
+        if self.format == "gguf":
+            raise ConfigError("--max-shard-gb has no meaning for --format gguf: it is one file")
         if not 0 < self.max_shard_bytes < math.inf:
             raise ConfigError(
                 f"--max-shard-gb is {self.max_shard_bytes / 1e9:g}; it must be a finite number "
@@ -236,31 +256,36 @@ def export_checkpoint(
     path: Path,
     out: Path,
     *,
+    format: str = "huggingface",
     layout: str = "padded",
     dtype: str = "",
     tokenizer: str = "",
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float | None = None,
     remark: str = "",
 ) -> Exported:
     """Write the checkpoint ``path`` (or a run's latest) as a Hugging Face model folder ``out``.
+
+    With ``format="gguf"`` as one file.
 
     Removed units of every axis are left out, and layers numbered anew. Counts are multiples of what
     the run calls legal, so during pruning a few zeros remain.
 
     Args:
-        layout, dtype, tokenizer, max_shard_bytes: as in ``Form``.
+        format, layout, dtype, tokenizer, max_shard_bytes: as in ``Form``.
         remark: what the model card says besides.
     Raises: ConfigError for what cannot be exported so, CheckpointError for a checkpoint that
         cannot be read, DataError for the tokenizer. ``out`` is complete or absent.
     """
-    form = Form(layout, dtype, tokenizer, max_shard_bytes)
+    form = Form(format, layout, dtype, tokenizer, max_shard_bytes)
     found = checkpoint.resolve(path)
     storage.verify(found)
     config = checkpoint.read_config(found)
     state = checkpoint.read_state(found, config)
     tensors = CheckpointTensors(found)
     live = _Live.of(found, tensors, state.shape, Shape.full(config.model))
-    model = _Model(found, config, state, tensors, live)
+    run_dir = found.absolute().parents[1]
+    held_out = HeldOut.of_run(run_dir, config, state)
+    model = _Model(found, config, state, tensors, live, Origin.of_run(run_dir), held_out)
     about = "A GPT that was pruned while it trained, under one learning-rate curve."
     return _export(model, out, form, about, remark)
 
@@ -278,7 +303,9 @@ def export_weights(
     """
     storage.verify(path)
     live = _Live.all_of(state.shape)
-    model = _Model(path, config, state, CheckpointTensors(path), live)
+    # What a run measures at that step is of its own weights, not of these.
+    origin = Origin.of_run(Path(config.run_dir))
+    model = _Model(path, config, state, CheckpointTensors(path), live, origin, None)
     return _export(model, out, form, about, remark)
 
 
@@ -291,49 +318,50 @@ class _Model:
     state: TrainState
     tensors: CheckpointTensors
     live: _Live
+    origin: Origin
+    held_out: HeldOut | None
 
 
 def _export(one: _Model, out: Path, form: Form, about: str, remark: str) -> Exported:
-    config, live, full = one.config, one.live, Shape.full(one.config.model)
+    config, live = one.config, one.live
     dtype, stored = form.dtype or config.training.precision, one.state.shape
-    check_free(out)
+    if form.format == "gguf":
+        gguf.package()  # to hear now whether it is there
+        _check_free_file(out)
+    else:
+        check_free(out)
     words = _tokenizer_of(config, form.tokenizer)
     shape = _folder_shape(live.shape, stored, config, form.layout)
     weights = _Weights(
-        one.path, one.tensors, config.model, stored, live, shape, DTYPES[dtype],
-        mains=dtype == "fp32" and config.training.precision == "bf16",
+        one.path, one.tensors, config.model, stored, live, shape,
+        torch.bfloat16 if dtype == "bf16" else torch.float32,
+        mains=dtype != "bf16" and config.training.precision == "bf16",
     )  # fmt: skip
     hf_config = huggingface.to_hf_config(
         config.model,
         shape,
         config.training.seq_length,
-        str(DTYPES[dtype]).removeprefix("torch."),
+        str(weights.dtype).removeprefix("torch."),
         words.eod,
         compact=form.layout == "compact",
     )
-    _make_way(out)
+    if form.format == "huggingface":
+        _make_way(out)
     partial = out.parent / f"{out.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        writer = _Shards(partial, form.max_shard_bytes)
-        for name, tensor in weights.in_order():
-            writer.add(name, tensor)
-        writer.close()
-        _write_json(partial / "config.json", hf_config)
-        if form.layout == "compact":
-            _write_config_class(partial)
         _write_tokenizer(partial, words, config.training.seq_length)
         ends = _ends_of_text(partial, words.eod)
         special = {"bos_token_id": words.eod, "eos_token_id": ends, "pad_token_id": words.eod}
         _write_json(partial / "generation_config.json", special)
-        enlarged = {axis: full.counts(axis)[0] for axis in AXES}
-        _write_json(partial / "pruning.json", {"enlarged": enlarged, "live": live.numbers})
-        result = Exported(out, full, live.shape, shape, writer.parameters, writer.bytes)
-        card = _model_card(config, one.state, result, form.layout, dtype, about)
-        parts = [card, remark, _added_tokens(partial)]
-        (partial / "README.md").write_text("\n".join(part for part in parts if part))
-        partial.rename(out)
+        if form.format == "gguf":
+            result = _write_file(one, partial / "gguf", out, weights, hf_config, dtype, about)
+            (partial / "gguf").rename(out)
+        else:
+            form = dataclasses.replace(form, dtype=dtype)
+            result = _write_folder(one, partial, out, weights, hf_config, form, about, remark)
+            partial.rename(out)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error}") from error
     finally:
@@ -341,10 +369,71 @@ def _export(one: _Model, out: Path, form: Form, about: str, remark: str) -> Expo
     return result
 
 
+def _write_file(
+    one: _Model,
+    file: Path,
+    out: Path,
+    weights: _Weights,
+    hf: dict[str, Any],
+    dtype: str,
+    about: str,
+) -> Exported:
+    """Write ``file``, which is to become ``out``, beside the tokenizer's files."""
+    state, full = one.state, Shape.full(one.config.model)
+    said = {
+        "name": Path(one.config.run_dir).name,
+        "description": f"{about} Step {state.step:,}, {state.consumed_tokens:,} trained tokens. "
+        f"Exported by megatron-idea {__version__}.",
+        "license": one.origin.license,
+    }
+    sizes = huggingface.hf_shapes(one.config.model, weights.shape)
+    done = gguf.write(file, hf, file.parent, sizes, weights.in_order(), dtype, said)
+    kind = f"GGUF ({done.architecture}, {dtype})"
+    return Exported(
+        out, kind, full, one.live.shape, weights.shape, done.parameters, done.bytes,
+        tuple(done.notes),
+    )  # fmt: skip
+
+
+def _write_folder(
+    one: _Model, folder: Path, out: Path, weights: _Weights, hf: dict[str, Any], form: Form,
+    about: str, remark: str,
+) -> Exported:  # fmt: skip
+    """Write ``folder``, which is to become ``out`` and has the tokenizer's files."""
+    full, live = Shape.full(one.config.model), one.live
+    writer = _Shards(folder, form.max_shard_bytes or DEFAULT_SHARD_BYTES)
+    for name, tensor in weights.in_order():
+        writer.add(name, tensor)
+    writer.close()
+    _write_json(folder / "config.json", hf)
+    if form.layout == "compact":
+        _write_config_class(folder)
+    enlarged = {axis: full.counts(axis)[0] for axis in AXES}
+    _write_json(folder / "pruning.json", {"enlarged": enlarged, "live": live.numbers})
+    (kind,) = hf["architectures"]
+    result = Exported(out, kind, full, live.shape, weights.shape, writer.parameters, writer.bytes)
+    facts = Facts(
+        about, form.layout, form.dtype, full, live.shape, weights.shape, writer.parameters,
+        hashlib.sha256((folder / "pruning.json").read_bytes()).hexdigest(),
+        one.origin, one.held_out, bool(gguf.chat_template(folder)),
+    )  # fmt: skip
+    parts = [model_card(one.config, one.state, facts), remark, _added_tokens(folder)]
+    (folder / "README.md").write_text("\n".join(part for part in parts if part), "utf-8")
+    return result
+
+
 def check_free(out: Path) -> None:
     """Raises: ConfigError unless ``out`` can be made: it is not there, or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; name a folder that does not, or is empty")
+
+
+def _check_free_file(out: Path) -> None:
+    """Raises: ConfigError unless the file ``out`` can be made, and is called what it is."""
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out} is to be a GGUF file: give a name that ends in .gguf")
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists already; name a file that does not")
 
 
 def _make_way(out: Path) -> None:
@@ -472,7 +561,7 @@ def _ends_of_text(folder: Path, eod: int) -> int | list[int]:
     """Ids that end a generated text: training's, and the one that a chat model's settings name."""
     from tokenizers import Tokenizer as Engine
 
-    named = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
+    named = files.read_json(folder / "tokenizer_config.json").get("eos_token")
     if isinstance(named, dict):  # an AddedToken, spelled out
         named = named.get("content")
     other = Engine.from_file(str(folder / "tokenizer.json")).token_to_id(named) if named else None
@@ -530,93 +619,6 @@ def _write_config_class(folder: Path) -> None:
 
     source = inspect.getsource(nemotron_nas_config)
     (folder / "configuration_nemotron_nas.py").write_text(source)
-
-
-def _model_card(
-    config: Config, state: TrainState, result: Exported, layout: str, dtype: str, about: str
-) -> str:
-    schedule, prune, model = config.schedule, config.prune, config.model
-    tokens, total = state.consumed_tokens, schedule.total_tokens
-    # With a number of parameters the goals' targets are only a forecast.
-    goals = {axis: goal.target for axis, goal in config.goals.items()}
-    if config.parameter_goal is not None:
-        goals = {"parameters": config.parameter_goal}
-    target = ", ".join(f"{name} {count:,}" for name, count in goals.items())
-    heads_per_group = model.num_attention_heads // model.num_query_groups
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [megatron-idea, pruned]",
-        "---",
-        "",
-        f"# {Path(config.run_dir).name}",
-        "",
-        f"{about} Exported by megatron-idea {__version__}, layout `{layout}`, {dtype}.",
-        "",
-        "| | when training began | now | in this folder |",
-        "|---|---|---|---|",
-    ]
-    for axis in AXES:
-        counts = (of.counts(axis) for of in (result.full, result.live, result.shape))
-        lines.append(f"| {axis} | {' | '.join(map(_brief, counts))} |")
-    lines += [
-        f"| parameters | {result.full.parameters(model).total:,} "
-        f"| {result.live.parameters(model).total:,} | {result.parameters:,} |",
-        "",
-        "What the folder has beyond what lives is zeros, which change no logit.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| head size, query heads for each KV group | {model.kv_channels}, {heads_per_group} |",
-        f"| vocabulary | {model.vocab_size:,} |",
-        f"| sequence length in training | {config.training.seq_length:,} |",
-        f"| trained tokens | {tokens:,} of {total:,} ({phase(schedule, max(tokens, 1))} phase), "
-        f"step {state.step:,} |",
-        f"| schedule | {schedule.kind}, {schedule.lr_decay_style}, lr {schedule.lr:g} to "
-        f"{learning_rate(schedule, total):g}, phases "
-        f"{schedule.enlarged_fraction:g} / {schedule.prune_fraction:g} / "
-        f"{schedule.recover_fraction:g}, removal {config.removal} |",
-        f"| pruning | {_pruning(prune, target)} |",
-    ]
-    if config.distill.teaches:
-        taught = config.distill
-        lines.append(
-            f"| distillation | teacher {taught.teacher}, {taught.direction} KL at temperature "
-            f"{taught.temperature:g}, alpha {taught.alpha:g} to {taught.alpha_end:g} |"
-        )
-    lines += [
-        "",
-        "`pruning.json` lists the units that are left, by their numbers in the enlarged model; "
-        "those of layers in the order of the layers that are left.",
-        "",
-    ]
-    if layout == "compact":
-        lines += [
-            "The layers differ in size, as `block_configs` in `config.json` say. "
-            "`transformers` has no model class for that.",
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _pruning(prune: PruneConfig, target: str) -> str:
-    """Say what was pruned by what, without keys that the method has no use for."""
-    if prune.strategy == "none":
-        return "none"
-    said = {
-        "element": f"element {prune.element}",
-        "row_reduce": f"rows {prune.row_reduce}",
-        "matrix_reduce": f"matrices {prune.matrix_reduce}",
-    }
-    fixed = METHODS[prune.strategy].fixed
-    parts = [f"strategy {prune.strategy}", f"target {target or 'none'}"]
-    parts += [text for name, text in said.items() if name not in fixed]
-    return ", ".join([*parts, f"ema {prune.ema:g} on {prune.ema_on}", f"scope {prune.scope}"])
-
-
-def _brief(counts: Sequence[int]) -> str:
-    return ", ".join(f"{count:,}" for count in (counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

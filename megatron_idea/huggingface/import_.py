@@ -27,6 +27,7 @@ from megatron_idea.engine.distributed import ProcessGroups, start_distributed, s
 from megatron_idea.engine.model import named_parameters, own_part
 from megatron_idea.engine.trainable import assemble
 from megatron_idea.huggingface import names as huggingface
+from megatron_idea.huggingface.card import Origin
 from megatron_idea.prune.axis import Share, shares_of, whole_shapes
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.records.lock import RunLock
@@ -126,6 +127,7 @@ def import_checkpoint(
             copy_tokenizer(folder, run_dir / checkpoint.TOKENIZER)
         path = _write(config, _Ours(tensors, config, whole, before, shape), shape)
         (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+        Origin.of_folder(folder).save(run_dir)
     return Imported(folder, path, run_dir / "config.yaml", before, shape, _notes(config, hf))
 
 

@@ -127,10 +127,10 @@ def layer_to_hf(
 
 
 def hf_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the Hugging Face model of this shape."""
+    """Name and shape of every tensor of the Hugging Face model of this shape, as exports go."""
     hidden, channels = shape.hidden_size, model.kv_channels
-    for ours, name in whole_model_names(model).items():
-        yield name, (hidden,) if ours == FINAL_NORM else (model.vocab_size, hidden)
+    outside = whole_model_names(model)
+    yield outside.pop(EMBEDDING), (model.vocab_size, hidden)
     for position, layer in enumerate(shape.layers):
         prefix = f"model.layers.{position}."
         keys = layer.num_query_groups * channels
@@ -143,6 +143,8 @@ def hf_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int
         for name in _FFN_PARTS[:2]:
             yield prefix + name, (layer.ffn_hidden_size, hidden)
         yield prefix + _FFN_PARTS[2], (hidden, layer.ffn_hidden_size)
+    for ours, name in outside.items():
+        yield name, (hidden,) if ours == FINAL_NORM else (model.vocab_size, hidden)
 
 
 def is_hugging_face(path: Path) -> bool:
