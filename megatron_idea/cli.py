@@ -6,6 +6,7 @@ that a signal stopped before its last token ends with status 75: start it again 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -298,16 +299,21 @@ def plan(
 def _suggest(config: Config, gpus: int, gpu: str, mfu: float, as_json: bool) -> None:
     from megatron_idea.config import ConfigError
     from megatron_idea.engine.gpus import gpu_named
-    from megatron_idea.planning.budget import Assumptions, suggest
-    from megatron_idea.planning.view import render_layouts
+    from megatron_idea.planning.budget import Assumptions, suggest, suggest_after_prune
+    from megatron_idea.planning.view import render_after_prune, render_layouts
 
     kind = gpu_named(gpu)
     with Console(stderr=True).status("dry runs in many layouts"):
         fitting, refused = suggest(config, gpus, kind, Assumptions(mfu=mfu))
+        after = None
+        with contextlib.suppress(ConfigError):  # the run's own layout is not one of these
+            after = suggest_after_prune(config, gpus, kind, Assumptions(mfu=mfu))
     if as_json:
-        _print_json({"fitting": fitting, "refused": refused})
+        _print_json({"fitting": fitting, "refused": refused, "after_prune": after})
     else:
         show(render_layouts(fitting, refused, kind))
+        if after is not None:
+            show(render_after_prune(after))
     if not fitting:
         raise ConfigError(f"no layout of {gpus} GPUs of this kind holds the run")
 

@@ -24,10 +24,16 @@ from megatron_idea.planning.budget import (
     make_budget,
     step_seconds,
     suggest,
+    suggest_after_prune,
 )
 from megatron_idea.planning.dry_run import dry_run
 from megatron_idea.planning.footprint import parameter_sizes
-from megatron_idea.planning.view import draw_budget, render_budget, render_layouts
+from megatron_idea.planning.view import (
+    draw_budget,
+    render_after_prune,
+    render_budget,
+    render_layouts,
+)
 from megatron_idea.shape import Shape
 from megatron_idea.testing import Workers
 from megatron_idea.train import step
@@ -211,6 +217,36 @@ def test_suggestions_fit_and_are_ranked_and_the_rest_says_why_not() -> None:
     with console.capture() as capture:
         console.print(render_layouts(fitting, refused, gpu))
     assert "fastest first" in capture.get() and "does not fit" in capture.get()
+
+
+def test_the_small_models_own_layout_is_suggested_with_what_it_saves_and_planned() -> None:
+    # A batch so large that computing takes longer than exchanging gradients.
+    large = {"training": {"global_batch_size": 64}, "schedule": {"prune_warmup_fraction": 0.2}}
+    config, gpu = small(parallel={"tensor_model_parallel_size": 2}, **large), GPUS["h100"]
+    after = suggest_after_prune(config, 4, gpu)
+    assert after is not None and after.now.tensor_parallel == 2 and after.best.tensor_parallel == 1
+    saved_s = after.now.step_s - after.best.step_s
+    assert after.steps == pytest.approx(0.35 * 64, abs=1)
+    assert after.gpu_hours_saved == pytest.approx(saved_s * after.steps * 4 / 3600) and saved_s > 0
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render_after_prune(after))
+    assert "parallel_after_prune: {tensor_model_parallel_size: 1," in capture.get()
+    one = dataclasses.replace(config.parallel, tensor_model_parallel_size=1)
+    changes, stays, small_from_start = (
+        make_budget(each, 4, gpu)
+        for each in (
+            configs.replace(config, parallel_after_prune=one),
+            config,
+            configs.replace(config, parallel=vars(one)),
+        )
+    )
+    assert changes.stretches[:-1] == stays.stretches[:-1]
+    last, theirs = changes.stretches[-1], small_from_start.stretches[-1]
+    assert (last.memory, last.step_s) == (theirs.memory, pytest.approx(theirs.step_s))
+    assert suggest_after_prune(small(prune={"strategy": "none"}), 4, gpu) is None
+    best = suggest_after_prune(small(**large), 4, gpu)
+    assert best is not None and best.best is best.now and best.gpu_hours_saved == 0
 
 
 def test_no_legal_layout_is_an_error() -> None:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from megatron_idea import config as configuration
 from megatron_idea.config import Config, ConfigError, validate
-from megatron_idea.course import TeacherSize, shape_plan, target_shape
+from megatron_idea.course import TeacherSize, num_steps, shape_plan, target_shape
 from megatron_idea.distill.teacher import Teacher
 from megatron_idea.engine.gpus import USABLE, Gpu
 from megatron_idea.engine.model import layers_by_stage
 from megatron_idea.planning import footprint
 from megatron_idea.planning.dry_run import DryRun, dry_run
 from megatron_idea.planning.estimate import Counts, Forecast, counts, forecast, teacher_size
+from megatron_idea.schedule import phase_ends
 from megatron_idea.shape import Shape
 
 
@@ -352,14 +353,23 @@ def make_budget(
             teaching = _Teaching.of(dry, config, world_size, teacher)
             by_stage[stage] = list(_figures(dry, config, stage, shapes, teaching))
             compactions.append(_compactions(dry, config, shapes[0], drawn, teaching))
+    small: _Measured | None = None
+    if config.parallel_after_prune is not None and changes:
+        config = configuration.replace(
+            config, parallel_after_prune=config.parallel_after_prune.resolved(cuda=True)
+        )
+        small = _fullest(config.after_prune, world_size, shapes[-1], teacher)
     none = footprint.Compaction(0, 0)
     stretches = []
     for number, (tokens, shape, *done) in enumerate(
         zip(begins, shapes, *([none, *of_stage] for of_stage in compactions), strict=True)
     ):
         at = max((of[number] for of in by_stage.values()), key=lambda of: of.memory.total)
+        there = config
+        if small is not None and shape is shapes[-1]:
+            at, there = small, config.after_prune
         sent_bytes = max(change.sent_bytes for change in done)
-        seconds = step_seconds(config, world_size, gpu, assume, shape, at.sent, teacher)
+        seconds = step_seconds(there, world_size, gpu, assume, shape, at.sent, teacher)
         stretches.append(
             Stretch(
                 tokens=tokens,
@@ -398,6 +408,27 @@ def make_budget(
         peak_bytes=peak,
         refusal=refusal(config, stretches[0].memory, gpu),
     )
+
+
+def _fullest(
+    config: Config, world_size: int, shape: Shape, teacher: TeacherSize | None
+) -> _Measured:
+    """Measure the stage whose GPUs are the fullest in one shape, with the most messages of any."""
+    stages = _stages(config, world_size, shape, teacher)
+    sent = {kind: max(at.sent[kind] for at in stages) for kind in stages[0].sent}
+    return dataclasses.replace(max(stages, key=lambda at: at.memory.total), sent=sent)
+
+
+def _stages(
+    config: Config, world_size: int, shape: Shape, teacher: TeacherSize | None
+) -> list[_Measured]:
+    """Take a step of each stage that may be the fullest, in one shape."""
+    found = []
+    for stage in stages_to_measure(config, [shape]):
+        with dry_run(config, world_size, stage) as dry:
+            teaching = _Teaching.of(dry, config, world_size, teacher)
+            found.append(_measure(dry, config, stage, shape, teaching, runs=True))
+    return found
 
 
 def _phase_hours(
@@ -451,7 +482,7 @@ def refusal(config: Config, memory: Memory, gpu: Gpu) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to split a run over GPUs, in the enlarged shape."""
+    """One way to split a run over GPUs, in one shape."""
 
     tensor_parallel: int
     pipeline_parallel: int
@@ -481,23 +512,73 @@ def suggest(
             f"distill.teacher ({config.distill.teacher}) cannot be read, and what fits depends on "
             "its size: put it there, or set distill.teacher=none to plan without it"
         )
-    fitting, refused = [], []
-    for tp, pp in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
-        if tp > gpu.gpus_per_node:
-            continue
-        sizes = list(_legal(config, world_size, tp, pp))
-        if not sizes:
-            continue
-        tried = list(_layouts(sizes, world_size, gpu, assume))
-        fitting += [layout for layout in tried if not layout.refusal]
-        if tried[0].refusal:
-            refused.append(tried[0])
+    fitting, refused = _try(config, world_size, gpu, assume, Shape.full(config.model))
     if not fitting and not refused:
         raise ConfigError(
             f"no TP x PP x DP is legal for {world_size} GPUs: training.global_batch_size "
             f"({config.training.global_batch_size}) must be a multiple of DP, and heads, layers "
             "and widths of TP and PP"
         )
+    return fitting, refused
+
+
+@dataclass(frozen=True)
+class AfterPrune:
+    """What the small model would gain from a layout of its own."""
+
+    now: Layout
+    """The run's own layout."""
+    best: Layout
+    """The fastest one that ``parallel_after_prune`` may name; the same where none is faster."""
+    steps: int
+    """From the end of the prune phase on."""
+    gpu_hours_saved: float
+
+
+def suggest_after_prune(
+    config: Config, world_size: int, gpu: Gpu, assume: Assumptions | None = None
+) -> AfterPrune | None:
+    """Look for a faster layout for the model that pruning leaves, at the same micro-batch size.
+
+    Returns: None where nothing is pruned, or nothing is trained afterwards.
+    Raises: ConfigError when the run's own layout is not legal.
+    """
+    assume = assume or Assumptions()
+    steps = num_steps(config) - -(-phase_ends(config.schedule)["prune"] // config.batch_tokens)
+    if not config.goals or steps <= 0:
+        return None
+    config = configuration.replace(config, parallel=config.parallel.resolved(cuda=True))
+    validate(config, world_size)
+    micro, shape = config.training.micro_batch_size, target_shape(config)
+    (now,) = _layouts([config], world_size, gpu, assume, shape)
+    found, _ = _try(config, world_size, gpu, assume, shape)
+    smaller = [
+        layout
+        for layout in found
+        if layout.micro_batch_size == micro
+        and now.tensor_parallel % layout.tensor_parallel == 0
+        and layout.pipeline_parallel <= now.pipeline_parallel
+    ]
+    best = min([now, *smaller], key=lambda layout: layout.step_s)
+    hours = (now.step_s - best.step_s) * steps * world_size / 3600
+    return AfterPrune(now, best, steps, hours)
+
+
+def _try(
+    config: Config, world_size: int, gpu: Gpu, assume: Assumptions, shape: Shape
+) -> tuple[list[Layout], list[Layout]]:
+    """Try all layouts in one shape; those that fit, fastest first, and the smallest that do not."""
+    fitting, refused = [], []
+    for tp, pp in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+        if tp > gpu.gpus_per_node or shape.num_layers < pp:
+            continue
+        sizes = list(_legal(config, world_size, tp, pp))
+        if not sizes:
+            continue
+        tried = list(_layouts(sizes, world_size, gpu, assume, shape))
+        fitting += [layout for layout in tried if not layout.refusal]
+        if tried[0].refusal:
+            refused.append(tried[0])
     # A larger micro-batch makes larger GEMMs, which the estimate does not see: first among equals.
     fitting.sort(key=lambda layout: (float(f"{layout.step_s:.3g}"), -layout.micro_batch_size))
     return fitting, sorted(refused, key=lambda layout: layout.total_bytes)
@@ -513,6 +594,7 @@ def _legal(config: Config, world_size: int, tp: int, pp: int) -> Iterator[Config
                 "pipeline_model_parallel_size": pp,
                 "virtual_pipeline_model_parallel_size": 1,
             },
+            parallel_after_prune=None,
             training={"micro_batch_size": 2**power},
         )
         try:
@@ -523,14 +605,10 @@ def _legal(config: Config, world_size: int, tp: int, pp: int) -> Iterator[Config
 
 
 def _layouts(
-    sizes: list[Config], world_size: int, gpu: Gpu, assume: Assumptions
+    sizes: list[Config], world_size: int, gpu: Gpu, assume: Assumptions, shape: Shape
 ) -> Iterator[Layout]:
-    base, shape = sizes[0], Shape.full(sizes[0].model)
-    stages, teacher = [], teacher_size(base)
-    for stage in stages_to_measure(base, [shape]):
-        with dry_run(base, world_size, stage) as dry:
-            teaching = _Teaching.of(dry, base, world_size, teacher)
-            stages.append(_measure(dry, base, stage, shape, teaching, runs=True))
+    base, teacher = sizes[0], teacher_size(sizes[0])
+    stages = _stages(base, world_size, shape, teacher)
     for config in sizes:
         times = config.training.micro_batch_size // base.training.micro_batch_size
         memory = max(

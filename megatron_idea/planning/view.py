@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron_idea.engine.gpus import USABLE, Gpu
-from megatron_idea.planning.budget import Budget, Layout, Stretch
+from megatron_idea.planning.budget import AfterPrune, Budget, Layout, Stretch
 from megatron_idea.records.readable import gigabytes, human_count
 from megatron_idea.records.terminal import table
 from megatron_idea.report.picture import MUTED, RC
@@ -180,6 +180,20 @@ def render_layouts(fitting: Sequence[Layout], refused: Sequence[Layout], gpu: Gp
     shown = [table(columns, rows, title=f"Layouts that fit {gpu.name}, fastest first")]
     lines = [Text(f"{_name(layout)} does not fit: {layout.refusal}") for layout in refused[:5]]
     return Group("", *(shown if fitting else []), *lines)
+
+
+def render_after_prune(after: AfterPrune) -> Text:
+    """Say which layout the small model would be faster in, and what that saves."""
+    now, best = after.now, after.best
+    if best is now:
+        return Text(f"The small model is at its fastest in this run's layout, {_name(now)}.")
+    return Text(
+        f"The small model is faster in {_name(best)}: a step of {best.step_s:.3f} s in place of "
+        f"{now.step_s:.3f} s saves {after.gpu_hours_saved:,.0f} GPU-hours over the last "
+        f"{after.steps:,} steps. parallel_after_prune: {{tensor_model_parallel_size: "
+        f"{best.tensor_parallel}, pipeline_model_parallel_size: {best.pipeline_parallel}, "
+        "virtual_pipeline_model_parallel_size: 1}"
+    )
 
 
 def _name(layout: Layout) -> str:
