@@ -34,8 +34,8 @@ from megatron_idea import config as configuration
 from megatron_idea import train as training
 from megatron_idea.checkpoint import saving, storage
 from megatron_idea.config import Config
-from megatron_idea.data.indexed import tokenize
 from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.data.tokenizing import tokenize
 from megatron_idea.engine.core_versions import quiet
 from megatron_idea.prune import compact, pruner
 from megatron_idea.records.read import read_metrics

@@ -110,7 +110,8 @@ def corpus(
 @app.command()
 def tokenize(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUTS...", help="Text, JSONL or Parquet; or folders.")
+        list[Path],
+        typer.Argument(metavar="INPUTS...", help="Text, JSON lines, Parquet; or folders."),
     ],
     out: Annotated[
         Path,
@@ -133,15 +134,21 @@ def tokenize(
     skip_bad_documents: Annotated[
         bool, typer.Option("--skip-bad-documents", help="Leave unreadable documents out.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that tokenize; the files are the same.")
+    ] = 1,
 ) -> None:
-    """Turn text into the indexed token files that training reads."""
-    from megatron_idea.data.indexed import tokenize as tokenize_documents
+    """Turn text into the indexed token files that training reads.
+
+    After an interruption, whatever it was, the same call goes on.
+    """
     from megatron_idea.data.tokenizer import load_tokenizer
+    from megatron_idea.data.tokenizing import tokenize as tokenize_documents
 
     if train_tokenizer is not None:
         _train_tokenizer(inputs, train_tokenizer, tokenizer, text_key)
     loaded = load_tokenizer(tokenizer)
-    with Console(stderr=True).status("tokenizing") as status:
+    with _Tokenizing() as shown:
         summary = tokenize_documents(
             inputs,
             out,
@@ -149,9 +156,51 @@ def tokenize(
             held_out=held_out,
             text_key=text_key,
             skip_bad_documents=skip_bad_documents,
-            progress=lambda done: status.update(f"tokenizing: {megabytes(done)}"),
+            workers=workers,
+            progress=shown.progress,
+            notice=say,
         )
     say(summary.as_text())
+
+
+class _Tokenizing:
+    """Shows how far tokenizing is; SIGINT and SIGTERM end it with a sentence and ``STOPPED``."""
+
+    _LINE_S = 60.0
+    """Between lines where the output is no terminal."""
+
+    def __init__(self) -> None:
+        self._status = Console(stderr=True).status("tokenizing")
+        self._done = 0
+        self._earlier: int | None = None
+        self._begin = self._said = time.monotonic()
+
+    def __enter__(self) -> _Tokenizing:
+        self._sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self._status.start()
+        return self
+
+    def progress(self, done: int) -> None:
+        """Take the bytes of text done so far; those of the first call are earlier work."""
+        now = time.monotonic()
+        if self._earlier is None:
+            self._earlier, self._begin = done, now
+        self._done = done
+        rate = (done - self._earlier) / 1e6 / max(now - self._begin, 1e-3)
+        line = f"tokenizing: {megabytes(done)}, {rate:.2f} MB/s"
+        self._status.update(line)
+        if not self._status.console.is_terminal and now - self._said >= self._LINE_S:
+            self._said = now
+            say(line)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        from megatron_idea.engine.launcher import STOPPED
+
+        self._status.stop()
+        signal.signal(signal.SIGTERM, self._sigterm)
+        if kind is KeyboardInterrupt:
+            say_error(f"stopped after {megabytes(self._done)} of text; the same call goes on there")
+            raise typer.Exit(STOPPED)
 
 
 def _train_tokenizer(inputs: list[Path], vocab_size: int, path: str, text_key: str) -> None:

@@ -40,8 +40,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a byte-level dataset of Python sources: ``_train`` and ``_heldout`` follow it."""
-    from megatron_idea.data.indexed import tokenize
     from megatron_idea.data.tokenizer import load_tokenizer
+    from megatron_idea.data.tokenizing import tokenize
 
     prefix = tmp_path_factory.mktemp("dataset") / "text"
     sources = sorted(Path(configuration.__file__).parent.glob("*.py"))

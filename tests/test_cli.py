@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -381,6 +382,40 @@ def test_text_becomes_token_files_with_a_tokenizer_of_its_own(tmp_path: Path) ->
     assert second.exit_code == 0
     assert "which exists" in second.stdout.replace("\n", "")
     assert tokenizer.read_bytes() == written
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_tokenizing_that_a_signal_stops_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    from megatron_idea.data import shards
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for n in range(40):
+        (texts / f"{n:02}.txt").write_text(f"text {n}")
+    (texts / "picture.png").touch()
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 20)
+    encode, calls = shards.Encoder.__call__, []
+
+    def stopped(self: Any, batch: list[str]) -> Any:
+        calls.append(batch)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return encode(self, batch)
+
+    arguments = ["tokenize", texts, "--out", tmp_path / "t", "--tokenizer", "byte"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker's train has changed it
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(shards.Encoder, "__call__", stopped)
+    first = run(*arguments, "--held-out", 0.2)
+    assert first.exit_code == 75
+    assert "stopped after 0.0 MB of text; the same call goes on there" in first.stderr
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    second = run(*arguments, "--held-out", 0.2)
+    assert second.exit_code == 0
+    assert "going on after 15 documents" in second.stdout and "40 documents:" in second.stdout
+    assert "passed over in folders: 1 .png" in second.stdout and "MB/s" in second.stdout
 
 
 def test_the_byte_tokenizer_cannot_be_trained(tmp_path: Path) -> None:

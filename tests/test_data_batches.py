@@ -13,8 +13,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_idea.config import BlendEntry
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.documents import DataError
-from megatron_idea.data.indexed import tokenize
 from megatron_idea.data.tokenizer import load_tokenizer
+from megatron_idea.data.tokenizing import tokenize
 
 BYTE = load_tokenizer("byte")
 SEQ = 16

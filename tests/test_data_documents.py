@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_idea.data.corpus import build_corpus
-from megatron_idea.data.documents import _ZSTD, BadDocumentError, DataError, Documents
+from megatron_idea.data.documents import _ZSTD, BadDocumentError, DataError, Documents, by_suffix
 
 zstd_module = importlib.import_module(_ZSTD)
 
@@ -31,13 +31,15 @@ def write(path, content):
     return path
 
 
+@pytest.mark.parametrize("name", [".jsonl", ".json"])
 @pytest.mark.parametrize(
-    ("suffix", "pack"), [(".jsonl", bytes), (".jsonl.gz", gzip.compress), (".jsonl.zst", zstd)]
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)], ids=["", "gz", "zst"]
 )
-def test_json_lines_are_read_plain_and_compressed(tmp_path, suffix, pack):
-    documents = list(Documents([write(tmp_path / f"a{suffix}", pack(JSONL))]))
+def test_json_lines_are_read_plain_and_compressed(tmp_path, name, suffix, pack):
+    documents = list(Documents([write(tmp_path / f"a{name}{suffix}", pack(JSONL))]))
     assert [document.text for document in documents] == TEXTS
-    assert documents[3].where == f"{tmp_path}/a{suffix}:4"
+    assert documents[3].where == f"{tmp_path}/a{name}{suffix}:4"
+    assert texts_of(tmp_path) == TEXTS
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstd])
@@ -73,6 +75,42 @@ def test_a_folder_is_walked_in_sorted_order_and_ignores_other_files(tmp_path):
     write(tmp_path / "c.rst.gz", gzip.compress(b"fourth"))
     write(tmp_path / "photo.png", b"\x89PNG")
     assert texts_of(tmp_path) == ["first", "second", "third", "fourth"]
+
+
+def test_reading_goes_on_after_any_document(tmp_path):
+    write(tmp_path / "a.json", b"\n" + JSONL + b"\nnot JSON\n")
+    write(tmp_path / "b.jsonl.gz", gzip.compress(JSONL))
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "c.parquet")
+    write(tmp_path / "d.txt", b"text")
+    documents = Documents([tmp_path], skip_bad_documents=True)
+    reached, texts = [documents.reached], []
+    for document in documents:
+        reached.append(documents.reached)
+        texts.append(document.text)
+    assert len(texts) == 13 and documents.reached == (4, 0)
+    for count, begin in enumerate([*reached, documents.reached]):
+        rest = Documents([tmp_path], skip_bad_documents=True, begin=begin)
+        assert [document.text for document in rest] == texts[count:]
+        assert rest.skipped == (1 if count <= 4 else 0)
+
+
+def test_what_tokenize_writes_is_no_text(tmp_path):
+    write(tmp_path / "a.json", JSONL)
+    for name in ("set_train.idx", "set_train.json", "set_train.bin", "tokenizer.json"):
+        write(tmp_path / name, b"{}")
+    assert texts_of(tmp_path) == TEXTS
+
+
+def test_what_is_left_aside_is_counted_by_suffix(tmp_path):
+    for name in ("a.png", "b.png", "c.csv.gz", "d.parquet.gz", "Makefile", ".git", "e.txt"):
+        write(tmp_path / name, b"")
+    (tmp_path / "f.txt").symlink_to(tmp_path / "e.txt")
+    documents = Documents([tmp_path])
+    assert len(list(documents)) == 1
+    assert by_suffix(documents.passed_over) == (
+        "2 .png, 1 hidden, 1 without suffix, 1 .csv.gz, 1 .parquet.gz, 1 read already"
+    )
+    assert by_suffix(documents.passed_over, most=2) == "2 .png, 1 hidden, 4 of other kinds"
 
 
 def test_hidden_names_in_a_folder_are_left_out_and_read_when_they_are_named(tmp_path):
@@ -113,8 +151,12 @@ def test_missing_unknown_and_empty_inputs_are_named(tmp_path):
         texts_of(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match=r"a\.csv is of no known format; legal: \.jsonl"):
         texts_of(write(tmp_path / "a.csv", b"x"))
-    with pytest.raises(DataError, match="holds no file of a known format"):
+    write(tmp_path / "b.CSV", b"x")
+    with pytest.raises(DataError, match=r"no file of a known format, only 1 \.csv, 1 \.CSV; legal"):
         texts_of(tmp_path)
+    write(tmp_path / "empty" / "a", b"").unlink()
+    with pytest.raises(DataError, match="empty holds no file of a known format; legal"):
+        texts_of(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_idea.data.documents import BadDocumentError, DataError
-from megatron_idea.data.indexed import check_dataset, tokenize
+from megatron_idea.data.indexed import check_dataset
 from megatron_idea.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megatron_idea.data.tokenizing import tokenize
 
 BYTE = load_tokenizer("byte")
 TEXTS = [f"document {i} \u00fc " + "x" * (i % 7) for i in range(200)]
@@ -114,7 +115,7 @@ def test_an_empty_side_is_refused(tmp_path, texts, held_out, message):
 
 
 def test_progress_counts_text_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_idea.data.indexed._BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("megatron_idea.data.shards.SHARD_CHARACTERS", 500)
     seen = []
     summary = tokenize(
         [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "set", BYTE, progress=seen.append

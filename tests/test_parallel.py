@@ -258,8 +258,8 @@ def cache() -> dict[Any, Pair]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a dataset that never changes: tolerances are measured on it."""
-    from megatron_idea.data.indexed import tokenize
     from megatron_idea.data.tokenizer import load_tokenizer
+    from megatron_idea.data.tokenizing import tokenize
 
     folder = tmp_path_factory.mktemp("words")
     words = random.Random(0).choices(

@@ -47,8 +47,9 @@ from megatron_idea.checkpoint.state import FORMAT, CheckpointError
 from megatron_idea.config import Config, ConfigError, ModelConfig, replace
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.documents import DataError
-from megatron_idea.data.indexed import check_dataset, tokenize
+from megatron_idea.data.indexed import check_dataset
 from megatron_idea.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_idea.data.tokenizing import tokenize
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.huggingface.export import export_checkpoint
 from megatron_idea.huggingface.import_ import _Folder

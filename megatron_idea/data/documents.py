@@ -1,4 +1,4 @@
-"""Read documents from JSONL, Parquet, text files and folders, one at a time.
+"""Read documents from lines of JSON, Parquet, text files and folders, one at a time.
 
 Every document knows where it came from (``file:line``), so that an error can name it.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -19,7 +21,9 @@ from typing import IO, Any, cast
 from megatron_idea.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-FORMATS = (".jsonl", ".parquet", *TEXT_SUFFIXES)
+JSON_LINES = (".jsonl", ".json")
+"""C4 and Dolma call their lines ``.json.gz``."""
+FORMATS = (*JSON_LINES, ".parquet", *TEXT_SUFFIXES)
 COMPRESSIONS = (".gz", ".zst")
 _ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 _LEGAL = f"legal: {', '.join(FORMATS)}; all but .parquet also with {' or '.join(COMPRESSIONS)}"
@@ -37,14 +41,14 @@ class BadDocumentError(DataError):
 class Document:
     text: str
     where: str
-    """``file:line`` (JSONL), ``file:row`` from 0 (Parquet) or ``file`` (text)."""
+    """``file:line`` (JSON), ``file:row`` from 0 (Parquet) or ``file`` (text)."""
 
 
 @dataclass
 class Documents:
     """Iterate over the documents of ``inputs``: files, or folders that are walked in sorted order.
 
-    A JSONL line is a document, so is a Parquet row, so is a text file. A folder contributes its
+    A line of JSON is a document, so is a Parquet row, so is a text file. A folder contributes its
     files of known format, as ``input_files`` says. Nothing is held in memory but the document at
     hand (Parquet: a batch of rows).
 
@@ -54,23 +58,31 @@ class Documents:
 
     inputs: Sequence[str | Path]
     text_key: str = "text"
-    """Key of the text in a JSONL line, column of the text in a Parquet file."""
+    """Key of the text in a line of JSON, column of the text in a Parquet file."""
     skip_bad_documents: bool = False
+    begin: tuple[int, int] = (0, 0)
+    """Where to begin: at this one of ``input_files``, after so many of its lines or rows."""
+    reached: tuple[int, int] = field(default=(0, 0), init=False)
+    """Where another iteration would begin to go on after the latest document, or at the end."""
     skipped: int = field(default=0, init=False)
     """Bad documents left out so far by the latest iteration."""
     passed_over: list[Path] = field(default_factory=list, init=False)
     """What the latest iteration left aside in folders."""
 
     def __iter__(self) -> Iterator[Document]:
-        self.skipped, self.passed_over = 0, []
-        for path in input_files(self.inputs, self.passed_over):
-            for document in _read(path, self.text_key):
+        self.skipped, self.passed_over, self.reached = 0, [], self.begin
+        first, after = self.begin
+        paths = input_files(self.inputs, self.passed_over)
+        for index, path in enumerate(paths[first:], first):
+            for number, document in _read(path, self.text_key, after if index == first else 0):
                 if isinstance(document, Document):
+                    self.reached = (index, number)
                     yield document
                 elif self.skip_bad_documents:
                     self.skipped += 1
                 else:
                     raise document
+        self.reached = (len(paths), 0)
 
 
 def input_files(inputs: Sequence[str | Path], passed_over: list[Path] | None = None) -> list[Path]:
@@ -78,7 +90,8 @@ def input_files(inputs: Sequence[str | Path], passed_over: list[Path] | None = N
 
     A folder is walked with its links, to files and to folders, each target once. Left aside, and
     added to ``passed_over``, are names that begin with a dot (copies and metadata that editors and
-    systems keep), other formats, and targets that were there before. What is named itself is read.
+    systems keep), other formats, JSON that is no text but what ``tokenize`` writes, and targets
+    that were there before. What is named itself is read.
 
     Raises: DataError for a missing path, an unknown suffix, a folder with nothing to read, a link
         that leads nowhere.
@@ -87,9 +100,12 @@ def input_files(inputs: Sequence[str | Path], passed_over: list[Path] | None = N
     passed_over = [] if passed_over is None else passed_over
     for path in map(Path, inputs):
         if path.is_dir():
-            found = list(_walk(path, {path.resolve()}, passed_over))
+            aside: list[Path] = []
+            found = list(_walk(path, {path.resolve()}, aside))
             if not found:
-                raise DataError(f"folder {path} holds no file of a known format; {_LEGAL}")
+                held = f", only {by_suffix(aside)}" if aside else ""
+                raise DataError(f"folder {path} holds no file of a known format{held}; {_LEGAL}")
+            passed_over += aside
             files += found
         elif not path.is_file():
             raise DataError(f"no file or folder at {path}")
@@ -108,7 +124,7 @@ def _walk(folder: Path, seen: set[Path], passed_over: list[Path]) -> Iterator[Pa
         raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
     for path in entries:
         is_folder = path.is_dir()
-        if path.name.startswith(".") or not (is_folder or _format(path) in FORMATS):
+        if path.name.startswith(".") or not (is_folder or _is_text(path)):
             passed_over.append(path)
             continue
         if path.is_symlink() and not path.exists():
@@ -122,6 +138,31 @@ def _walk(folder: Path, seen: set[Path], passed_over: list[Path]) -> Iterator[Pa
             yield from _walk(path, seen, passed_over)
         else:
             yield path
+
+
+def by_suffix(paths: Iterable[Path], most: int = 8) -> str:
+    """Count what a walk left aside: 12 .png, 3 .csv.gz, 1 hidden; the commonest ``most``."""
+    counts = Counter(_kind(path) for path in paths).most_common()
+    rest = sum(count for _, count in counts[most:])
+    said = [f"{count:,} {kind}" for kind, count in counts[:most]]
+    return ", ".join(said + ([f"{rest:,} of other kinds"] if rest else []))
+
+
+def _kind(path: Path) -> str:
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir() or (path.is_file() and _is_text(path)):
+        return "read already"  # by another way
+    compressed = path.suffix in COMPRESSIONS
+    return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]) or "without suffix"
+
+
+def _is_text(path: Path) -> bool:
+    if path.suffix == ".json" and (
+        path.name == "tokenizer.json" or path.with_suffix(".idx").exists()
+    ):
+        return False
+    return _format(path) in FORMATS
 
 
 def hash_fraction(text: str, salt: bytes) -> float:
@@ -139,37 +180,45 @@ def _format(path: Path) -> str:
     return "" if inner == ".parquet" else inner
 
 
-def _read(path: Path, text_key: str) -> Iterator[Document | BadDocumentError]:
-    """Yield each document, or in its place the error that it is; raise when the file breaks."""
+def _read(
+    path: Path, text_key: str, after: int
+) -> Iterator[tuple[int, Document | BadDocumentError]]:
+    """Yield each document past the first ``after``, or in its place the error that it is.
+
+    With it comes how many lines or rows of the file end with it. Raises when the file breaks.
+    """
     where = str(path)
     try:
-        for where, record in _records(path, text_key):
-            yield _document(record, text_key, where)
+        for number, where, record in _records(path, text_key, after):
+            yield number, _document(record, text_key, where)
     except _read_errors(path) as error:
         raise DataError(f"cannot read {path}, reached {where}: {error}") from error
 
 
-def _records(path: Path, text_key: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where, record); a record is a mapping, or the error that stands in its place."""
+def _records(path: Path, text_key: str, after: int) -> Iterator[tuple[int, str, Any]]:
+    """Yield (number from 1, where, record); an error may stand in the place of a record."""
     kind = _format(path)
     if kind == ".parquet":
-        for row, text in enumerate(_parquet_column(path, text_key)):
-            yield f"{path}:{row}", {text_key: text}
+        rows = enumerate(_parquet_column(path, text_key))
+        for row, text in itertools.islice(rows, after, None):
+            yield row + 1, f"{path}:{row}", {text_key: text}
         return
     with _open(path) as stream:
         if kind in TEXT_SUFFIXES:
+            if after:
+                return
             try:
-                yield str(path), {text_key: stream.read().decode("utf-8")}
+                yield 1, str(path), {text_key: stream.read().decode("utf-8")}
             except UnicodeDecodeError as error:
-                yield str(path), error
+                yield 1, str(path), error
             return
-        for number, line in enumerate(stream, 1):
+        for number, line in itertools.islice(enumerate(stream, 1), after, None):
             if line.isspace():
                 continue
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield number, f"{path}:{number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield f"{path}:{number}", error
+                yield number, f"{path}:{number}", error
 
 
 def _document(record: Any, text_key: str, where: str) -> Document | BadDocumentError:

@@ -1,4 +1,4 @@
-"""Documents to Megatron's ``.bin`` and ``.idx``, and the check of such files before a run.
+"""Megatron's ``.bin`` and ``.idx``: writing an index, and the check of such files before a run.
 
 A side of the split is three files: ``.bin`` holds the tokens, ``.idx`` their lengths, and ``.json``
 (ours, optional) says which tokenizer made them and how many bytes of text they stand for.
@@ -6,58 +6,24 @@ A side of the split is three files: ``.bin`` holds the tokens, ``.idx`` their le
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_idea import files
-from megatron_idea.data.documents import DataError, Documents, hash_fraction
+from megatron_idea.data.documents import DataError
 from megatron_idea.data.tokenizer import Tokenizer
 
 _HEADER = struct.Struct("<9sQBQQ")
 """Of an index: magic, version, token type, sequences, documents + 1."""
 _BLOCK = 1 << 20
-_BATCH_CHARACTERS = 4_000_000
-"""Text encoded at once: enough to keep the tokenizer's threads busy, little enough to forget."""
-
-
-@dataclass(frozen=True)
-class TokenizeSummary:
-    train_prefix: Path
-    held_out_prefix: Path | None
-    """None when nothing was held out."""
-    documents: int
-    """Written, on both sides."""
-    held_out_documents: int
-    skipped_documents: int
-    """Bad or empty."""
-    train_tokens: int
-    held_out_tokens: int
-    text_bytes: int
-    """UTF-8, on both sides."""
-    passed_over: list[Path]
-    """Left aside in folders: hidden names, other formats, targets of links that were read."""
-
-    def as_text(self) -> str:
-        lines = [
-            f"{self.documents:,} documents: {self.train_tokens:,} tokens to train on, "
-            f"{self.held_out_tokens:,} held out"
-        ]
-        if self.skipped_documents:
-            lines.append(f"{self.skipped_documents:,} documents left out: empty or unreadable")
-        if self.passed_over:
-            first = ", ".join(map(str, self.passed_over[:5]))
-            more = f" and {len(self.passed_over) - 5:,} more" if len(self.passed_over) > 5 else ""
-            lines.append(f"passed over in folders: {first}{more}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -74,148 +40,46 @@ class DatasetInfo:
     """Of the document lengths: all that an order of samples depends on."""
 
 
-def tokenize(
-    inputs: Sequence[str | Path],
-    out_prefix: str | Path,
-    tokenizer: Tokenizer,
-    held_out: float = 0.05,
-    text_key: str = "text",
-    skip_bad_documents: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> TokenizeSummary:
-    """Write ``<out_prefix>_train`` and ``<out_prefix>_heldout``, each document ending with eod.
+def token_type(tokenizer: Tokenizer) -> np.dtype:
+    """Return the smallest token type of Megatron that holds the tokenizer's ids.
 
-    A document is held out if a hash of its text, as a number in [0, 1), is below ``held_out``. So
-    a text lands on the same side in every corpus and order, and a copy never on the other side.
-    Files appear complete or not at all; those of an earlier call are replaced. Empty documents are
-    left out.
-
-    ``progress`` is called now and then with the bytes of text done so far.
-
-    Raises: DataError for unreadable inputs, a bad document (unless ``skip_bad_documents``), a
-    share outside [0, 1), and a side of the split that would be empty.
+    Raises: DataError when none does.
     """
-    if not 0 <= held_out < 1:
-        raise DataError(f"held_out is {held_out}; legal: a share of the documents in [0, 1)")
-    documents = Documents(inputs, text_key, skip_bad_documents)
-    prefixes = Path(f"{out_prefix}_train"), Path(f"{out_prefix}_heldout")
-    train, held = (_Writer(prefix, tokenizer) for prefix in prefixes)
-    empty = 0
-    try:
-        for texts in _batches(documents):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                if not ids:
-                    empty += 1
-                elif hash_fraction(text, salt=b"held out") < held_out:
-                    held.add(text, ids)
-                else:
-                    train.add(text, ids)
-            if progress is not None:
-                progress(train.text_bytes + held.text_bytes)
-        _require_both_sides(inputs, train.documents, held.documents, held_out)
-        train.publish()
-        if held_out > 0:
-            held.publish()
-        else:
-            _remove(held.prefix)  # of an earlier call: its documents are training data now
-    finally:
-        train.discard()
-        held.discard()
-    return TokenizeSummary(
-        train_prefix=train.prefix,
-        held_out_prefix=held.prefix if held_out > 0 else None,
-        documents=train.documents + held.documents,
-        held_out_documents=held.documents,
-        skipped_documents=documents.skipped + empty,
-        passed_over=documents.passed_over,
-        train_tokens=train.tokens,
-        held_out_tokens=held.tokens,
-        text_bytes=train.text_bytes + held.text_bytes,
-    )
+    dtype = np.dtype(DType.optimal_dtype(tokenizer.vocab_size))
+    if tokenizer.vocab_size > np.iinfo(dtype).max + 1:
+        raise DataError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, Megatron's token "
+            f"type {dtype.name} has {np.iinfo(dtype).max + 1}; remove added tokens with ids that "
+            "far out"
+        )
+    return dtype
 
 
-def _batches(documents: Documents) -> Iterator[list[str]]:
-    texts: list[str] = []
-    size = 0
-    for document in documents:
-        texts.append(document.text)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+def write_index(path: Path, dtype: np.dtype, lengths_path: Path) -> None:
+    """Write the ``.idx`` of documents whose lengths, in tokens, a file holds as int32.
 
-
-def _require_both_sides(
-    inputs: Sequence[str | Path], train: int, held: int, held_out: float
-) -> None:
-    if train + held == 0:
-        raise DataError(f"no text in {', '.join(map(str, inputs))}: nothing to tokenize")
-    for side, count, wanted in (("training", train, True), ("held-out", held, held_out > 0)):
-        if wanted and count == 0:
-            raise DataError(
-                f"none of {train + held} documents fell on the {side} side of held_out={held_out}; "
-                "each document is drawn by a hash of its text: give more documents, or another "
-                "share (0 holds nothing out)"
-            )
-
-
-class _Writer:
-    """One side of the split, under a temporary name until it is published."""
-
-    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
-        self.prefix = prefix
-        self.documents = self.tokens = self.text_bytes = 0
-        self._tokenizer = tokenizer
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        if tokenizer.vocab_size > np.iinfo(self._dtype).max + 1:
-            raise DataError(
-                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, Megatron's token "
-                f"type {self._dtype.__name__} has {np.iinfo(self._dtype).max + 1}; remove "
-                "added tokens with ids that far out"
-            )
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._part = prefix.with_name(f".{prefix.name}.{os.getpid()}.part")
-        self._builder = IndexedDatasetBuilder(_file(self._part, ".bin"), self._dtype)
-
-    def add(self, text: str, ids: list[int]) -> None:
-        tokens = np.array([*ids, self._tokenizer.eod], dtype=self._dtype)
-        self._builder.add_document(tokens, [len(tokens)])
-        self.documents += 1
-        self.tokens += len(tokens)
-        self.text_bytes += len(text.encode("utf-8"))
-
-    def publish(self) -> None:
-        self._builder.finalize(_file(self._part, ".idx"))
-        sidecar = {
-            "tokenizer": self._tokenizer.name,
-            "tokenizer_digest": self._tokenizer.digest,
-            "vocab_size": self._tokenizer.vocab_size,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-        }
-        with open(_file(self._part, ".json"), "w", encoding="utf-8") as stream:
-            json.dump(sidecar, stream, indent=2)
-        _remove(self.prefix)
-        for suffix in (".bin", ".json", ".idx"):  # the index last: with it the dataset exists
-            os.replace(_file(self._part, suffix), _file(self.prefix, suffix))
-
-    def discard(self) -> None:
-        """Drop what was not published; nothing is left after ``publish``."""
-        self._builder.data_file.close()
-        _remove(self._part)
+    Bit for bit what megatron-core's own builder writes, which keeps all lengths as Python's
+    integers until the end.
+    """
+    count = os.path.getsize(lengths_path) // 4
+    lengths = np.memmap(lengths_path, np.int32, "r") if count else np.zeros(0, np.int32)
+    with path.open("wb") as stream:
+        code = DType.code_from_dtype(dtype.type)
+        stream.write(_HEADER.pack(b"MMIDIDX", 1, code, count, count + 1))
+        for part in _blocks(count):
+            stream.write(lengths[part].tobytes())
+        end = 0
+        for part in _blocks(count):
+            sizes = lengths[part].astype(np.int64) * dtype.itemsize
+            stream.write((end + np.cumsum(sizes) - sizes).tobytes())
+            end += int(sizes.sum())
+        for part in _blocks(count + 1):
+            stream.write(np.arange(part.start, part.stop, dtype=np.int64).tobytes())
 
 
 def _file(prefix: Path, suffix: str) -> str:
     """Append to the name; ``with_suffix`` would cut a prefix such as ``corpus.v2``."""
     return f"{prefix}{suffix}"
-
-
-def _remove(prefix: Path) -> None:
-    for suffix in (".idx", ".json", ".bin"):  # the index first: without it there is no dataset
-        Path(_file(prefix, suffix)).unlink(missing_ok=True)
 
 
 def check_dataset(prefix: str | Path, tokenizer: Tokenizer) -> DatasetInfo:

@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_idea import files
 from megatron_idea.data.documents import DataError, Documents, hash_fraction, input_files
@@ -122,6 +123,10 @@ class JsonTokenizer(Tokenizer):
             )
         self.digest = hashlib.sha256(content).hexdigest()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own copy of a tokenizer lacks ``encode_special_tokens``.
+        return _same_tokenizer, (self._path, self.name, self.digest)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with self._explained():
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -153,6 +158,13 @@ class JsonTokenizer(Tokenizer):
         for i, added in self._tokenizer.get_added_tokens_decoder().items():
             sizes[i] = 0 if added.special else len(added.content.encode())
         return sizes
+
+
+def _same_tokenizer(path: Path, name: str, digest: str) -> JsonTokenizer:
+    tokenizer = JsonTokenizer(path, name)
+    if tokenizer.digest != digest:
+        raise DataError(f"{path} has changed while it was in use")
+    return tokenizer
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

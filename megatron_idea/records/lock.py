@@ -85,11 +85,13 @@ class Holder:
 
 
 class RunLock:
-    """Keeps other writers out of ``folder`` while it is held; a context manager."""
+    """Keeps other writers out of ``folder`` while it is held; a context manager.
+
+    ``what``: what errors call the folder.
+    """
 
     def __init__(self, folder: str | Path, what: str = "run folder") -> None:
-        self.path = Path(folder) / NAME
-        self._what = what
+        self.path, self._what = Path(folder) / NAME, what
         self._me: Holder | None = None
         self._made_folder = False
         self._released = threading.Event()
