@@ -126,7 +126,7 @@ def test_another_tokenizer_than_the_datasets_is_refused(
     text.write_text("the quick brown fox jumps over the lazy dog " * 50)
     bpe = tmp_path / "tokenizer.json"
     arguments = ["tokenize", text, "--out", tmp_path / "own", "--tokenizer", bpe]
-    arguments += ["--train-tokenizer", 260, "--held-out", 0]
+    arguments += ["--train-tokenizer", 264, "--held-out", 0]
     assert runner.invoke(cli.app, [str(a) for a in arguments]).exit_code == 0
     refused(train(f"data.tokenizer={bpe}"), f"{dataset}_train", "tokenizer")
     refused(train("data.tokenizer=nowhere.json"), "nowhere.json")

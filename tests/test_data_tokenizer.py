@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, one end-of-document token, one digest."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_idea.data.documents import DataError, hash_fraction
-from megatron_idea.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_idea.data.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 400
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -47,6 +48,28 @@ def test_trained_bpe_has_the_vocabulary_asked_for_and_compresses(bpe, sample):
     assert bpe.vocab_size <= VOCAB_SIZE
     assert len(bpe.encode(text)) < len(text) / 2
     assert max(bpe.encode(text)) < bpe.vocab_size
+
+
+def test_trained_bpe_reserves_tokens_within_the_size_asked_for(bpe, sample, tmp_path):
+    smallest = train_tokenizer([sample], 264, tmp_path / "tokenizer.json")
+    assert smallest.vocab_size == 256 + len(SPECIAL)
+    for tokenizer in (smallest, bpe):
+        assert tokenizer.decode(range(len(SPECIAL))) == "".join(SPECIAL)
+        assert SPECIAL[tokenizer.eod] == "<|endoftext|>"
+        assert tokenizer.token_bytes()[: len(SPECIAL)] == [0] * len(SPECIAL)
+        for token in SPECIAL:
+            assert min(tokenizer.encode(token)) >= len(SPECIAL)
+
+
+def test_a_copy_in_another_process_is_the_same(bpe, tmp_path):
+    text = "def f(x): <|endoftext|>"
+    assert pickle.loads(pickle.dumps(bpe)).encode(text) == bpe.encode(text)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(Path(bpe.name).read_bytes())
+    sent = pickle.dumps(load_tokenizer(path))
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DataError, match="has changed while it was in use"):
+        pickle.loads(sent)
 
 
 @pytest.mark.parametrize("name", ["byte", "bpe"])
@@ -97,8 +120,8 @@ def test_unusable_tokenizers_are_named(bpe, sample, tmp_path):
     endless.write_text(Path(bpe.name).read_text().replace("<|endoftext|>", "<|something|>"))
     with pytest.raises(DataError, match=r"has no end-of-document token; add one of: <\|endof"):
         load_tokenizer(endless)
-    with pytest.raises(DataError, match=r"vocab_size is 256; .* at least 257"):
-        train_tokenizer([sample], 256, tmp_path / "small.json")
+    with pytest.raises(DataError, match=r"vocab_size is 263; .* at least 264"):
+        train_tokenizer([sample], 263, tmp_path / "small.json")
 
 
 @given(text=unicode_text)

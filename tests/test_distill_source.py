@@ -189,7 +189,7 @@ def test_a_tokenizer_is_told_by_its_content(
     workers: Workers, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     """``byte`` is a file in an export, and every file may have another name."""
-    bpe = train_tokenizer([Path(__file__)], 262, tmp_path / "bpe.json")
+    bpe = train_tokenizer([Path(__file__)], 264, tmp_path / "bpe.json")
     export_checkpoint(runs["uneven"], tmp_path / "out", tokenizer=str(tmp_path / "bpe.json"))
     (tmp_path / "byte.json").write_text(byte_tokenizer_json())
     ((expected, _),) = run_job(workers, heard, 1, student(runs["uneven"]))
@@ -216,7 +216,7 @@ def refused(workers: Workers, config: Config, message: str, kind: type, size: in
 
 
 def test_what_cannot_teach_is_said(workers: Workers, runs: dict[str, Path], tmp_path: Path) -> None:
-    train_tokenizer([Path(__file__)], 262, tmp_path / "bpe.json")
+    train_tokenizer([Path(__file__)], 264, tmp_path / "bpe.json")
     bpe = {"tokenizer": str(tmp_path / "bpe.json")}
     bare = tmp_path / "bare"
     shutil.copytree(runs["uneven_padded"], bare)

@@ -343,7 +343,7 @@ TEXTS = ["def f(x):\n    return x  # Ünïcode ☃\n", "", "\x00\x7f\xa0 tab\t",
 
 def test_both_kinds_of_tokenizer_give_the_ids_of_training(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(Path(__file__).read_text())
-    bpe = train_tokenizer([tmp_path / "text.txt"], 262, tmp_path / "bpe.json")
+    bpe = train_tokenizer([tmp_path / "text.txt"], 264, tmp_path / "bpe.json")
     for given, mine in (("", load_tokenizer("byte")), (str(tmp_path / "bpe.json"), bpe)):
         out = tmp_path / f"out_{mine.vocab_size}"
         export_checkpoint(plain, out, tokenizer=given)
@@ -356,6 +356,17 @@ def test_both_kinds_of_tokenizer_give_the_ids_of_training(plain: Path, tmp_path:
         assert loaded.eos_token_id == load_tokenizer(out).eod == mine.eod
         settings = json.loads((out / "generation_config.json").read_text())
         assert settings["eos_token_id"] == mine.eod
+        # What masks padding must leave the end of a text, where the tokenizer has two tokens.
+        collate = transformers.DataCollatorForLanguageModeling(loaded, mlm=False)
+        rows = [{"input_ids": [*mine.encode(text), mine.eod]} for text in ("a", "abc")]
+        last = collate(rows)["labels"][:, -1].tolist()
+        pad = settings["pad_token_id"]
+        read = json.loads((out / "config.json").read_text())
+        assert loaded.pad_token_id == pad
+        if mine is bpe:
+            assert read["pad_token_id"] == pad != mine.eod and last == [-100, mine.eod]
+        else:
+            assert "pad_token_id" not in read and pad == mine.eod and last == [-100, -100]
 
 
 def test_a_text_ends_where_training_or_the_tokenizer_says(plain: Path, tmp_path: Path) -> None:
@@ -444,7 +455,7 @@ def test_a_runs_tokenizer_is_found_beside_it_from_anywhere(
     config = configuration.replace(config, data={"tokenizer": "data/own.json"})
     (found / "config.yaml").write_text(configuration.to_yaml(config))
     (tmp_path / "text.txt").write_text(Path(__file__).read_text())
-    bpe = train_tokenizer([tmp_path / "text.txt"], 262, tmp_path / "bpe.json")
+    bpe = train_tokenizer([tmp_path / "text.txt"], 264, tmp_path / "bpe.json")
     assert checkpoint.read_config(found).data.tokenizer == "data/own.json"  # an older run
     copy_tokenizer(tmp_path / "bpe.json", run / "tokenizer")
     monkeypatch.chdir(run.parent)
@@ -532,7 +543,7 @@ def uneven_model(kind: str, folder: Path, narrow: int, **shape: int) -> Any:
     for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T):
         weight.data[narrow:] = 0
     made.save_pretrained(folder / "hf")
-    train_tokenizer([Path(__file__)], 262, folder / "hf/tokenizer.json")
+    train_tokenizer([Path(__file__)], 264, folder / "hf/tokenizer.json")
     return made
 
 

@@ -136,7 +136,7 @@ def run(request: Any, workers: Workers, tmp_path_factory: pytest.TempPathFactory
         workers, folder / "run", 1, 12, model=KINDS[request.param], prune=UNEVEN
     )  # fmt: skip
     assert live[0] != live[1]
-    train_tokenizer([Path(__file__)], 262, folder / "bpe.json")
+    train_tokenizer([Path(__file__)], 264, folder / "bpe.json")
     return folder / "run"
 
 

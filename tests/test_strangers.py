@@ -982,7 +982,7 @@ def test_fuzzed_model_folders(folder: Path) -> None:
 def test_fuzzed_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     file = tmp_path / "tokenizer.json"
-    train_tokenizer([tmp_path / "a.txt"], 262, file)
+    train_tokenizer([tmp_path / "a.txt"], 264, file)
 
     def read() -> None:
         words = load_tokenizer(file)

@@ -25,6 +25,14 @@ END_OF_DOCUMENT_NAMES = (
     "<eod>",
 )
 """What public tokenizers call the token that ends a document; the first one present is taken."""
+PADDING = "<|pad|>"
+"""Not the end of a document: what masks padding must not mask ends, or they are never learned."""
+SPECIAL = (
+    END_OF_DOCUMENT, PADDING, "<|im_start|>", "<|im_end|>",
+    "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",
+)  # fmt: skip
+"""Of a tokenizer that is trained here. Pretraining sees the first; the others are there for
+fine-tuning, which then need not change the size of the embeddings: ChatML's two and four free."""
 SETTINGS = (
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
 )  # fmt: skip
@@ -214,24 +222,27 @@ def train_tokenizer(
     The sample is a share of the text, chosen piece by piece by a hash, so the same documents give
     the same tokenizer. It spreads over all inputs. Bad documents are left out.
 
-    ``vocab_size`` counts the 256 bytes and the end-of-document token. Few or short documents can
+    ``vocab_size`` counts the 256 bytes and ``SPECIAL``. Few or short documents can
     end with fewer merges than asked for; the tokenizer's own ``vocab_size`` says how many.
 
-    Raises: DataError for a vocabulary below 257 or inputs without text.
+    Raises: DataError for a vocabulary below 264 or inputs without text.
     Cost: about 1 s for 8 MB of Python sources and 4096 tokens on two CPU cores.
     """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Engine
 
-    smallest = 256 + 1
+    smallest = 256 + len(SPECIAL)
     if vocab_size < smallest:
-        raise DataError(f"vocab_size is {vocab_size}; byte-level BPE needs at least {smallest}")
+        raise DataError(
+            f"vocab_size is {vocab_size}; byte-level BPE needs at least {smallest}: 256 bytes and "
+            f"{len(SPECIAL)} special tokens"
+        )
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(END_OF_DOCUMENT, special=True)],
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -29,6 +29,7 @@ from megatron_idea.checkpoint.state import CheckpointError, TrainState
 from megatron_idea.config import Config, ConfigError, ModelConfig
 from megatron_idea.data.tokenizer import (
     END_OF_DOCUMENT,
+    PADDING,
     ByteTokenizer,
     Tokenizer,
     copy_tokenizer,
@@ -352,8 +353,15 @@ def _export(one: _Model, out: Path, form: Form, about: str, remark: str) -> Expo
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_tokenizer(partial, words, config.training.seq_length)
+        pad = _named_token(partial, "pad_token")
+        if pad not in (None, words.eod):
+            hf_config["pad_token_id"] = pad
         ends = _ends_of_text(partial, words.eod)
-        special = {"bos_token_id": words.eod, "eos_token_id": ends, "pad_token_id": words.eod}
+        special = {
+            "bos_token_id": words.eod,
+            "eos_token_id": ends,
+            "pad_token_id": words.eod if pad is None else pad,
+        }
         _write_json(partial / "generation_config.json", special)
         if form.format == "gguf":
             result = _write_file(one, partial / "gguf", out, weights, hf_config, dtype, about)
@@ -550,7 +558,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_length: int) -> Non
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": eod,
                 "eos_token": eod,
-                "pad_token": eod,
+                "pad_token": eod if _token_id(folder, PADDING) is None else PADDING,
                 "model_max_length": seq_length,
                 "clean_up_tokenization_spaces": False,
             },
@@ -559,13 +567,23 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, seq_length: int) -> Non
 
 def _ends_of_text(folder: Path, eod: int) -> int | list[int]:
     """Ids that end a generated text: training's, and the one that a chat model's settings name."""
-    from tokenizers import Tokenizer as Engine
+    other = _named_token(folder, "eos_token")
+    return eod if other in (None, eod) else [eod, other]
 
-    named = files.read_json(folder / "tokenizer_config.json").get("eos_token")
+
+def _named_token(folder: Path, role: str) -> int | None:
+    """Id of the token that the tokenizer's settings name for ``pad_token`` and the like."""
+    named = files.read_json(folder / "tokenizer_config.json").get(role)
     if isinstance(named, dict):  # an AddedToken, spelled out
         named = named.get("content")
-    other = Engine.from_file(str(folder / "tokenizer.json")).token_to_id(named) if named else None
-    return eod if other in (None, eod) else [eod, other]
+    return _token_id(folder, named) if named else None
+
+
+def _token_id(folder: Path, token: str) -> int | None:
+    from tokenizers import Tokenizer as Engine
+
+    found: int | None = Engine.from_file(str(folder / "tokenizer.json")).token_to_id(token)
+    return found
 
 
 def _added_tokens(folder: Path) -> str:

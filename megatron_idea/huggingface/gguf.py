@@ -217,12 +217,12 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, hf: dict[str, Any], fol
     eod = hf["eos_token_id"]
     writer.add_bos_token_id(eod)
     writer.add_eos_token_id(eod)
-    writer.add_pad_token_id(eod)
     # Training puts nothing around a text, whatever a tokenizer's template says.
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     generation = files.read_json(folder / "generation_config.json")
+    writer.add_pad_token_id(generation["pad_token_id"])
     if isinstance(generation["eos_token_id"], list):
         writer.add_eot_token_id(generation["eos_token_id"][1])
     if template := chat_template(folder):
