@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from megatron_idea import cli
 from megatron_idea.config import ConfigError
-from megatron_idea.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_idea.data.tokenizer import PADDING, SPECIAL, load_tokenizer, train_tokenizer
 from megatron_idea.huggingface.export import byte_tokenizer_json, export_checkpoint
 from megatron_idea.huggingface.gguf import _LLAMA_3, _QWEN_2, in_pairs, read_vocabulary
 from megatron_idea.testing import Workers, assert_close, assert_equal
@@ -130,13 +130,14 @@ UNEVEN = {"scope": "global", "alignment": 1, "compact": True, "compaction_block"
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(request: Any, workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in its prune phase whose layers differ in width; a tokenizer of 262 ids of 264."""
+    """A run in its prune phase whose layers differ in width; a tokenizer of 269 ids of 271."""
     folder = tmp_path_factory.mktemp(request.param)
     _, live = trained(
-        workers, folder / "run", 1, 12, model=KINDS[request.param], prune=UNEVEN
+        workers, folder / "run", 1, 12, prune=UNEVEN,
+        model=KINDS[request.param] | {"vocab_size": 271},
     )  # fmt: skip
     assert live[0] != live[1]
-    train_tokenizer([Path(__file__)], 264, folder / "bpe.json")
+    train_tokenizer([Path(__file__)], 269, folder / "bpe.json")
     return folder / "run"
 
 
@@ -199,25 +200,26 @@ def test_metadata_is_complete(run: Path, tmp_path: Path) -> None:
         "attention.key_length": hf["head_dim"], "attention.value_length": hf["head_dim"],
         "rope.dimension_count": hf["head_dim"], "rope.freq_base": hf["rope_theta"],
         "attention.layer_norm_rms_epsilon": pytest.approx(hf["rms_norm_eps"]),
-        "vocab_size": 264,
+        "vocab_size": 271,
     }.items():  # fmt: skip
         assert file.size(name) == wanted, name
     said = {name: value for name, value in file.said.items() if name.startswith("tokenizer.")}
     words = load_tokenizer(run.parent / "bpe.json")
     vocab = json.loads((run.parent / "bpe.json").read_text())["model"]
     tokens = said.pop("tokenizer.ggml.tokens")
-    assert tokens[:262] == sorted(vocab["vocab"], key=vocab["vocab"].get)
-    assert tokens[262:] == ["[PAD262]", "[PAD263]"]
+    assert tokens[:269] == sorted(vocab["vocab"], key=vocab["vocab"].get)
+    assert tokens[269:] == ["[PAD269]", "[PAD270]"]
     types = [gguf.TokenType(each).name for each in said.pop("tokenizer.ggml.token_type")]
-    assert types[words.eod] == "CONTROL" and types[262:] == ["UNUSED"] * 2
+    assert types[: len(SPECIAL)] == ["CONTROL"] * len(SPECIAL) and types[269:] == ["UNUSED"] * 2
     assert types.count("NORMAL") == 261
     merges = [" ".join(pair) for pair in vocab["merges"]]
     assert said.pop("tokenizer.ggml.merges") == merges and len(merges) == 5
     assert said == {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.bos_token_id": words.eod, "tokenizer.ggml.eos_token_id": words.eod,
-        "tokenizer.ggml.padding_token_id": words.eod, "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.padding_token_id": SPECIAL.index(PADDING),
+        "tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
     }  # fmt: skip
     assert (
         file.said["general.name"] == "run" and "step 12" in file.said["general.description"].lower()
