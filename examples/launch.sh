@@ -20,6 +20,7 @@
 #   GPUS_PER_NODE     GPUs to ask Slurm for (NPROC_PER_NODE); 0 asks for none
 #   PARTITION, ACCOUNT, QOS, JOB_NAME     as in sbatch; JOB_NAME is by default the configuration's
 #   DEPENDENCY        jobs that must end well before this one begins, as in sbatch: afterok:41
+#   NODES_AFTER_PRUNE fewer nodes, once the model is small: the run saves and a job on so many goes on
 #   TIME_LIMIT=24:00:00   of one job; the run goes on in the next, see below
 #   STOP_BEFORE_S=600     seconds before the limit at which the run saves and requeues itself
 #   EXCLUSIVE=1       whole nodes, all of their memory; 0 takes the partition's defaults
@@ -38,7 +39,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STOPPED=75 # exit status of a run that a signal stopped before its end
+STOPPED=75     # exit status of a run that a signal stopped before its end
+FEWER_NODES=76 # of one that is to go on on NODES_AFTER_PRUNE nodes
 
 fail() {
     echo "launch: $*" >&2
@@ -103,6 +105,7 @@ PARTITION=${PARTITION:-}
 ACCOUNT=${ACCOUNT:-}
 QOS=${QOS:-}
 DEPENDENCY=${DEPENDENCY:-}
+NODES_AFTER_PRUNE=${NODES_AFTER_PRUNE:-}
 CONTAINER=${CONTAINER:-}
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis}
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}
@@ -129,6 +132,11 @@ fi
 GPUS_PER_NODE=${GPUS_PER_NODE:-$NPROC_PER_NODE}
 
 whole_number NODES 1
+of_job=() # overrides that a job's script does not repeat: it exports their variable
+if [[ -n $NODES_AFTER_PRUNE ]]; then
+    whole_number NODES_AFTER_PRUNE 1
+    of_job=("nodes_after_prune=$NODES_AFTER_PRUNE")
+fi
 whole_number NPROC_PER_NODE 1
 whole_number GPUS_PER_NODE 0
 whole_number STOP_BEFORE_S 1
@@ -166,7 +174,7 @@ install_here() {
 # The whole configuration as YAML; fails with the program's own words.
 resolve() {
     megatron-idea train "$CONFIG" --nproc "$NPROC_PER_NODE" --nnodes "$NODES" --dry-run \
-        "${overrides[@]}"
+        "${of_job[@]}" "${overrides[@]}"
 }
 
 # ---- outside of a job: submit ---------------------------------------------------------------------
@@ -197,9 +205,12 @@ job_text() {
     directive output "$LOG_DIR/%x-%j.log"
     echo
     printf 'cd %q\n' "$PWD"
-    for name in CONFIG NPROC_PER_NODE GPUS_PER_NODE CONTAINER CONTAINER_RUNTIME CONTAINER_MOUNTS; do
-        printf 'export %s=%q\n' "$name" "${!name}"
-    done
+    local names=(CONFIG NPROC_PER_NODE GPUS_PER_NODE CONTAINER CONTAINER_RUNTIME CONTAINER_MOUNTS)
+    if [[ -n $NODES_AFTER_PRUNE ]]; then # what it takes to submit another one
+        names+=(NODES_AFTER_PRUNE JOB_NAME PARTITION ACCOUNT QOS TIME_LIMIT STOP_BEFORE_S EXCLUSIVE
+            LOG_DIR)
+    fi
+    for name in "${names[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done
     echo "export LAUNCH=slurm REQUEUE=1"
     printf 'exec bash examples/launch.sh'
     if ((${#overrides[@]})); then printf ' %q' "${overrides[@]}"; fi
@@ -267,7 +278,7 @@ run_in_job() {
         --kill-on-bad-exit=0 --wait=20 --label "${options[@]}" "${prefix[@]}" \
         bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' launch megatron-idea train "$CONFIG" \
         --nproc "$NPROC_PER_NODE" --nnodes "${#nodes[@]}" --master "$address:$port" \
-        "${overrides[@]}" &
+        "${of_job[@]}" "${overrides[@]}" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a signal ends wait, not srun
     wait "$step" || status=$?
@@ -279,9 +290,19 @@ finish() { # STATUS of the run
     case $status in
         0) say "the run is finished" ;;
         "$STOPPED") requeue ;;
+        "$FEWER_NODES") go_on_smaller ;;
         *) say "the run failed with status $status: the first error above says why" ;;
     esac
     exit "$status"
+}
+
+# The model is small now. A job's own nodes cannot be changed by a requeue: another job goes on.
+go_on_smaller() {
+    say "pruned: going on on $NODES_AFTER_PRUNE nodes"
+    NODES=$NODES_AFTER_PRUNE DEPENDENCY=
+    unset SLURM_RESTART_COUNT
+    submit
+    exit 0
 }
 
 requeue() {

@@ -243,13 +243,13 @@ def train(
     Starts its processes itself, on one node or on each of several; under torchrun it is one of
     torchrun's. SIGTERM, SIGINT or SIGUSR1: finish the step, save, end with status 75.
     """
-    from megatron_idea.config import load, to_yaml, validate
-    from megatron_idea.engine.launcher import STOPPED, Job, launch
+    from megatron_idea.config import load, to_yaml
+    from megatron_idea.engine.launcher import FEWER_NODES, STOPPED, Job, launch
 
     loaded = load(config, overrides or [])
     if not _is_worker():
         nproc = nproc or max(1, loaded.parallel.model_parallel_size // nnodes)
-        validate(loaded, nnodes * nproc)
+        _validate(loaded, nnodes, nproc)
         if dry_run:
             typer.echo(to_yaml(loaded), nl=False)
             return
@@ -268,12 +268,26 @@ def train(
         # Until the run listens itself: Python's own handler has no turn while torch waits.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from megatron_idea.train import train as run
+    from megatron_idea.train import wants_fewer_nodes
 
     state = run(loaded)
+    if wants_fewer_nodes(loaded, state.consumed_tokens):
+        raise typer.Exit(FEWER_NODES)
     if state.consumed_tokens < loaded.schedule.total_tokens:
         raise typer.Exit(STOPPED)
     if _rank() == 0:
         _report(Path(loaded.run_dir))
+
+
+def _validate(config: Config, nnodes: int, nproc: int) -> None:
+    """Check the layout that the run goes on in here, and the one that it changes to."""
+    from megatron_idea.config import validate
+    from megatron_idea.course import layout_at
+    from megatron_idea.records.read import saved_tokens
+
+    validate(layout_at(config, saved_tokens(config.run_dir)), nnodes * nproc)
+    if config.nodes_after_prune:
+        validate(config.after_prune, config.nodes_after_prune * nproc)
 
 
 @app.command()

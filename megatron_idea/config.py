@@ -782,6 +782,9 @@ class Config:
     parallel_after_prune: ParallelConfig | None = None
     """The layout from the end of the prune phase on, of the same processes: the run saves, builds
     the small model in it and goes on. What it leaves out is as in ``parallel``; null: no change."""
+    nodes_after_prune: int = 0
+    """Nodes from the end of the prune phase on; 0: as before. A job on more of them saves there and
+    ends with status 76, and examples/launch.sh submits one on so many that goes on."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -1173,6 +1176,10 @@ def validate(config: Config, world_size: int) -> None:
 def _validate_layout_after(config: Config, world_size: int) -> None:
     """Check the layout that a run changes to. Raises: ConfigError."""
     before, after = config.parallel, config.parallel_after_prune
+    _require(
+        config.nodes_after_prune >= 0,
+        f"nodes_after_prune is {config.nodes_after_prune}; it must not be negative",
+    )
     if after is None:
         return
     _require(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_idea.config import Config, ModelConfig
 from megatron_idea.schedule import (
     part_of_window,
+    phase_ends,
     removal_window,
     removed,
     teaching_begins,
@@ -37,6 +38,11 @@ def target_shape(config: Config) -> Shape:
 def num_steps(config: Config) -> int:
     """Optimizer steps of the run; the last one is the first that reaches ``total_tokens``."""
     return -(-config.schedule.total_tokens // config.batch_tokens)
+
+
+def layout_at(config: Config, tokens: int) -> Config:
+    """Return the configuration in the layout that it has after ``tokens`` consumed tokens."""
+    return config.after_prune if tokens >= phase_ends(config.schedule)["prune"] else config
 
 
 def removed_at(config: Config, tokens: int) -> float:

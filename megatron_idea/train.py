@@ -22,8 +22,8 @@ from megatron_idea import checkpoint, guard
 from megatron_idea import config as configuration
 from megatron_idea.checkpoint.saving import Saving
 from megatron_idea.checkpoint.state import TrainState
-from megatron_idea.config import Config, ConfigError, validate
-from megatron_idea.course import TeacherSize, num_steps, removed_at
+from megatron_idea.config import Config, ConfigError, ParallelConfig, validate
+from megatron_idea.course import TeacherSize, layout_at, num_steps, removed_at
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.of_run import open_batches, validation_batches
 from megatron_idea.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
@@ -39,6 +39,7 @@ from megatron_idea.engine.distributed import (
     ProcessGroups,
     joined,
     memory_bytes,
+    nodes_from_environment,
     regroup,
     together,
     world_size_from_environment,
@@ -57,6 +58,7 @@ from megatron_idea.prune.relocate import extension
 from megatron_idea.records.lock import RunLock
 from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
+from megatron_idea.records.read import saved_tokens
 from megatron_idea.records.record import Record
 from megatron_idea.schedule import (
     crossed,
@@ -132,14 +134,26 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
     gc.freeze()
     try:
         extension()  # a wrong switch is found now, not at the first compaction
-        validate(config, world_size_from_environment())
+        now = config
+        if config.parallel_after_prune is None:
+            validate(config, world_size_from_environment())
         if not config.data.train:
             raise ConfigError("data.train is empty: name at least one indexed dataset to train on")
-        with joined(config.parallel, config.training.seed, rendezvous) as groups:
+
+        def choose() -> ParallelConfig:
+            nonlocal now
+            saved = [saved_tokens(config.run_dir) if dist.get_rank() == 0 else 0]
+            dist.broadcast_object_list(saved, src=0)
+            now = layout_at(config, saved[0])
+            validate(now, world_size_from_environment())
+            return now.parallel
+
+        choosing = None if config.parallel_after_prune is None else choose
+        with joined(config.parallel, config.training.seed, rendezvous, choosing) as groups:
             lock = RunLock(config.run_dir)
             together(lambda: lock.acquire() if groups.is_writer else None, groups)
             try:
-                return loop(config, groups)
+                return loop(now, groups, config)
             finally:
                 lock.release()
     finally:
@@ -149,9 +163,13 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
         gc.collect()
 
 
-def loop(config: Config, groups: ProcessGroups) -> TrainState:
-    """Step after step, with what is done between them, to the last token or until told to stop."""
-    run, state = begin(config, groups)
+def loop(config: Config, groups: ProcessGroups, given: Config) -> TrainState:
+    """Step after step, with what is done between them, to the last token or until told to stop.
+
+    Args:
+        given: what the user has asked for, of which ``config`` is the present layout.
+    """
+    run, state = build(config, groups, given)
     if state.step == state.began_at:
         evaluate(run, state, "start")
         if not state.teacher:
@@ -170,10 +188,16 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
             evaluate(run, state, "phase_end")
         elif crossed(config.evaluation.every_tokens, before, tokens):
             evaluate(run, state, "every")
-        if ended or stopping or crossed(config.checkpoint.every_tokens, before, tokens):
+        ending = stopping or wants_fewer_nodes(config, tokens)
+        if ended or ending or crossed(config.checkpoint.every_tokens, before, tokens):
             save(run, state, wait=stopping)
+        if wants_fewer_nodes(config, tokens):
+            finish_saving(run)  # of the phase's end, or of this step
+            run.log.event("fewer_nodes", step=state.step, tokens=tokens)
+            run.progress.note(f"saved, to go on on {config.nodes_after_prune} nodes")
+            break
         is_last = stopping or tokens >= config.schedule.total_tokens
-        if not is_last and run.config.parallel != layout_at(config, tokens).parallel:
+        if not is_last and run.config.parallel != layout_at(given, tokens).parallel:
             run, state = change_layout(run, state)
         if stopping and state.consumed_tokens < config.schedule.total_tokens:
             run.log.event("signal", step=state.step, name=run.stop.received)
@@ -190,21 +214,10 @@ def loop(config: Config, groups: ProcessGroups) -> TrainState:
     return state
 
 
-def layout_at(config: Config, tokens: int) -> Config:
-    """Return the configuration in the layout that it has after ``tokens`` consumed tokens."""
-    return config.after_prune if tokens >= phase_ends(config.schedule)["prune"] else config
-
-
-def begin(config: Config, groups: ProcessGroups) -> tuple[Run, TrainState]:
-    """Build a run in the layout that it has where it goes on; collective."""
-    found = checkpoint.complete_for_all(config.run_dir, groups)
-    now = config
-    if config.parallel_after_prune is not None and found:
-        state = together(lambda: checkpoint.read_state(found[-1]), groups)
-        now = config if state.plan_due else layout_at(config, state.consumed_tokens)
-    if now.parallel != config.parallel:
-        groups = regroup(groups, now.parallel, now.training.seed)
-    return build(now, groups, config)
+def wants_fewer_nodes(config: Config, tokens: int) -> bool:
+    """Tell whether this job has more nodes than the run is to have after so many tokens."""
+    is_small = phase_ends(config.schedule)["prune"] <= tokens < config.schedule.total_tokens
+    return is_small and 0 < config.nodes_after_prune < nodes_from_environment()
 
 
 def change_layout(run: Run, state: TrainState) -> tuple[Run, TrainState]:

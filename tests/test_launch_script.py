@@ -142,6 +142,31 @@ def test_with_slurm_it_submits_a_job_that_calls_it_again(machine: Path, tmp_path
     assert not (REPOSITORY / "oops").exists()
 
 
+def test_a_pruned_run_goes_on_in_a_job_on_fewer_nodes(machine: Path, tmp_path: Path) -> None:
+    add_slurm(machine, tmp_path)
+    settings = {"NODES": "4", "NODES_AFTER_PRUNE": "2", "PARTITION": "gpu", "TIME_LIMIT": "1-12"}
+    assert call(machine, DATA, **settings, LOG_DIR=str(tmp_path / "logs")).returncode == 0
+    first = (tmp_path / "job.sh").read_text()
+    assert "#SBATCH --nodes=4\n" in first
+    inside = subprocess.run(
+        ["bash", str(tmp_path / "job.sh")],
+        env={
+            "PATH": str(machine), "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "a[1-2]",
+            "SRUN_STATUS": "76",
+        },
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert inside.returncode == 0, inside.stderr
+    assert "pruned: going on on 2 nodes" in inside.stderr
+    given = (tmp_path / "srun").read_text().splitlines()
+    assert given[-2:] == ["nodes_after_prune=2", DATA]
+    assert (tmp_path / "job.sh").read_text() == first.replace("--nodes=4", "--nodes=2")
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+    refused = call(machine, DATA, NODES="4", NODES_AFTER_PRUNE="few")
+    assert refused.returncode == 2 and "NODES_AFTER_PRUNE is 'few'" in refused.stderr
+
+
 def test_inside_a_job_every_node_gets_one_launcher(machine: Path, tmp_path: Path) -> None:
     add_slurm(machine, tmp_path)
     job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "a[1-2]"}

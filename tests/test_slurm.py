@@ -183,3 +183,30 @@ def test_a_cancelled_run_is_saved_and_stays_cancelled(
     (event,) = (event for event in read_events(run_dir) if event["kind"] == "signal")
     assert (run_dir / "checkpoints" / f"step_{event['step']:08d}").is_dir()
     assert slurm.field(job, "Restarts") == "0"
+
+
+def test_a_pruned_run_goes_on_on_fewer_nodes_in_a_layout_of_its_own(
+    slurm: Slurm, tiny: Config, tmp_path: Path
+) -> None:
+    tp2 = replace(tiny, parallel={"tensor_model_parallel_size": 2})
+    config = replace(tp2, parallel_after_prune=tiny.parallel)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(configuration.to_yaml(config))
+    run_dir, logs = Path(config.run_dir), tmp_path / "logs"
+    job = slurm.call(
+        "bash", str(REPOSITORY / "examples" / "launch.sh"),
+        CONFIG=str(path), NODES="2", NODES_AFTER_PRUNE="1", NPROC_PER_NODE="1", GPUS_PER_NODE="0",
+        EXCLUSIVE="0", PARTITION="batch", LOG_DIR=str(logs), TIME_LIMIT="20", STOP_BEFORE_S="60",
+    )  # fmt: skip
+
+    def is_finished() -> bool:
+        return any(event["kind"] == "finished" for event in read_events(run_dir))
+
+    eventually(is_finished, "the end of the run", logs / f"tiny-{job}.log")
+    events = read_events(run_dir)
+    starts = [e for e in events if e["kind"] in ("started", "resumed")]
+    assert [(e["step"], e["environment"]["processes"]) for e in starts] == [(0, 2), (16, 1)]
+    (left,) = (event for event in events if event["kind"] == "fewer_nodes")
+    assert left["step"] == 16
+    assert [record.step for record in read_metrics(run_dir)] == list(range(1, 25))
+    assert f"job {int(job) + 1}, start 1" in (logs / f"tiny-{int(job) + 1}.log").read_text()

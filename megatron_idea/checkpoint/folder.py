@@ -112,9 +112,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 # What a resumed run may change: where and how it runs, not what it computes.
 _FREE = {
-    "run_dir", "parallel", "parallel_after_prune", "checkpoint", "guard", "evaluation", "logging",
-    "law", "data.cache_dir", "training.micro_batch_size", "training.kernel_implementation",
-    "prune.compaction_block", "prune.placement",
+    "run_dir", "parallel", "parallel_after_prune", "nodes_after_prune", "checkpoint", "guard",
+    "evaluation", "logging", "law", "data.cache_dir", "training.micro_batch_size",
+    "training.kernel_implementation", "prune.compaction_block", "prune.placement",
 }  # fmt: skip
 
 

@@ -96,6 +96,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def nodes_from_environment() -> int:
+    """Nodes of this job: launchers of a torchrun job, else 1."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 def choose_interface() -> None:
     """Tell gloo the network interface to use, where it would fail to find one by itself.
 
@@ -150,7 +155,10 @@ def _interface_towards(host: str) -> str | None:
 
 
 def start_distributed(
-    parallel: ParallelConfig, seed: int, rendezvous: str | None = None
+    parallel: ParallelConfig,
+    seed: int,
+    rendezvous: str | None = None,
+    choose: Callable[[], ParallelConfig] | None = None,
 ) -> ProcessGroups:
     """Join the job: torch.distributed, model-parallel groups, random-number streams.
 
@@ -186,6 +194,8 @@ def start_distributed(
                 timeout=timeout,
                 device_id=bound,
             )
+    if choose is not None:
+        parallel = choose()
     vpp = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -235,11 +245,19 @@ def abandon_distributed() -> None:
 
 @contextlib.contextmanager
 def joined(
-    parallel: ParallelConfig, seed: int, rendezvous: str | None = None
+    parallel: ParallelConfig,
+    seed: int,
+    rendezvous: str | None = None,
+    choose: Callable[[], ParallelConfig] | None = None,
 ) -> Iterator[ProcessGroups]:
-    """Be part of the job while the block runs; arguments as ``start_distributed``'s."""
+    """Be part of the job while the block runs; arguments as ``start_distributed``'s.
+
+    Args:
+        choose: names the layout in place of ``parallel`` once all processes have met; collectives
+            are possible in it.
+    """
     try:
-        yield start_distributed(parallel, seed, rendezvous)
+        yield start_distributed(parallel, seed, rendezvous, choose)
     except BaseException:
         abandon_distributed()
         raise

@@ -26,6 +26,9 @@ STOPPED = 75
 """Exit status of a run that a signal stopped before its last token: EX_TEMPFAIL of sysexits.h, not
 an error, try again later."""
 
+FEWER_NODES = 76
+"""Exit status of a run that is to go on on ``nodes_after_prune`` nodes."""
+
 LOOPBACK = "127.0.0.1"
 
 

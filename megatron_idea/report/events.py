@@ -13,6 +13,7 @@ _WORDS = {
     "evaluated": "held-out loss {val_loss:.4f} at step {step:,}",
     "compacted": "compacted {change} at step {step:,}",
     "layer_removed": "removed layer {layer} at step {step:,}",
+    "fewer_nodes": "saved step {step:,}, to go on on fewer nodes",
     "layout_changed": "from {was} to {now} at step {step:,}",
     "saved": "saved step {step:,} in {seconds:.1f} s",
     "teacher": "teacher made at step {step:,}, held-out loss {val_loss:.4f}",
