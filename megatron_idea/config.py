@@ -721,6 +721,9 @@ class LoggingConfig:
     wandb: str = ""
     """Weights & Biases project that gets the same numbers; empty: none. ``WANDB_MODE=offline`` in
     the environment keeps them in the run folder."""
+    mlflow: str = ""
+    """MLflow experiment that gets the same numbers; empty: none. They are sent where
+    ``MLFLOW_TRACKING_URI`` in the environment points, and kept in the run folder without it."""
     progress: bool = True
     """One live line in a terminal; a line now and then elsewhere."""
 

@@ -414,7 +414,8 @@ def test_the_moving_average_reads_its_coefficient_on_either_term() -> None:
 
 TEXT_KEYS = (
     "run_dir", "start_from", "data.tokenizer", "data.cache_dir", "logging.wandb",
-    "data.train[].prefix", "evaluation.sample_prompts[]", "distill.teacher", "law.name",
+    "logging.mlflow", "data.train[].prefix", "evaluation.sample_prompts[]", "distill.teacher",
+    "law.name",
 )  # fmt: skip
 TYPED = (
     "12345_1", "0012", "1e3", "12:30:45", "on", "1.10", "null", "~", "0x1F", "2026-11-25", ".inf",

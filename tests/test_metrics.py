@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import io
 import json
+import math
 import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from records import neurons, record
@@ -406,6 +409,187 @@ def test_the_real_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.Monkey
     log.write(record(1))
     log.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+class FakeMLflow:
+    """Stands for an MLflow client and what its server keeps; the tests below ask the real one, too,
+    where it is installed."""
+
+    runs: ClassVar[dict[tuple[str, str], SimpleNamespace]] = {}
+
+    def __init__(self, tracking_uri: str) -> None:
+        self.uri = tracking_uri
+
+    def create_experiment(self, name: str) -> str:
+        if any(uri == self.uri and run.experiment == name for (uri, _), run in self.runs.items()):
+            raise self.Exception("it exists", "RESOURCE_ALREADY_EXISTS")
+        return name
+
+    def get_experiment_by_name(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(experiment_id=name)
+
+    def create_run(self, experiment: str, run_name: str, tags: dict[str, str]) -> SimpleNamespace:
+        metrics: list[SimpleNamespace] = []
+        info = SimpleNamespace(run_id=str(len(self.runs)), status="RUNNING", run_name=run_name)
+        data = SimpleNamespace(params={}, tags=tags, points=metrics)
+        data.to_proto = lambda: SimpleNamespace(metrics=metrics)
+        run = SimpleNamespace(info=info, data=data, experiment=experiment)
+        self.runs[self.uri, info.run_id] = run
+        return run
+
+    def search_runs(self, experiments: list[str], query: str = "") -> list[SimpleNamespace]:
+        return [
+            run for (uri, _), run in self.runs.items()
+            if uri == self.uri and run.experiment in experiments
+            and all(f"tags.`{k}` = '{v}'" == query for k, v in run.data.tags.items() if query)
+        ]  # fmt: skip
+
+    def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
+        assert len(metrics) <= 1000 and len(params) <= 100
+        data = self.runs[self.uri, run_id].data
+        data.points.extend(metrics)
+        data.params.update((param.key, param.value) for param in params)
+
+    def update_run(self, run_id: str, status: str) -> None:
+        self.runs[self.uri, run_id].info.status = status
+
+    def set_terminated(self, run_id: str) -> None:
+        self.update_run(run_id, "FINISHED")
+
+    def get_metric_history(self, run_id: str, key: str) -> list[SimpleNamespace]:
+        return [point for point in self.runs[self.uri, run_id].data.points if point.key == key]
+
+    class Exception(Exception):
+        def __init__(self, message: str, error_code: str = "INTERNAL_ERROR") -> None:
+            super().__init__(message)
+            self.error_code = error_code
+
+
+@pytest.fixture(params=["stand-in", "real"])
+def mlflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class of MLflow's clients."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")  # to be as it was afterwards
+        monkeypatch.delenv(name)
+    if request.param == "real":
+        pytest.importorskip("mlflow")
+        from mlflow import MlflowClient
+
+        return MlflowClient
+    entity = lambda *names: lambda *v: SimpleNamespace(**dict(zip(names, v, strict=True)))  # noqa: E731
+    made = {
+        "mlflow": {"MlflowClient": FakeMLflow},
+        "mlflow.exceptions": {"MlflowException": FakeMLflow.Exception},
+        "mlflow.entities": {
+            "Metric": entity("key", "value", "timestamp", "step"), "Param": entity("key", "value")
+        },
+    }  # fmt: skip
+    for name, members in made.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    return FakeMLflow
+
+
+TO_MLFLOW = configs.replace(QUIET, logging={"mlflow": "an experiment"})
+
+
+def mlflow_runs(client: Any) -> list[Any]:
+    experiment = client.get_experiment_by_name("an experiment").experiment_id
+    found: list[Any] = client.search_runs([experiment])
+    return found
+
+
+def points(client: Any, run: Any, name: str) -> list[tuple[int, float]]:
+    history = client.get_metric_history(run.info.run_id, name)
+    return sorted((point.step, point.value) for point in history)
+
+
+def test_scalars_and_the_configuration_are_mirrored_to_mlflow(tmp_path: Path, mlflow: Any) -> None:
+    run_dir = tmp_path / "it's a #1 run"
+    log = RunLog(run_dir, TO_MLFLOW, is_writer=True)
+    log.write(record(1, stored=neurons(512, 256, 512, 256)))
+    log.event("evaluated", step=1, tokens=2048, val_loss=6.5, why="every")
+    log.write(record(2, loss=math.nan))
+    log.close()
+    client = mlflow(tracking_uri=(run_dir / "mlruns").as_uri())
+    (run,) = mlflow_runs(client)
+    assert (run.info.run_name, run.info.status) == (run_dir.name, "FINISHED")
+    assert points(client, run, "tokens") == [(1, 2048), (2, 4096)]
+    assert points(client, run, "stored/ffn_hidden_size") == [(1, 384), (2, 1024)]
+    assert points(client, run, "val_loss") == [(1, 6.5)]
+    (_, first), (_, second) = points(client, run, "loss")
+    assert first == 6.999 and math.isnan(second)
+    given = configs.flat(dataclasses.asdict(TO_MLFLOW))
+    assert run.data.params == {key: str(value) for key, value in given.items()}
+
+
+def test_a_resumed_run_goes_on_in_its_own_mlflow_run_without_points_twice(
+    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for first, last in ((1, 7), (5, 9)):  # the last checkpoint is of step 4
+        log = RunLog(tmp_path / "a", TO_MLFLOW, is_writer=True, step=first - 1)
+        for step in range(first, last + 1):
+            log.write(record(step))
+        if last > 7:  # it was killed before step 7 was evaluated
+            log.event("evaluated", step=7, tokens=7 * 2048, val_loss=6.5)
+        log.close()
+    for branch in ("one", "other"):  # folders of one name, begun at a checkpoint of another run
+        log = RunLog(tmp_path / branch / "seed_0", TO_MLFLOW, is_writer=True, step=4)
+        log.write(record(5))
+        log.close()
+    client = mlflow(tracking_uri=(tmp_path / "server").as_uri())
+    runs = mlflow_runs(client)
+    assert sorted(run.info.run_name for run in runs) == ["a", "seed_0", "seed_0"]
+    (run,) = [run for run in runs if run.info.run_name == "a"]
+    assert points(client, run, "loss") == [(step, record(step).loss) for step in range(1, 10)]
+    assert points(client, run, "val_loss") == [(7, 6.5)]
+    assert not (tmp_path / "a" / "mlruns").exists()
+
+
+def test_an_mlflow_that_fails_is_left_out_with_one_line(
+    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(tmp_path, TO_MLFLOW, is_writer=True)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the server is gone\nand more")
+
+    monkeypatch.setattr(mlflow, "log_batch", gone)
+    for step in range(1, 4):
+        log.write(record(step))
+        time.sleep(0.05)  # for the thread that sends
+    log.close()
+    log.check()
+    assert len(read_metrics(tmp_path)) == 3
+    (said,) = [line for line in caplog.messages if "MLflow" in line]
+    assert said == "MLflow cannot write and is left out from here on: the server is gone"
+
+
+def test_an_mlflow_that_does_not_start_is_explained(
+    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise sys.modules["mlflow.exceptions"].MlflowException("no access\nand more")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a-server")
+    monkeypatch.setattr(mlflow, "create_experiment", refused)
+    with pytest.raises(
+        ConfigError, match="start at http://a-server: no access; check MLFLOW_TRACK"
+    ):
+        RunLog(tmp_path, TO_MLFLOW, is_writer=True)
+
+
+def test_asking_for_a_missing_mlflow_fails_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for is_writer in (True, False):
+        with pytest.raises(ConfigError, match="'an experiment' but mlflow is not installed"):
+            RunLog(tmp_path, TO_MLFLOW, is_writer)
 
 
 def test_scores_of_steps_that_are_run_again_are_dropped(tmp_path: Path) -> None:

@@ -86,9 +86,11 @@ class RunLog:
             raise RecordError.of(run_dir, error) from error
         self.event("resumed" if step else "started", step=step, environment=environment())
         self.check()
-        started = [event["time"] for event in read_events(run_dir) if event["kind"] == "started"]
-        # A run that a checkpoint of another one began has no start of its own.
-        self._trackers = open_trackers(run_dir, config, step, started[-1] if started else 0.0)
+        events = read_events(run_dir)
+        started = [event["time"] for event in events if event["kind"] == "started"]
+        # A run that a checkpoint of another one began has no start: its first event stands for it.
+        started_at = started[-1] if started else events[0]["time"]
+        self._trackers = open_trackers(run_dir, config, step, started_at)
 
     def check(self) -> None:
         """Raise RecordError if a record could not be written."""

@@ -1,4 +1,4 @@
-"""Mirror a run's numbers to TensorBoard and Weights & Biases.
+"""Mirror a run's numbers to TensorBoard, Weights & Biases and MLflow.
 
 The records in the run folder do not depend on them: a tracker is imported only when it is asked
 for, and one that fails is left out from then on.
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from megatron_idea.config import Config, ConfigError
+from megatron_idea.config import Config, ConfigError, flat
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +52,11 @@ def require_trackers(config: Config) -> None:
             f"logging.wandb is {config.logging.wandb!r} but wandb is not installed: "
             'pip install wandb, or set logging.wandb=""'
         )
+    if config.logging.mlflow and importlib.util.find_spec("mlflow") is None:
+        raise ConfigError(
+            f"logging.mlflow is {config.logging.mlflow!r} but mlflow is not installed: "
+            'pip install mlflow-skinny, or set logging.mlflow=""'
+        )
 
 
 def open_trackers(run_dir: Path, config: Config, step: int, started_at: float) -> list[Tracker]:
@@ -60,6 +72,8 @@ def open_trackers(run_dir: Path, config: Config, step: int, started_at: float) -
             _leave_out(_TensorBoard.name, error)
     if config.logging.wandb:
         trackers.append(_WeightsAndBiases(run_dir, config, started_at))
+    if config.logging.mlflow:
+        trackers.append(_MLflow(run_dir, config, started_at))
     return trackers
 
 
@@ -73,9 +87,17 @@ def still_works(tracker: Tracker, action: Callable[[Tracker], None]) -> bool:
     return True
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _identity(run_dir: Path, started_at: float) -> str:
+    """By which a resumed run finds its own curve."""
+    return f"{run_dir.name}-{round(started_at * 1000):x}"
+
+
 def _leave_out(name: str, error: Exception) -> None:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    logger.warning(f"{name} cannot write and is left out from here on: {reason}")
+    logger.warning(f"{name} cannot write and is left out from here on: {_first_line(error)}")
 
 
 class _TensorBoard:
@@ -113,8 +135,7 @@ class _WeightsAndBiases:
                 name=run_dir.name,
                 dir=str(run_dir),
                 config=dataclasses.asdict(config),
-                # A resumed run goes on in its own curve.
-                id=f"{run_dir.name}-{round(started_at * 1000):x}",
+                id=_identity(run_dir, started_at),
                 resume="allow",
                 settings=wandb.Settings(silent=True, console="off"),
             )
@@ -131,3 +152,86 @@ class _WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class _MLflow:
+    name = "MLflow"
+    # What any server takes: metrics and parameters in one request, characters of one parameter.
+    MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500
+
+    def __init__(self, run_dir: Path, config: Config, started_at: float) -> None:
+        # Users asked for a mirror of their numbers, nothing else.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        where = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not where:
+            where = (run_dir.resolve() / "mlruns").as_uri()
+            # A database, which MLflow prefers, would take two more packages.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow import MlflowClient  # takes a second
+        from mlflow.exceptions import MlflowException
+
+        self._client = MlflowClient(tracking_uri=where)
+        try:
+            run = self._open(config, run_dir.name, _identity(run_dir, started_at))
+        except (MlflowException, OSError) as error:
+            raise ConfigError(
+                f"MLflow does not start at {where}: {_first_line(error)}; check "
+                'MLFLOW_TRACKING_URI in the environment, or set logging.mlflow=""'
+            ) from error
+        self._run_id = run.info.run_id
+        # MLflow takes nothing back: of steps that are run again it keeps the first values.
+        self._known = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self._waiting: list[Metric] = []
+        # One request at a time, which no step waits for: a slow server gets fewer and larger ones.
+        self._sender = ThreadPoolExecutor(1)
+        self._sending: Future[None] | None = None
+
+    def _open(self, config: Config, name: str, identity: str) -> Run:
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        client, tag = self._client, "megatron_idea.run"
+        identity = identity.replace("'", "_")  # a filter has no escapes
+        try:
+            experiment = client.create_experiment(config.logging.mlflow)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(config.logging.mlflow).experiment_id
+        for run in client.search_runs([experiment], f"tags.`{tag}` = '{identity}'"):
+            client.update_run(run.info.run_id, status="RUNNING")
+            return run
+        run = client.create_run(experiment, run_name=name, tags={tag: identity})
+        values = flat(dataclasses.asdict(config)).items()
+        params = (Param(key, str(value)[: self.MOST_CHARACTERS]) for key, value in values)
+        while some := list(itertools.islice(params, self.MOST_PARAMS)):
+            client.log_batch(run.info.run_id, params=some)
+        return run
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = round(time.time() * 1000)
+        for name, value in values.items():
+            if step > self._known.get(name, -1):
+                self._known[name] = step
+                self._waiting.append(Metric(name, value, now, step))
+        if self._sending is None or self._sending.done():
+            self._send()
+
+    def _send(self) -> None:
+        """Send some of what waits, after the last request; raise what that one raised."""
+        if self._sending is not None:
+            self._sending.result()
+        some, self._waiting = (
+            self._waiting[: self.MOST_METRICS],
+            self._waiting[self.MOST_METRICS :],
+        )
+        self._sending = self._sender.submit(self._client.log_batch, self._run_id, some)
+
+    def close(self) -> None:
+        while self._waiting:
+            self._send()
+        if self._sending is not None:
+            self._sending.result()
+        self._client.set_terminated(self._run_id)
