@@ -382,6 +382,11 @@ class PruneTarget:
         return counts
 
 
+DEFAULT_TARGET = PruneTarget(ffn_hidden_size=384)
+"""That of the default model, and of no other: who asks for 384 neurons gives a target that is equal
+to this one and not the same."""
+
+
 @dataclass(frozen=True)
 class AxisGoal:
     """Where an axis begins and where it is to end; per layer for neurons and KV groups."""
@@ -410,7 +415,7 @@ class PruneConfig:
     """``idea``, ``adapt_pruner``, ``efficient_llm``, ``pca_stem``; to compare with, ``random``,
     ``magnitude``, ``taylor``, ``llm_pruner``, ``wanda``, ``flap_score``, ``minitron``,
     ``shortgpt``; ``none``: train at full width. docs/method.md says what each does."""
-    target: PruneTarget = field(default_factory=lambda: PruneTarget(ffn_hidden_size=384))
+    target: PruneTarget = DEFAULT_TARGET
     order: list[str] = field(default_factory=list)
     """Axes one after the other, in equal parts of the removal window, as in ``[ffn_hidden_size,
     num_query_groups+num_layers]``: axes with a plus between them shrink together. Empty: all do."""
@@ -1262,6 +1267,13 @@ def validate_pruning(config: Config) -> None:
     )
     if prune.strategy == "none":
         return
+    first = METHODS[prune.strategy].axes[0]
+    is_default_model = config.model.ffn_hidden_size == ModelConfig.ffn_hidden_size
+    _require(
+        prune.target is not DEFAULT_TARGET or (is_default_model and first in prune.target.counts),
+        f"nothing says what to prune: add prune.target.{first}, below model.{first} "
+        f"({getattr(config.model, first)}), or prune.strategy=none to train without pruning",
+    )
     _require(
         bool(config.goals),
         "prune.target names nothing to prune: give it ffn_hidden_size, num_query_groups, "

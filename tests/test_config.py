@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,33 @@ def test_processes_must_be_a_multiple_of_the_model_parallel_size(world_size: int
 def test_sections_that_do_not_fit_are_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(valid(**sections), 4)
+
+
+@pytest.mark.parametrize(
+    ("width", "more", "add"),
+    [
+        (192, "", "prune.target.ffn_hidden_size, below model.ffn_hidden_size (192)"),
+        (4096, "prune: {ema: 0.3}", "prune.target.ffn_hidden_size, below model.ffn_hidden_size"),
+        (1024, "prune: {strategy: shortgpt}", "prune.target.num_layers, below model.num_layers"),
+    ],
+)
+def test_a_file_that_does_not_say_what_to_prune_is_told_what_to_add(
+    tmp_path: Path, width: int, more: str, add: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{ffn_hidden_size: {width}}}\ndata: {{train: [{{prefix: a}}]}}\n{more}\n"
+    )
+    with pytest.raises(ConfigError, match=f"^nothing says what to prune: add {re.escape(add)}"):
+        validate(load(path), 1)
+    validate(load(path, ["prune.strategy=none"]), 1)
+
+
+def test_a_width_that_is_asked_for_is_no_default(tmp_path: Path) -> None:
+    wide = ["model.ffn_hidden_size=4096"]
+    validate(load(None, [*wide, "prune.target.ffn_hidden_size=384"]), 1)
+    (tmp_path / "run.yaml").write_text(to_yaml(load(None)))
+    validate(load(tmp_path / "run.yaml", wide), 1)
 
 
 def test_the_batch_must_split_over_ranks_and_micro_batches() -> None:
