@@ -1,5 +1,6 @@
 """Says what pyproject.toml cannot: the folder ``kernels`` is the package ``megatron_idea.kernels``,
-and ``csrc`` is compiled into ``megatron_idea._C``.
+the YAML files of ``examples`` lie in the package too, and ``csrc`` is compiled into
+``megatron_idea._C``.
 
 As a top-level package ``kernels`` would pass for the one that ``transformers`` looks for, and break
 its imports.
@@ -23,8 +24,15 @@ extension = Pybind11Extension(
     optional=True,
 )
 
+folders = {
+    "megatron_idea.kernels": "kernels",
+    # Side by side, as in examples/: a suite names ../configs/x.yaml.
+    "megatron_idea.configs": "examples/configs",
+    "megatron_idea.suites": "examples/suites",
+}
+
 setup(
-    packages=[*packages, "megatron_idea.kernels"],
-    package_dir={"megatron_idea.kernels": "kernels"},
+    packages=[*packages, *folders],
+    package_dir=folders,
     ext_modules=[extension],
 )

@@ -23,7 +23,7 @@ import typer
 from megatron_idea.engine.core_versions import quiet
 from megatron_idea.errors import UserError
 from megatron_idea.records.readable import megabytes
-from megatron_idea.records.terminal import Console, say, say_error, say_progress, show
+from megatron_idea.records.terminal import Console, say, say_error, say_progress, show, table
 
 if TYPE_CHECKING:
     from megatron_idea.config import Config
@@ -94,6 +94,29 @@ OtherTokenizer = Annotated[
     str, typer.Option(metavar="PATH|byte", help="In place of the model's own.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def init(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One of the list; default: show it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT.yaml", help="Default: NAME.yaml, here.")
+    ] = None,
+) -> None:
+    """Write a configuration or a suite to start from; without a NAME, list them.
+
+    A suite comes with the configuration that it starts from, beside it. Nothing is overwritten.
+    """
+    from megatron_idea.examples import examples, write_example
+
+    if name is None:
+        rows = [(one.name, "compare" if one.is_suite else "train", one.about) for one in examples()]
+        show(table(("name", "for", "about"), rows, left=3))
+        return
+    for path in write_example(name, out or Path(f"{name}.yaml")):
+        say(f"written: {path}")
 
 
 @app.command()

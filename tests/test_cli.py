@@ -449,3 +449,32 @@ def test_workers_of_one_machine_meet_without_a_name(
 def test_a_first_node_without_an_address_is_named_at_once(config_path: Path) -> None:
     nodes = ("--nnodes", 2, "--nproc", 1, "--master", "no-such-host.invalid:29500")
     assert_user_error(run("train", config_path, *nodes), "'no-such-host.invalid'", "no address")
+
+
+def test_an_example_is_written_and_nothing_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*arguments: str) -> tuple[int, str]:
+        result = runner.invoke(cli.app, ["init", *arguments])
+        return result.exit_code, result.output
+
+    monkeypatch.chdir(tmp_path)
+    examples = Path(cli.__file__).parent.parent / "examples"
+    assert init("quickstart") == (0, "written: quickstart.yaml\n")
+    source = (examples / "configs" / "quickstart.yaml").read_text()
+    assert Path("quickstart.yaml").read_text() == source
+    code, said = init("quickstart")
+    assert code == 2 and "quickstart.yaml is there already, and nothing is overwritten" in said
+    code, said = init("quikstart", "mine.yaml")
+    assert code == 2 and "did you mean 'quickstart'?" in said
+
+    written = "written: suites/micro.yaml\nwritten: suites/mine.yaml\n"
+    assert init("laptop", "suites/mine.yaml") == (0, written)
+    assert "\nconfig: micro.yaml\n" in Path("suites/mine.yaml").read_text()
+    assert init("axes", "suites/other.yaml") == (0, "written: suites/other.yaml\n")
+    code, said = init("axes", "micro.yaml")
+    assert code == 2 and "name another file" in said and not Path("micro.yaml").exists()
+    Path("suites/micro.yaml").write_text("mine: true\n")
+    code, said = init("methods", "suites/third.yaml")
+    assert code == 2 and "suites/micro.yaml is there already" in said
+    assert not Path("suites/third.yaml").exists()

@@ -59,5 +59,7 @@ def test_the_image_gets_all_that_setup_needs() -> None:
     allowed = re.findall(r"^!(.+)$", (REPOSITORY / ".dockerignore").read_text(), re.M)
     for name in allowed:
         assert (REPOSITORY / name).exists(), name
-    for name in ("csrc", "kernels", "megatron_idea", "pyproject.toml", "setup.py", "README.md"):
+    for name in (
+        "csrc", "examples", "kernels", "megatron_idea", "pyproject.toml", "setup.py", "README.md",
+    ):  # fmt: skip
         assert name in allowed

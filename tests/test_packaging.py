@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-SHIPPED = ("pyproject.toml", "setup.py", "LICENSE", "README.md", "megatron_idea", "kernels", "csrc")
+SHIPPED = ("pyproject.toml", "setup.py", "LICENSE", "README.md", "megatron_idea", "kernels", "csrc",
+           "examples")  # fmt: skip
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -73,6 +74,10 @@ def test_the_wheel_has_one_top_level_name_and_every_module(wheel):
     }
     assert {f"megatron_idea/report/page.{kind}" for kind in ("css", "js")} <= shipped
     assert "megatron_idea/compare/page.css" in shipped
+    examples = {path.relative_to(ROOT / "examples") for path in (ROOT / "examples").glob("*/*")}
+    assert {name for name in shipped if name.split("/")[1] in ("configs", "suites")} == {
+        f"megatron_idea/{path.as_posix()}" for path in examples
+    }
 
 
 def test_the_sdist_has_all_that_the_extension_is_compiled_from(sdist):
@@ -109,6 +114,32 @@ print(megatron_idea.config.__file__, megatron_idea.kernels.__file__, sep="\\n")
     origins = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONSAFEPATH="1").split()
     assert len(origins) == 2
     assert all((tmp_path / origin).is_relative_to(tmp_path / "site") for origin in origins)
+
+
+def test_the_wheel_lists_and_writes_every_example_and_they_are_read(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    start = "import sys; sys.path.insert(0, 'site'); "
+    listed = run(
+        sys.executable, "-c", f"{start}from megatron_idea.cli import main; main()", "init",
+        cwd=tmp_path, PYTHONSAFEPATH="1",
+    )  # fmt: skip
+    shipped = {path.stem for path in (ROOT / "examples").glob("*/*.yaml")}
+    assert (
+        set(re.findall(r"^(\w+) +(?:train|compare) +[A-Z].*\. *$", listed, re.MULTILINE)) == shipped
+    )
+    code = f"""{start}
+from pathlib import Path
+from megatron_idea.compare.suite import read_suite
+from megatron_idea.config import load
+from megatron_idea.examples import examples, write_example
+for example in examples():
+    out = Path("written", f"my_{{example.name}}.yaml")
+    write_example(example.name, out)
+    print(example.path, len(read_suite(out).runs) if example.is_suite else load(out).run_dir)
+"""
+    read = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONSAFEPATH="1").splitlines()
+    assert {Path(line.split()[0]).stem for line in read} == shipped
+    assert all((tmp_path / line.split()[0]).is_relative_to(tmp_path / "site") for line in read)
 
 
 @pytest.mark.parametrize(
