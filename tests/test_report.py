@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import io
 import json
 import math
@@ -1078,6 +1079,65 @@ f.onload = () => {
 </script>"""
 
 
+# Plots by their place on the page: of the same tokens, of the same, of scores, a map of layers.
+ZOOMS = """<!doctype html><title>-</title><iframe id="f" width="1280" height="800" src="PAGE">
+</iframe><script>
+f.onload = () => {
+  const page = f.contentDocument, root = page.documentElement;
+  const plots = [...page.querySelectorAll(".plot")], figures = [...page.querySelectorAll(".chart")];
+  const send = (target, kind, x, pointerType) => {
+    const box = plots[0].getBoundingClientRect();
+    target.dispatchEvent(new PointerEvent(kind,
+      { clientX: box.left + box.width * x, clientY: box.top + 9, pointerType, bubbles: true }));
+  };
+  const drag = (from, to, kind = "mouse") => {
+    send(plots[0], "pointerdown", from, kind);
+    send(plots[0], "pointermove", (from + to) / 2, kind);
+    const shown = page.querySelectorAll(".range").length;
+    send(plots[0], "pointermove", to, kind);
+    send(plots[0], "pointerup", to, kind);
+    return shown;
+  };
+  const look = () => {
+    send(plots[0], "pointermove", 0.5, "mouse");
+    return {
+      boxes: figures.map((chart) => chart.querySelector(".plot svg")?.getAttribute("viewBox")),
+      images: figures.map((chart) => chart.querySelector(".plot img")?.style.cssText),
+      ticks: [...figures[0].querySelectorAll(".ticks.x span")].map((label) => label.textContent),
+      ends: [...figures[0].querySelectorAll(".ticks.x span")].map((label) => label.style.left),
+      phases: [...figures[0].querySelectorAll(".phase")].map((name) => name.style.cssText),
+      buttons: page.querySelectorAll("button.whole").length,
+      tip: page.querySelector(".tip").innerText,
+      overflow: root.scrollWidth - root.clientWidth,
+      ranges: page.querySelectorAll(".range").length,
+    };
+  };
+  const seen = { axes: figures.map((chart) => chart.dataset.x), before: look() };
+  drag(0.2, 0.7, "touch");
+  seen.touched = look();
+  drag(0.5, 0.501);
+  seen.clicked = look();
+  send(plots[0], "pointerdown", 0.2, "mouse");
+  send(plots[0], "pointermove", 0.6, "mouse");
+  page.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+  send(plots[0], "pointerup", 0.6, "mouse");
+  seen.escaped = look();
+  seen.range = drag(0.7, 0.2);
+  seen.zoomed = look();
+  drag(0, 0.5);
+  seen.deeper = look();
+  plots[0].dispatchEvent(new MouseEvent("dblclick", { bubbles: true }));
+  seen.reset = look();
+  for (let i = 0; i < 20; i++) drag(0.4, 0.6);
+  seen.deepest = look();
+  page.querySelector("button.whole").click();
+  seen.again = look();
+  seen.focus = page.activeElement.className;
+  document.title = JSON.stringify(seen);
+};
+</script>"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> str:
     found = [path for name in BROWSERS if (path := shutil.which(name))]
@@ -1086,26 +1146,31 @@ def browser() -> str:
     return found[0]
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page_without_complaint(
-    run_dir: Path, browser: str, width: int
-) -> None:
-    write_scores(run_dir, layers=4)
-    written = report(run_dir).page
-    probe = run_dir / "probe.html"
-    probe.write_text(PROBE.replace("WIDTH", str(width)).replace("PAGE", written.as_uri()))
+def probed(browser: str, page: Path, probe: str) -> Any:
+    """What a probe's script has found on a page; nothing may be on the browser's console."""
+    file = page.parent / "probe.html"
+    file.write_text(probe.replace("PAGE", page.as_uri()))
     done = subprocess.run(
         [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            "--allow-file-access-from-files", f"--user-data-dir={run_dir / 'profile'}",
-            "--virtual-time-budget=5000", "--dump-dom", probe.as_uri(),
+            "--allow-file-access-from-files", f"--user-data-dir={page.parent / 'profile'}",
+            "--virtual-time-budget=5000", "--dump-dom", file.as_uri(),
         ],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title and title[1] != "-", done.stderr
-    seen = json.loads(title[1])
+    return json.loads(html.unescape(title[1]))
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_complaint(
+    run_dir: Path, browser: str, width: int
+) -> None:
+    write_scores(run_dir, layers=4)
+    written = report(run_dir).page
+    seen = probed(browser, written, PROBE.replace("WIDTH", str(width)))
     assert seen["overflow"] == 0
     assert len(seen["titles"]) == len(EVERY_CHART) + 2 + 4 and all(seen["titles"])
     assert all(len(labels) >= 2 and all(labels) for labels in seen["labels"])
@@ -1114,3 +1179,35 @@ def test_a_browser_shows_the_page_without_complaint(
         seen["tip"].startswith("409.6K consumed tokens") and "training, smoothed: 2." in seen["tip"]
     )
     assert seen["cursors"] == len(EVERY_CHART)  # scores are over tokens of their own
+
+
+def test_a_drag_zooms_all_charts_over_the_same_axis(run_dir: Path, browser: str) -> None:
+    write_scores(run_dir, layers=4)
+    seen = probed(browser, report(run_dir).page, ZOOMS)
+    assert seen["before"]["overflow"] == seen["before"]["buttons"] == 0
+    for still in ("touched", "clicked", "escaped", "reset", "again"):
+        assert seen[still] == seen["before"], still
+    assert seen["range"] == 1  # of the drag that did zoom
+
+    for name, begin, end in (("zoomed", 0.2, 0.7), ("deeper", 0.2, 0.45)):
+        now, charts = seen[name], 0
+        for axis, box, image in zip(seen["axes"], now["boxes"], now["images"], strict=True):
+            same = axis == seen["axes"][0]
+            charts += same
+            if box is not None:
+                left, top, width, height = map(float, box.split())
+                wanted = (1e4 * begin, 1e4 * (end - begin)) if same else (0, 1e4)
+                assert (left, width) == pytest.approx(wanted, abs=20)
+                assert (top, height) == (0, 1e4)
+            elif same:
+                assert f"width: {100 / (end - begin):.0f}" in image
+        assert now["buttons"] == charts > 3
+        assert now["overflow"] == now["ranges"] == 0
+    assert seen["zoomed"]["ticks"] == ["200K", "300K", "400K", "500K"]
+    places = [float(end[:-1]) for end in seen["zoomed"]["ends"]]
+    assert places == pytest.approx([8.8, 33.2, 57.7, 82.1], abs=0.5)
+    assert seen["zoomed"]["tip"].startswith("368.")  # the middle of 0.2 and 0.7 of 819.2K
+    assert float(seen["deepest"]["boxes"][0].split()[2]) == pytest.approx(50)  # and no less
+    assert len(set(seen["deepest"]["ticks"])) == len(seen["deepest"]["ticks"]) >= 3
+    assert "training, smoothed" in seen["deepest"]["tip"]
+    assert seen["focus"].startswith("chart")

@@ -30,7 +30,7 @@ from megatron_idea.report.chart import (
     tokens_axis,
 )
 from megatron_idea.report.charts import loss_axis
-from megatron_idea.report.page import card, document, gallery
+from megatron_idea.report.page import ZOOM, card, document, gallery
 
 PAGE, NUMBERS, MARKDOWN = "comparison.html", "comparison.json", "comparison.md"
 
@@ -85,7 +85,7 @@ def page(suite: Suite, results: Results) -> str:
         f"<h2>What is not shown</h2><p>{escape(_not_shown(results))}</p>"
         f"{_suite_file(suite)}"
         f"<footer>Drawn from what the runs recorded{escape(_where(results))}. Move over a chart, "
-        "or touch it, for its values.</footer>"
+        f"or touch it, for its values. {ZOOM}</footer>"
     )
     style = (importlib.resources.files("megatron_idea.compare") / "page.css").read_text("utf-8")
     return document(suite.path.stem, body, style)

@@ -25,6 +25,8 @@ from megatron_idea.report.run import Run, mean_of, named
 from megatron_idea.report.samples import samples
 from megatron_idea.report.svg import SIZE, figure
 
+ZOOM = "Drag over a chart with the mouse to see a part of it, double-click to see all."
+
 
 def page(runs: Sequence[Run]) -> str:
     """Write the page of one run with all its numbers, or of several in the same charts."""
@@ -57,7 +59,8 @@ def _one(run: Run) -> str:
     return (
         f"<header><h1>{escape(run.name)}</h1><p>{escape(_subtitle(run))}</p></header>"
         f"{_broken(run)}{_passed(run)}{_tiles(run)}"
-        f"<h2>Run</h2>{gallery([*charts.overview([run]), *charts.details([run])])}"
+        f'<h2>Run</h2><p class="hint">{ZOOM}</p>'
+        f"{gallery([*charts.overview([run]), *charts.details([run])])}"
         f"{_layers(run)}"
         f"<h2>Numbers</h2>{_tables(run)}"
         f"{samples(run)}{_configuration(run)}"
@@ -72,7 +75,8 @@ def _several(runs: Sequence[Run]) -> str:
         f"<h2>Side by side</h2>{card(tables.compared(runs))}"
         f"{card(differences) if differences else ''}"
         '<h2>Curves</h2><p class="hint">A run in a legend: touch it to hide it in every chart, '
-        f"move over it to see it alone.</p>{drawn}<h2>Each run</h2>" + "".join(map(_folded, runs))
+        f"move over it to see it alone. {ZOOM}</p>{drawn}<h2>Each run</h2>"
+        + "".join(map(_folded, runs))
     )
 
 
