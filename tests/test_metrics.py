@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -329,8 +330,8 @@ class FakeWandb(ModuleType):
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
+    fake.__spec__ = ModuleSpec("wandb", None)  # found, as if installed
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return fake
 
 
@@ -486,9 +487,8 @@ def mlflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     }  # fmt: skip
     for name, members in made.items():
         module = ModuleType(name)
-        vars(module).update(members)
+        vars(module).update(members, __spec__=ModuleSpec(name, None))  # found, as if installed
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return FakeMLflow
 
 
