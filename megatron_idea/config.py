@@ -103,6 +103,7 @@ class DataConfig:
     tokenizer: str = "byte"
     """Path of a ``tokenizer.json``, or ``byte`` for the byte-level fallback (256 + 1 ids)."""
     train: list[BlendEntry] = field(default_factory=list)
+    """Blended by weight."""
     validation: list[BlendEntry] = field(default_factory=list)
     """Held-out documents; empty: no held-out loss is measured."""
     cache_dir: str = ""
@@ -157,6 +158,7 @@ class ParallelConfig:
     bucket_size: int = 0
     """Elements per gradient bucket; 0 leaves the choice to megatron-core."""
     distributed_timeout_minutes: float = 10.0
+    """How long a rank waits for the others."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -230,6 +232,7 @@ class ScheduleConfig:
     """``integrated``: one warm-up, one decay over all tokens. ``restarted``: the decay ends with
     the enlarged phase; pruning begins with a new warm-up and a new decay (the naive pipeline)."""
     total_tokens: int = 4_000_000
+    """Consumed by the whole run, all phases together."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 5e-6
@@ -243,9 +246,11 @@ class ScheduleConfig:
     lr_wsd_decay_fraction: float = 0.1
     """Share of all tokens in the decay of ``WSD``; with ``restarted``, of each curve's own."""
     enlarged_fraction: float = 0.5
+    """Share of all tokens in the phase before pruning; the three shares add up to 1."""
     prune_fraction: float = 0.15
+    """Share in which units are scored and removed."""
     recover_fraction: float = 0.35
-    """Shares of all tokens in the three phases; they add up to 1."""
+    """Share in which the small model trains on."""
     prune_warmup_fraction: float = 0.05
     """Share of the prune phase in which scores are gathered and nothing is removed."""
     removal: str | None = None
@@ -435,6 +440,7 @@ class PruneConfig:
     ema: float = 0.5
     """Coefficient of the moving average; which term it multiplies is ``ema_on``."""
     ema_on: str = "history"
+    """``history``: the coefficient is that of the old average; ``new``: of what is new."""
     scope: str = "layer"
     """``layer``: equal widths. ``global``: one ranking over all layers, widths differ."""
     mask_interval_steps: int = 1
@@ -689,6 +695,7 @@ class GuardConfig:
     """``warn``; ``pause_pruning`` until it is over, or until all must be removed; ``rollback`` to
     the last checkpoint, leaving out the data in between."""
     max_rollbacks: int = 3
+    """Of a run with ``on_spike: rollback``; the next spike ends it."""
 
     def __post_init__(self) -> None:
         _one_of("guard.on_spike", self.on_spike, ("warn", "pause_pruning", "rollback"))
@@ -702,6 +709,7 @@ class EvaluationConfig:
     """Held-out loss: at the start, at every phase's end, around compactions, and in between."""
 
     every_tokens: int = 0
+    """Tokens between two evaluations; 0: none in between."""
     num_samples: int = 64
     """Held-out sequences in one evaluation, always the same ones."""
     around_compaction: bool = True
@@ -723,6 +731,7 @@ class LoggingConfig:
     """metrics.jsonl and events.jsonl are always written."""
 
     tensorboard: bool = True
+    """Event files in ``<run_dir>/tensorboard``."""
     wandb: str = ""
     """Weights & Biases project that gets the same numbers; empty: none. ``WANDB_MODE=offline`` in
     the environment keeps them in the run folder."""
@@ -779,6 +788,7 @@ class Sections:
 @dataclass(frozen=True)
 class Config:
     run_dir: str = "runs/unnamed"
+    """Where everything that the run writes is; the same folder again resumes it."""
     start_from: str = ""
     """Where a new run begins, in place of the seed: a checkpoint, or a run and which of its own, as
     in ``runs/wide`` (the latest), ``runs/wide@enlarged`` (the end of a phase) or
