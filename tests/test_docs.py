@@ -23,10 +23,12 @@ from megatron_idea import config as configuration
 from megatron_idea.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")],
-    key=lambda path: path.as_posix(),
-)
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "examples/README.md",
+    ROOT / "benchmarks/README.md",
+]
 NOTEBOOK = ROOT / "docs/tour.ipynb"
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
