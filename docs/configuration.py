@@ -118,7 +118,8 @@ def _text_of(section: type) -> str:
 def _kind(kind: Any) -> str:
     if NoneType in get_args(kind):
         (inner,) = (option for option in get_args(kind) if option is not NoneType)
-        return f"{_kind(inner)}, or null"
+        alike = [name for name, section in sections().items() if section is inner]
+        return f"{f'keys of `{alike[0]}`' if alike else _kind(inner)}, or null"
     if get_origin(kind) is list:
         (item,) = get_args(kind)
         return f"list of {_kind(item)}{'' if dataclasses.is_dataclass(item) else 's'}"
