@@ -101,7 +101,8 @@ def stepper(
     from megatron_idea.train import Run, step
 
     byte, pruner = load_tokenizer("byte"), Pruner(config, trainable)
-    run = Run(config, trainable.groups, trainable, pruner, data, None, byte, *[Silent()] * 3)
+    groups = trainable.groups
+    run = Run(config, config, groups, trainable, pruner, data, None, byte, *[Silent()] * 3)
     run.teacher = teacher
     state = TrainState.fresh(config)
     state.consumed_tokens = at_tokens
