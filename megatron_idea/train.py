@@ -50,7 +50,6 @@ from megatron_idea.engine.passes import forward_backward
 from megatron_idea.engine.trainable import Trainable, assemble
 from megatron_idea.evaluation.generate import sample_live
 from megatron_idea.evaluation.held_out import held_out_loss
-from megatron_idea.prune.compact import release
 from megatron_idea.prune.plan import Plan
 from megatron_idea.prune.probe import Probe
 from megatron_idea.prune.pruner import Pruner
@@ -229,7 +228,7 @@ def change_layout(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     finish_saving(run)
     run.progress.close()
     run.log.close()
-    release(run.trainable)
+    run.trainable.release()
     del run
     gc.collect()  # a teacher is in cycles, too
     groups = regroup(before, config.parallel, config.training.seed)
@@ -452,7 +451,7 @@ def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     spike_at = state.step, state.consumed_tokens, state.skipped_samples
     run.progress.close()
     run.log.close()
-    release(run.trainable)
+    run.trainable.release()
     del run
     again, state = build(config, groups, given)
     again.stop.received = again.stop.received or stop.received

@@ -487,14 +487,13 @@ def test_releasing_a_model_empties_transformer_engines_stand_ins_for_gradients(
     from types import SimpleNamespace
 
     from megatron_idea.engine.trainable import assemble
-    from megatron_idea.prune.compact import release
 
     kept = {(48, 16): torch.empty(48, 16)}
     name = "transformer_engine.pytorch.module.base"
     assert name not in sys.modules
     sys.modules[name] = SimpleNamespace(_dummy_wgrads=kept)  # type: ignore[assignment]
     try:
-        release(assemble(config.sections, groups, Shape.full(config.model), initialize=True))
+        assemble(config.sections, groups, Shape.full(config.model), initialize=True).release()
     finally:
         del sys.modules[name]
     assert not kept

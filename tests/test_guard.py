@@ -171,19 +171,19 @@ def signalled_job(rendezvous: str, config: Config, strange: dict[int, float]) ->
     import os
     import signal
 
-    from megatron_idea import train as module
+    from megatron_idea.engine.trainable import Trainable
 
-    release = module.release
+    release = Trainable.release
 
     def told(trainable: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         release(trainable)
 
-    module.release = told
+    Trainable.release = told
     try:
         job(rendezvous, config, strange)
     finally:
-        module.release = release
+        Trainable.release = release
 
 
 def test_a_signal_during_a_rollback_stops_the_run(tiny: Config, workers: Workers) -> None:

@@ -16,10 +16,10 @@ PACKAGE = "megatron_idea"
 # A part may import parts of its own rank or below. A folder has one rank, but for single files.
 LAYERS = (
     {"config", "errors", "schedule", "shape", "course", "law", "guard", "files", "kernels", "_C",
-     "__init__", "engine.core_versions", "huggingface.names"},
+     "__init__", "engine.core_versions", "huggingface.names", "prune.axis"},
     {"engine"},
     {"data", "records", "prune", "distill.loss", "distill.teacher"},
-    {"checkpoint", "report"},
+    {"checkpoint", "report", "library"},
     {"huggingface", "planning"},
     {"evaluation", "distill", "compare"},
     {"train"},
@@ -28,7 +28,7 @@ LAYERS = (
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 MAY_IMPORT_MEGATRON_CORE = {
-    "engine", "data", "checkpoint",
+    "engine", "data", "checkpoint", "library",
     "planning.dry_run",
 }  # fmt: skip
 MAY_PRINT = {"cli"}

@@ -342,20 +342,20 @@ def test_every_variant_trains_to_its_exact_width(
 def broken_job(rendezvous: str, config: Config) -> None:
     """A run whose second compaction ends the process after the first tensor was dropped."""
     from megatron_idea import train as module
-    from megatron_idea.prune import compact
+    from megatron_idea.engine import trainable
 
-    rebuild, calls = compact.assemble, itertools.count(1)
+    rebuild, calls = trainable.assemble, itertools.count(1)
 
     def assemble(*arguments: Any, **settings: Any) -> Any:
         if not settings["gradients"] and next(calls) == 2:
             raise MemoryError("while rebuilding")
         return rebuild(*arguments, **settings)
 
-    compact.assemble = assemble
+    trainable.assemble = assemble
     try:
         module.train(config, rendezvous)
     finally:
-        compact.assemble = rebuild
+        trainable.assemble = rebuild
 
 
 @pytest.mark.parametrize("parallel", [{}, TP2], ids=["one", "tp2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,16 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
 from megatron_idea.config import ModelConfig, ParallelConfig, Sections, TrainingConfig
-from megatron_idea.engine.distributed import ProcessGroups
-from megatron_idea.engine.layers import PrunableMLP
+from megatron_idea.engine.distributed import (
+    ProcessGroups,
+    forget_dummy_gradients,
+    forget_rotary_cache,
+)
 from megatron_idea.engine.model import (
     build_model,
     initialize_weights,
@@ -108,9 +113,35 @@ class Trainable:
         return ShardExchange(self.optimizer, self.parameters, self.groups, owners)
 
     @property
-    def mlps(self) -> list[tuple[int, PrunableMLP]]:
+    def mlps(self) -> list[tuple[int, MLP]]:
         """This rank's MLPs with their layer number in the whole model."""
         return list(prunable_mlps(self.chunks))
+
+    def release(self) -> None:
+        """Give the memory of the model and its optimizer back; nothing here can be used then."""
+        self._let_go()  # apart from here: a loop variable that is still bound would keep it all
+        gc.collect()  # hooks, buffers and parameters refer to each other in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _let_go(self) -> None:
+        """Drop model, buffers and optimizer, and what would keep them alive."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.disable_forward_pre_hook(param_sync=False)
+        forget_data_parallel(self.core)
+        self.chunks = []
+        del self.optimizer
+        forget_rotary_cache()
+        forget_dummy_gradients()
+
+    def rebuilt(self, shape: Shape) -> Trainable:
+        """Release this, and build the same in another shape.
+
+        Weights are unset, and gradients have no memory until ``restore_grad_buffers``.
+        """
+        self.release()
+        return assemble(self.sections, self.groups, shape, initialize=False, gradients=False)
 
 
 class _ZerosUntouched(TorchFunctionMode):

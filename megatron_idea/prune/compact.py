@@ -10,7 +10,6 @@ result is checked against what there was: an error ends the job, and the last ch
 
 from __future__ import annotations
 
-import gc
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -24,14 +23,12 @@ from megatron_idea.config import ModelConfig
 from megatron_idea.engine.distributed import (
     PeakMemory,
     ProcessGroups,
-    forget_dummy_gradients,
-    forget_rotary_cache,
     together,
 )
 from megatron_idea.engine.model import named_parameters
 from megatron_idea.engine.optimizer import adam_step, finish_main_update, has_moments, set_state
 from megatron_idea.engine.shards import MOMENTS, has_main_copy, shard_of
-from megatron_idea.engine.trainable import Trainable, assemble, forget_data_parallel
+from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.axis import AXES, Share, shares_of
 from megatron_idea.prune.plan import Plan, StoredUnits
 from megatron_idea.prune.relocate import Relocation, move, relocate
@@ -148,26 +145,6 @@ def free_gradients(trainable: Trainable) -> None:
     trainable.optimizer.zero_grad()
 
 
-def _let_go(trainable: Trainable) -> None:
-    """Drop the old model, buffers and optimizer, and what would keep them alive."""
-    for chunk in trainable.chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.disable_forward_pre_hook(param_sync=False)
-    forget_data_parallel(trainable.core)
-    trainable.chunks = []
-    del trainable.optimizer
-    forget_rotary_cache()
-    forget_dummy_gradients()
-
-
-def release(trainable: Trainable) -> None:
-    """Give the memory of a model and its optimizer back; nothing of ``trainable`` can be used."""
-    _let_go(trainable)  # apart from here: a loop variable that is still bound would keep it all
-    gc.collect()  # hooks, buffers and parameters refer to each other in cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def compact(
     trainable: Trainable, plan: Plan, stored: StoredUnits, placement: str
 ) -> tuple[CompactReport, StoredUnits]:
@@ -199,8 +176,7 @@ def compact(
     # one while survivors are staged, and all of the old is gone before the new is built.
     free_gradients(trainable)
     fresh, moved_layers = rebuild(trainable, relocations, plan.shape, step)
-    trainable.core, trainable.chunks = fresh.core, fresh.chunks
-    trainable.optimizer, trainable.shape = fresh.optimizer, fresh.shape
+    vars(trainable).update(vars(fresh))
     peak_bytes = peak.bytes
     loss_change = check(before, fingerprint(trainable, after), plan.alive, trainable)
     shrunk = shrinking(old, plan.shape)
@@ -232,8 +208,7 @@ def rebuild(
     old = trainable.shape
     attributes = {tensor_of(name): _attributes(p) for name, p in named_parameters(trainable.chunks)}
     staged, owners = stage(trainable, relocations, shape)
-    release(trainable)
-    fresh = assemble(trainable.sections, trainable.groups, shape, initialize=False, gradients=False)
+    fresh = trainable.rebuilt(shape)
     for name, parameter in named_parameters(fresh.chunks):
         known = attributes.get(tensor_of(name))  # unknown where a stage has its first layer now
         assert known is None or _attributes(parameter) == known, (

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_idea.config import Config
 from megatron_idea.course import finished_axes, num_steps, removed_by_axis
 from megatron_idea.engine.distributed import assert_same_on_all_ranks, on_device
+from megatron_idea.engine.layers import PrunableMLP
 from megatron_idea.engine.optimizer import reset_moments
 from megatron_idea.engine.trainable import Trainable
 from megatron_idea.prune.activations import watched
@@ -368,7 +369,8 @@ class Pruner:
         """Derive the masks of this rank's FFNs from who is alive."""
         alive = on_this_rank(self.alive, trainable, self.stored)["ffn_hidden_size"]
         for layer, mlp in trainable.mlps:
-            mlp.set_alive(alive[layer])
+            if isinstance(mlp, PrunableMLP):  # another one does with zeros alone
+                mlp.set_alive(alive[layer])
 
     @property
     def pending_steps(self) -> int:
