@@ -81,7 +81,6 @@ def forward_backward(chunks, step):
     draw = torch.Generator().manual_seed(step)
     places = torch.randint(len(TEXT) - LENGTH, (BATCH,), generator=draw)
     windows = torch.stack([TEXT[at : at + LENGTH + 1] for at in places])
-    chunks[0].zero_grad_buffer()
     (loss,) = get_forward_backward_func()(
         forward_step_func=forward, data_iterator=iter([windows]), model=chunks,
         num_microbatches=1, seq_length=LENGTH, micro_batch_size=BATCH, forward_only=False,
@@ -99,6 +98,8 @@ def main():
     pruning = Pruning(CONFIG, chunks, optimizer, groups, build)
     for step in range(1, STEPS + 1):
         tokens = step * CONFIG.batch_tokens
+        chunks[0].zero_grad_buffer()
+        optimizer.zero_grad()
         with pruning.watched(tokens):
             loss = forward_backward(chunks, step)
         pruning.observe(tokens)

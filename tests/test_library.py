@@ -72,7 +72,7 @@ class Host:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer import TransformerConfig
 
-        from megatron_idea.engine.model import initialize_weights
+        from megatron_idea.engine.model import initialize_weights, pipeline_layout
 
         self.builds += 1
         torch.rand(self.builds)  # a host may draw random numbers
@@ -86,8 +86,10 @@ class Host:
             kv_channels=model.kv_channels,
             tensor_model_parallel_size=groups.tp.size(),
             pipeline_model_parallel_size=groups.pp.size(),
+            pipeline_model_parallel_layout=pipeline_layout(shape.num_layers, groups.pp.size()),
             pipeline_dtype=torch.float32,
             normalization="RMSNorm",
+            qk_layernorm=model.qk_layernorm,
             gated_linear_unit=True,
             activation_func=F.silu,
             attention_dropout=0.0,
@@ -136,6 +138,7 @@ class Host:
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
         found: list[torch.Tensor] = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(tokens.split(2)),
@@ -159,7 +162,7 @@ class Host:
             if step == 2:  # and never again: it has to survive the rebuilds
                 for group in self.optimizer.param_groups:
                     group["lr"] = 1e-3
-            taken, *_ = self.optimizer.step()
+            taken, self.norm, _ = self.optimizer.step()
             if pruning.after_step(tokens, taken):
                 self.chunks, self.optimizer = pruning.chunks, pruning.optimizer
             mean = torch.tensor([sum(map(float, found)) / max(1, len(found))])
@@ -311,7 +314,7 @@ def test_what_cannot_be_pruned_is_refused_in_words(groups: ProcessGroups, config
     lacking = type(groups)(ProcessGroupCollection(tp=groups.tp), groups.device)
     refused("lack pp, mp, dp, dp_cp", groups=lacking)
     with_bias = Host(groups, plain, add_bias_linear=True)
-    with pytest.raises(HostError, match="nobody knows who owns .*bias"):
+    with pytest.raises(HostError, match=r"nobody knows who owns .*bias"):
         with_bias.pruning()
 
 
@@ -345,14 +348,17 @@ def test_after_a_rebuild_the_old_model_is_empty(groups: ProcessGroups, config: C
     from megatron_idea.library import HostError
 
     host = Host(groups, replace(pruned({"ffn_hidden_size": 12}), parallel=config.parallel))
-    pruning, old = host.pruning(), host.chunks
+    pruning, old, optimizer = host.pruning(), host.chunks, host.optimizer
     host.train(pruning, last=8)
     assert pruning.report is not None and old is not host.chunks
     assert all(parameter.numel() == 0 for parameter in old[0].parameters())
-    host.chunks = old
-    with pytest.raises((RuntimeError, IndexError)):
-        host.passes(9)
-    host.chunks = pruning.chunks
+    for one, method in (
+        (old[0], "zero_grad_buffer"),
+        (old[0], "forward"),
+        (optimizer, "step"),
+    ):
+        with pytest.raises(HostError, match=r"take pruning\.chunks and pruning\.optimizer"):
+            getattr(one, method)()
 
     def unready(shape: Shape) -> tuple[list[Any], Any]:
         chunks, optimizer = host.build(shape)
@@ -361,7 +367,7 @@ def test_after_a_rebuild_the_old_model_is_empty(groups: ProcessGroups, config: C
 
     pruning._trainable.build = unready
     with pytest.raises(HostError, match="had finalize_model_grads_func"):
-        host.train(pruning, first=9)
+        pruning._trainable.rebuilt(pruning.shape)
 
 
 # ------------------------------------------------------------------------ example and documents

@@ -92,12 +92,14 @@ class HostTrainable(Trainable):
         return taken
 
     def _let_go(self) -> None:
-        chunks = self.chunks
+        chunks, given = self.chunks, self.given
         super()._let_go()
         self.core.grad_scale_func = None
         del self.given
-        # The host's variables still refer to the model: it keeps no memory, and does not run.
+        # The host's variables still refer to the old ones: they keep no memory, and do not run.
+        given.step = _gone
         for chunk in chunks:
+            chunk.forward = chunk.zero_grad_buffer = _gone
             for parameter in chunk.parameters():
                 parameter.data = parameter.data.new_empty(0)
             for buffer in chunk.buffers:
@@ -224,6 +226,13 @@ def _only_adam(given: MegatronOptimizer) -> MegatronOptimizer:
                 "reach them: turn it off"
             )
     return chain[0]
+
+
+def _gone(*_: Any, **__: Any) -> None:
+    raise HostError(
+        "this model was rebuilt in a smaller shape: take pruning.chunks and pruning.optimizer when "
+        "after_step or load_state_dict returns True"
+    )
 
 
 def _layer(name: str) -> str | None:
