@@ -257,7 +257,7 @@ def test_a_state_from_mid_prune_goes_on_bit_for_bit(groups: ProcessGroups, confi
     losses = host.train(pruning, first=8)
 
     file.seek(0)
-    of_pruning, weights, moments = torch.load(file, weights_only=False)
+    of_pruning, weights, moments = torch.load(file)
     again = Host(groups, config)
     resumed = again.pruning()
     assert resumed.load_state_dict(of_pruning)
@@ -372,22 +372,48 @@ def test_after_a_rebuild_the_old_model_is_empty(groups: ProcessGroups, config: C
 
 # ------------------------------------------------------------------------ example and documents
 
+EXAMPLE = ROOT / "examples/library.py"
 
-def run_example(rendezvous: str) -> tuple[str, dict[str, Any]]:
+
+def run_example(_rendezvous: str) -> str:
     from megatron_idea.engine.distributed import stop_distributed
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        runpy.run_path(str(ROOT / "examples/library.py"), run_name="__main__")
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
     stop_distributed()
-    return said.getvalue(), {}
+    return said.getvalue()
 
 
 def test_the_example_trains_and_shrinks(workers: Workers) -> None:
-    ((said, _),) = workers.run(run_example, 1)
+    (said,) = workers.run(run_example, 1)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     sizes = [int(size.replace(",", "")) for size in re.findall(r"parameters ([\d,]+)", said)]
     assert losses[-1] < losses[0] - 1
     assert sizes[0] - sizes[-1] == 2 * 3 * 64 * 64  # of gate, up and down, in two layers
-    lines = (ROOT / "examples/library.py").read_text().splitlines()
-    assert len(lines) < 120
+
+
+def run_snippets(_rendezvous: str, folder: Path) -> tuple[int, ...]:
+    from megatron_idea.engine.distributed import stop_distributed
+    from megatron_idea.prune.relocate import extension
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
+    assert len(blocks) == 5
+    host = runpy.run_path(str(EXAMPLE))
+    names = {
+        **host,
+        "config": host["CONFIG"],
+        "steps": host["STEPS"],
+        "path": folder / "pruning.pt",
+    }
+    names["groups"] = host["start"]()
+    for block in blocks:
+        if "_C" not in block or extension() is not None:
+            exec(block, names)
+    stop_distributed()
+    counts: tuple[int, ...] = names["pruning"].shape.counts("ffn_hidden_size")
+    return counts
+
+
+def test_the_documents_snippets_run(workers: Workers, tmp_path: Path) -> None:
+    assert workers.run(run_snippets, 1, tmp_path) == [(64, 64)]
