@@ -171,19 +171,25 @@ def signalled_job(rendezvous: str, config: Config, strange: dict[int, float]) ->
     import os
     import signal
 
-    from megatron_idea.engine.trainable import Trainable
+    from megatron_idea import train as module
 
-    release = Trainable.release
+    roll_back = module.roll_back
 
-    def told(trainable: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        release(trainable)
+    def told(run: Any, state: Any) -> Any:
+        release = run.trainable.release
 
-    Trainable.release = told
+        def stop_and_release() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            release()
+
+        run.trainable.release = stop_and_release
+        return roll_back(run, state)
+
+    module.roll_back = told
     try:
         job(rendezvous, config, strange)
     finally:
-        Trainable.release = release
+        module.roll_back = roll_back
 
 
 def test_a_signal_during_a_rollback_stops_the_run(tiny: Config, workers: Workers) -> None:

@@ -55,7 +55,7 @@ class Host:
     def __init__(self, groups: ProcessGroups, config: Config, **core: Any) -> None:
         self.groups, self.layout = groups, config.parallel
         self.config = replace(config, parallel=ParallelConfig())
-        self.core, self.builds, self.bias = core, 0, False
+        self.core, self.builds = core, 0
         self.ddp: dict[str, Any] = {"grad_reduce_in_fp32": True}
         self.adam: dict[str, Any] = {}
         self.chunks, self.optimizer = self.build(Shape.full(config.model))
@@ -71,12 +71,15 @@ class Host:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.module import Float16Module
 
         from megatron_idea.engine.model import initialize_weights, pipeline_layout
 
         self.builds += 1
         torch.rand(self.builds)  # a host may draw random numbers
         model, layer, groups = self.config.model, shape.layers[0], self.groups
+        bf16 = self.config.training.precision == "bf16"
+        numbers = {"bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32}
         core = TransformerConfig(
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
@@ -87,12 +90,13 @@ class Host:
             tensor_model_parallel_size=groups.tp.size(),
             pipeline_model_parallel_size=groups.pp.size(),
             pipeline_model_parallel_layout=pipeline_layout(shape.num_layers, groups.pp.size()),
-            pipeline_dtype=torch.float32,
+            pipeline_dtype=numbers["params_dtype"],
             normalization="RMSNorm",
             qk_layernorm=model.qk_layernorm,
             gated_linear_unit=True,
             activation_func=F.silu,
             attention_dropout=0.0,
+            **numbers,
             **{"add_bias_linear": False, "hidden_dropout": 0.0, **self.core},
         )
         gpt = GPTModel(
@@ -109,10 +113,12 @@ class Host:
             initialize_weights(model, 7, [gpt], groups)
         sharded = self.layout.use_distributed_optimizer
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded, **self.ddp)
-        chunks = [DistributedDataParallel(core, ddp, gpt)]
+        inner = Float16Module(core, gpt) if bf16 else gpt
+        chunks = [DistributedDataParallel(core, ddp, inner)]
         core.finalize_model_grads_func = finalize_model_grads
         adam = OptimizerConfig(
-            **{"optimizer": "adam", "lr": 3e-3, "use_distributed_optimizer": sharded, **self.adam}
+            **{"optimizer": "adam", "lr": 3e-3, "use_distributed_optimizer": sharded, **self.adam},
+            **numbers,
         )
         return chunks, get_megatron_optimizer(adam, chunks, use_gloo_process_groups=False)
 
@@ -218,6 +224,13 @@ def test_stock_modules_train_alike_with_silent_units_and_without_them(
     assert {axis: set(cut["shape"].counts(axis)) for axis in TARGET} == {
         axis: {count} for axis, count in TARGET.items()
     }
+
+
+def test_main_weights_of_bf16_come_along(workers: Workers, alone: dict[str, Any]) -> None:
+    config = replace(pruned(TARGET), training={"precision": "bf16"})
+    cut, _ = run_job(workers, whole_run, 2, config)
+    assert cut["losses"] == pytest.approx(alone["losses"], abs=0.05)
+    assert cut["builds"] >= 3
 
 
 def test_a_rebuild_draws_no_random_number_that_training_would_miss(workers: Workers) -> None:
