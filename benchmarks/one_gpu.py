@@ -29,7 +29,6 @@ from megatron_idea.engine.core_versions import quiet
 from megatron_idea.engine.distributed import PeakMemory, ProcessGroups, joined
 from megatron_idea.engine.gpus import peak_flops
 from megatron_idea.engine.trainable import assemble
-from megatron_idea.prune.compact import release
 from megatron_idea.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
@@ -77,7 +76,7 @@ def steps(
         "mfu": None if most is None else round(flops / median / most, 4),
         "peak_bytes": peak.bytes,
     }
-    release(trainable)
+    trainable.release()
     return found
 
 
@@ -96,7 +95,7 @@ def compaction(config: Config, groups: ProcessGroups) -> dict[str, Any]:
         "peak_bytes": report.peak_bytes,
         "neurons": [goal.full, goal.full - goal.block],
     }
-    release(trainable)
+    trainable.release()
     return found
 
 
