@@ -23,7 +23,7 @@ LAYERS = (
     {"huggingface", "planning"},
     {"evaluation", "distill", "compare"},
     {"train"},
-    {"cli", "__main__", "testing", "planning.doctor"},
+    {"cli", "__main__", "testing", "planning.doctor", "examples"},
 )  # fmt: skip
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
