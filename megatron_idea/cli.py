@@ -290,11 +290,12 @@ def train(
     else:
         # Until the run listens itself: Python's own handler has no turn while torch waits.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from megatron_idea.course import wants_fewer_nodes
+    from megatron_idea.engine.launcher import nodes_from_environment
     from megatron_idea.train import train as run
-    from megatron_idea.train import wants_fewer_nodes
 
     state = run(loaded)
-    if wants_fewer_nodes(loaded, state.consumed_tokens):
+    if wants_fewer_nodes(loaded, state.consumed_tokens, nodes_from_environment()):
         raise typer.Exit(FEWER_NODES)
     if state.consumed_tokens < loaded.schedule.total_tokens:
         raise typer.Exit(STOPPED)

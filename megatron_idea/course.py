@@ -45,6 +45,12 @@ def layout_at(config: Config, tokens: int) -> Config:
     return config.after_prune if tokens >= phase_ends(config.schedule)["prune"] else config
 
 
+def wants_fewer_nodes(config: Config, tokens: int, nodes: int) -> bool:
+    """Tell whether a job has more nodes than its run is to have after ``tokens`` tokens."""
+    is_small = phase_ends(config.schedule)["prune"] <= tokens < config.schedule.total_tokens
+    return is_small and 0 < config.nodes_after_prune < nodes
+
+
 def removed_at(config: Config, tokens: int) -> float:
     """Return the share of the removal that is due by ``tokens`` consumed tokens, in [0, 1]."""
     if config.prune.strategy == "none":

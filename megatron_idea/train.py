@@ -23,7 +23,13 @@ from megatron_idea import config as configuration
 from megatron_idea.checkpoint.saving import Saving
 from megatron_idea.checkpoint.state import TrainState
 from megatron_idea.config import Config, ConfigError, ParallelConfig, validate
-from megatron_idea.course import TeacherSize, layout_at, num_steps, removed_at
+from megatron_idea.course import (
+    TeacherSize,
+    layout_at,
+    num_steps,
+    removed_at,
+    wants_fewer_nodes,
+)
 from megatron_idea.data.batches import Batches
 from megatron_idea.data.of_run import open_batches, validation_batches
 from megatron_idea.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
@@ -39,12 +45,12 @@ from megatron_idea.engine.distributed import (
     ProcessGroups,
     joined,
     memory_bytes,
-    nodes_from_environment,
     regroup,
     together,
     world_size_from_environment,
 )
 from megatron_idea.engine.gpus import peak_flops
+from megatron_idea.engine.launcher import nodes_from_environment
 from megatron_idea.engine.optimizer import clip_and_step, squared_grad_norm
 from megatron_idea.engine.passes import forward_backward
 from megatron_idea.engine.trainable import Trainable, assemble
@@ -65,7 +71,6 @@ from megatron_idea.schedule import (
     learning_rate,
     phase,
     phase_ended,
-    phase_ends,
     teaching_begins,
 )
 
@@ -187,10 +192,11 @@ def loop(config: Config, groups: ProcessGroups, given: Config) -> TrainState:
             evaluate(run, state, "phase_end")
         elif crossed(config.evaluation.every_tokens, before, tokens):
             evaluate(run, state, "every")
-        ending = stopping or wants_fewer_nodes(config, tokens)
+        leaving = wants_fewer_nodes(config, tokens, nodes_from_environment())
+        ending = stopping or leaving
         if ended or ending or crossed(config.checkpoint.every_tokens, before, tokens):
             save(run, state, wait=stopping)
-        if wants_fewer_nodes(config, tokens):
+        if leaving:
             finish_saving(run)  # of the phase's end, or of this step
             run.log.event("fewer_nodes", step=state.step, tokens=tokens)
             run.progress.note(f"saved, to go on on {config.nodes_after_prune} nodes")
@@ -211,12 +217,6 @@ def loop(config: Config, groups: ProcessGroups, given: Config) -> TrainState:
     together(run.log.check, run.groups)
     dist.barrier()  # a launcher ends all workers when the first has left with a status
     return state
-
-
-def wants_fewer_nodes(config: Config, tokens: int) -> bool:
-    """Tell whether this job has more nodes than the run is to have after so many tokens."""
-    is_small = phase_ends(config.schedule)["prune"] <= tokens < config.schedule.total_tokens
-    return is_small and 0 < config.nodes_after_prune < nodes_from_environment()
 
 
 def change_layout(run: Run, state: TrainState) -> tuple[Run, TrainState]:

@@ -96,11 +96,6 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def nodes_from_environment() -> int:
-    """Nodes of this job: launchers of a torchrun job, else 1."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-
-
 def choose_interface() -> None:
     """Tell gloo the network interface to use, where it would fail to find one by itself.
 

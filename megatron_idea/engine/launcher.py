@@ -32,6 +32,11 @@ FEWER_NODES = 76
 LOOPBACK = "127.0.0.1"
 
 
+def nodes_from_environment() -> int:
+    """Nodes of the job that this process is a worker of: its launchers, else 1."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class Job:
     """Processes to start here, and where this node's place is in the job."""
