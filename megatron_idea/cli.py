@@ -660,13 +660,17 @@ def export(
             help="Write the teacher, too; the model cards say how OUT drafts for it.",
         ),
     ] = None,
+    optimizer: Annotated[
+        bool,
+        typer.Option("--optimizer", help="Write AdamW's state, too, for another engine to go on."),
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder of a Llama or Qwen3, or as one GGUF file."""
     from megatron_idea.distill.draft import export_draft
     from megatron_idea.huggingface.export import Form, export_checkpoint
 
     max_shard_bytes = None if max_shard_gb is None else max_shard_gb * 1e9
-    form = Form(format, layout, dtype, tokenizer, max_shard_bytes)
+    form = Form(format, layout, dtype, tokenizer, max_shard_bytes, optimizer)
     if draft_of is None:
         say(export_checkpoint(path, out, **vars(form)).as_text())
         return

@@ -223,6 +223,10 @@ class OptimizerConfig:
             _require(0 <= value < math.inf, f"optimizer.{name} is {value}; it must not be negative")
         _one_of("optimizer.lr_scaling", self.lr_scaling, ("none", "mup_simple"))
 
+    def matrix_scale(self, hidden_size: int) -> float:
+        """What the learning rate of attention's and FFN's matrices is multiplied by."""
+        return min(768 / hidden_size, 1.0) if self.lr_scaling == "mup_simple" else 1.0
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

@@ -44,6 +44,8 @@ def export_draft(path: Path, out: Path, draft_of: Path, form: Form) -> list[Expo
     """
     if form.format != "huggingface":
         raise ConfigError("--draft-of writes Hugging Face folders; export each --format gguf alone")
+    if form.optimizer:
+        raise ConfigError("--draft-of writes weights to serve; export with --optimizer alone")
     found = checkpoint.resolve(path)
     run_dir = found.absolute().parents[1]
     # A run can be moved, and its own teacher with it.

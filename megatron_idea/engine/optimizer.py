@@ -54,8 +54,8 @@ def build_optimizer(
     overrides = get_standard_config_overrides(core_config)
     # By the enlarged model's hidden size, whatever is stored: removing channels must not bend the
     # learning rate.
-    scale = min(768 / model.hidden_size, 1.0)
-    if settings.lr_scaling == "mup_simple" and scale < 1:
+    scale = settings.matrix_scale(model.hidden_size)
+    if scale < 1:
         matrices = ParamKey(name="*decoder.layers.*.linear_*.weight")
         overrides[matrices] = {"max_lr": schedule.lr * scale, "wd_mult": 1.0 / scale}
     (optimizer,) = get_megatron_optimizer(

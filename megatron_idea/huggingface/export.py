@@ -36,7 +36,7 @@ from megatron_idea.data.tokenizer import (
     load_tokenizer,
     tokenizer_file,
 )
-from megatron_idea.huggingface import gguf
+from megatron_idea.huggingface import gguf, moments
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.huggingface.card import Facts, HeldOut, Origin, model_card
 from megatron_idea.prune.axis import cut, shares_of
@@ -148,7 +148,7 @@ class _Live:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """A checkpoint's weights as a folder of shape ``shape`` has them."""
 
     path: Path
@@ -158,8 +158,11 @@ class _Weights:
     live: _Live
     shape: Shape
     dtype: torch.dtype
-    mains: bool
-    """Take a bf16 run's fp32 main weights; before its first step there are none."""
+    of: str = ""
+    """What is read of each parameter, by what stands before its name: its weight, its fp32 main
+    weight, or a moment."""
+    exact: bool = True
+    """Whether what a Qwen3's one epsilon asks for goes into queries and keys."""
 
     def in_order(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its Hugging Face name; one layer is in memory at a time."""
@@ -189,12 +192,16 @@ class _Weights:
         return weights
 
     def _place(self, name: str) -> str:
-        main = f"optimizer.main.{name}"
-        return main if self.mains and main in self.tensors else name
+        place = self.of + name
+        # A bf16 run has no main weights before its first step.
+        return name if self.of == moments.MAINS and place not in self.tensors else place
 
     def _fit(self, name: str, weight: Tensor) -> Tensor:
-        """Leave out what is dead and add the zeros that the folder's shape asks for."""
-        ratio = self.model.hidden_size / self.shape.hidden_size
+        """Leave out what is dead and add the zeros that the folder's shape asks for.
+
+        What weights are multiplied by, gradients are divided by, and so are their moments.
+        """
+        ratio = (self.model.hidden_size / self.shape.hidden_size) ** moments.POWERS.get(self.of, 1)
         for share in shares_of(name, self.model, self.stored, tp=1):
             if share.axis == "hidden_size":
                 keep = self.live.places[share.axis, None]
@@ -206,8 +213,7 @@ class _Weights:
                 layer = self.shape.layers[self.live.layers.index(share.layer)]
                 keep = self.live.places[share.axis, share.layer]
                 weight = cut(weight, share, keep, getattr(layer, share.axis))
-        # In bf16 the factor would round weights once more, which moves logits more than epsilon.
-        exact = self.dtype == torch.float32 and ratio != 1
+        exact = self.exact and ratio != 1
         if exact and self.model.qk_layernorm and name.endswith(huggingface.QKV):
             groups = self.shape.layers[0].num_query_groups
             weight = huggingface.with_epsilon(weight, groups, self.model.kv_channels, ratio)
@@ -231,6 +237,8 @@ class Form:
     """In place of the run's; empty: that."""
     max_shard_bytes: float | None
     """Of a folder; None: 5 GB."""
+    optimizer: bool
+    """Write AdamW's state into the folder, too: ``moments.write``."""
 
     def __post_init__(self) -> None:
         for what, value, legal in (
@@ -242,6 +250,10 @@ class Form:
                 named = ", ".join(each for each in legal if each)
                 of = f" of --format {self.format}" if what == "--dtype" else ""
                 raise ConfigError(f"{what} is {value!r}; legal values{of}: {named}")
+        if self.optimizer and self.format == "gguf":
+            raise ConfigError(
+                "--optimizer has no meaning for --format gguf: nothing trains such a file"
+            )
         if self.max_shard_bytes is None:
             return
         if self.format == "gguf":
@@ -262,6 +274,7 @@ def export_checkpoint(
     dtype: str = "",
     tokenizer: str = "",
     max_shard_bytes: float | None = None,
+    optimizer: bool = False,
     remark: str = "",
 ) -> Exported:
     """Write the checkpoint ``path`` (or a run's latest) as a Hugging Face model folder ``out``.
@@ -272,16 +285,18 @@ def export_checkpoint(
     the run calls legal, so during pruning a few zeros remain.
 
     Args:
-        format, layout, dtype, tokenizer, max_shard_bytes: as in ``Form``.
+        format, layout, dtype, tokenizer, max_shard_bytes, optimizer: as in ``Form``.
         remark: what the model card says besides.
     Raises: ConfigError for what cannot be exported so, CheckpointError for a checkpoint that
         cannot be read, DataError for the tokenizer. ``out`` is complete or absent.
     """
-    form = Form(format, layout, dtype, tokenizer, max_shard_bytes)
+    form = Form(format, layout, dtype, tokenizer, max_shard_bytes, optimizer)
     found = checkpoint.resolve(path)
     storage.verify(found)
     config = checkpoint.read_config(found)
     state = checkpoint.read_state(found, config)
+    if optimizer:
+        moments.check(state, found)
     tensors = CheckpointTensors(found)
     live = _Live.of(found, tensors, state.shape, Shape.full(config.model))
     run_dir = found.absolute().parents[1]
@@ -333,10 +348,12 @@ def _export(one: _Model, out: Path, form: Form, about: str, remark: str) -> Expo
         check_free(out)
     words = _tokenizer_of(config, form.tokenizer)
     shape = _folder_shape(live.shape, stored, config, form.layout)
-    weights = _Weights(
+    weights = Weights(
         one.path, one.tensors, config.model, stored, live, shape,
         torch.bfloat16 if dtype == "bf16" else torch.float32,
-        mains=dtype != "bf16" and config.training.precision == "bf16",
+        moments.MAINS if dtype != "bf16" and config.training.precision == "bf16" else "",
+        # In bf16 the factor would round weights once more, which moves logits more than epsilon.
+        exact=dtype != "bf16",
     )  # fmt: skip
     hf_config = huggingface.to_hf_config(
         config.model,
@@ -381,7 +398,7 @@ def _write_file(
     one: _Model,
     file: Path,
     out: Path,
-    weights: _Weights,
+    weights: Weights,
     hf: dict[str, Any],
     dtype: str,
     about: str,
@@ -404,12 +421,13 @@ def _write_file(
 
 
 def _write_folder(
-    one: _Model, folder: Path, out: Path, weights: _Weights, hf: dict[str, Any], form: Form,
+    one: _Model, folder: Path, out: Path, weights: Weights, hf: dict[str, Any], form: Form,
     about: str, remark: str,
 ) -> Exported:  # fmt: skip
     """Write ``folder``, which is to become ``out`` and has the tokenizer's files."""
     full, live = Shape.full(one.config.model), one.live
-    writer = _Shards(folder, form.max_shard_bytes or DEFAULT_SHARD_BYTES)
+    max_bytes = form.max_shard_bytes or DEFAULT_SHARD_BYTES
+    writer = Shards(folder, max_bytes, "model", {})
     for name, tensor in weights.in_order():
         writer.add(name, tensor)
     writer.close()
@@ -418,8 +436,16 @@ def _write_folder(
         _write_config_class(folder)
     enlarged = {axis: full.counts(axis)[0] for axis in AXES}
     _write_json(folder / "pruning.json", {"enlarged": enlarged, "live": live.numbers})
+    notes = []
+    if form.optimizer:
+        (folder / moments.FOLDER).mkdir()
+        step = {"step": str(one.state.adam_step)}
+        state_writer = Shards(folder / moments.FOLDER, max_bytes, "optimizer", step)
+        notes.append(moments.write(weights, one.config, one.state, state_writer))
     (kind,) = hf["architectures"]
-    result = Exported(out, kind, full, live.shape, weights.shape, writer.parameters, writer.bytes)
+    result = Exported(
+        out, kind, full, live.shape, weights.shape, writer.parameters, writer.bytes, tuple(notes)
+    )
     facts = Facts(
         about, form.layout, form.dtype, full, live.shape, weights.shape, writer.parameters,
         hashlib.sha256((folder / "pruning.json").read_bytes()).hexdigest(),
@@ -484,11 +510,13 @@ def _with_heads(layer: LayerShape, heads: int) -> LayerShape:
     return dataclasses.replace(layer, heads_per_group=heads // layer.num_query_groups)
 
 
-class _Shards:
+class Shards:
     """Writes tensors into safetensors files of about equal size, and their index."""
 
-    def __init__(self, folder: Path, max_bytes: float) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, max_bytes: float, stem: str, metadata: dict[str, str]) -> None:
+        """``stem``: what the files are called. ``metadata``: what each says besides."""
+        self.folder, self._max_bytes = folder, max_bytes
+        self._stem, self._metadata = stem, {"format": "pt"} | metadata
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._files: list[list[str]] = []
@@ -503,9 +531,9 @@ class _Shards:
         self.parameters += tensor.numel()
 
     def _flush(self) -> None:
-        part = self._folder / f"part-{len(self._files)}"
+        part = self.folder / f"part-{len(self._files)}"
         try:
-            safetensors.torch.save_file(self._pending, part, metadata={"format": "pt"})
+            safetensors.torch.save_file(self._pending, part, metadata=self._metadata)
         except safetensors.SafetensorError as error:  # what it makes of an OSError
             raise OSError(str(error)) from error
         part.chmod(0o644)  # safetensors leaves it to its owner alone
@@ -518,14 +546,14 @@ class _Shards:
         count = len(self._files)
         places = {}
         for index, names in enumerate(self._files):
-            name = "model.safetensors"
+            name = f"{self._stem}.safetensors"
             if count > 1:
-                name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            (self._folder / f"part-{index}").rename(self._folder / name)
+                name = f"{self._stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"part-{index}").rename(self.folder / name)
             places |= dict.fromkeys(names, name)
         if count > 1:
             _write_json(
-                self._folder / "model.safetensors.index.json",
+                self.folder / f"{self._stem}.safetensors.index.json",
                 {"metadata": {"total_size": self.bytes}, "weight_map": places},
             )
 
