@@ -58,15 +58,14 @@ def write(weights: Weights, config: Config, state: TrainState, writer: Shards) -
 
 
 def _settings(config: Config, state: TrainState, shape: Shape) -> dict[str, Any]:
-    """AdamW's settings after the last step, as torch's parameter groups have them."""
+    """AdamW's settings, and torch's parameter groups; ``lr`` is that of the last step."""
     settings, model = config.optimizer, config.model
-    lr = learning_rate(config.schedule, state.consumed_tokens)
     scale = settings.matrix_scale(model.hidden_size)
     groups: dict[tuple[float, float], list[str]] = {}
     for name, size in huggingface.hf_shapes(model, shape):
-        of_matrix = scale if len(size) > 1 and name.startswith("model.layers.") else 1.0
-        decay = settings.weight_decay / of_matrix if len(size) > 1 else 0.0
-        groups.setdefault((lr * of_matrix, decay), []).append(name)
+        lr_mult = scale if len(size) > 1 and name.startswith("model.layers.") else 1.0
+        decay = settings.weight_decay / lr_mult if len(size) > 1 else 0.0
+        groups.setdefault((lr_mult, decay), []).append(name)
     return {
         "step": state.adam_step,
         "consumed_tokens": state.consumed_tokens,
@@ -74,8 +73,9 @@ def _settings(config: Config, state: TrainState, shape: Shape) -> dict[str, Any]
         "betas": [settings.adam_beta1, settings.adam_beta2],
         "eps": settings.adam_eps,
         "clip_grad": settings.clip_grad,
+        "lr": learning_rate(config.schedule, state.consumed_tokens),
         "groups": [
-            {"lr": lr, "weight_decay": decay, "names": of_group}
-            for (lr, decay), of_group in groups.items()
+            {"lr_mult": lr_mult, "weight_decay": decay, "names": of_group}
+            for (lr_mult, decay), of_group in groups.items()
         ],
     }
