@@ -55,7 +55,7 @@ def arguments():
     parser.add_argument("--fresh", action="store_true", help="no moments, from token 0")
     parser.add_argument("--steps", type=int, help="stop after so many, to be resumed")
     parser.add_argument("--universal", action="store_true", help="OUT.zero is a universal one")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides after options, too
 
 
 def start():
