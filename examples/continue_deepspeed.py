@@ -11,11 +11,11 @@ is what the run itself would have done. To fine-tune, begin anew with others:
     ... out/mine runs/mine/config.yaml out/tuned --fresh 'data.train=[{prefix: data/other}]' \\
         schedule.total_tokens=1e6 schedule.lr=1e-5 schedule.min_lr=0
 
-A second call resumes from OUT.zero, on as many ranks. For another number make it universal first:
+A second call resumes from OUT.zero, on as many ranks. For another number make it universal first,
+and add --universal to that call:
 
     python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state \\
         --input_folder out/continued.zero/step5 --output_folder out/continued.zero/universal
-    echo universal > out/continued.zero/latest  # then the same call with --universal
 """
 
 import argparse
