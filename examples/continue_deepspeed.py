@@ -29,12 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from deepspeed.utils import (
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed import utils
 from safetensors.torch import load_file
 
 from megatron_idea import config as configuration
@@ -109,9 +104,9 @@ def load_moments(engine, folder, stage, step):
                 size = parameter.ds_tensor.numel()
                 padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
                 value = padded[size * dist.get_rank() :][:size].to(parameter.device)
-                main, moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
+                main, moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
             else:
-                main, moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+                main, moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
             main(parameter, value) if kind == "main" else moment(parameter, value, kind)
 
 
@@ -145,9 +140,9 @@ def run(given):
     config = configuration.load(given.config, given.overrides)
     state = json.loads((given.export / "optimizer/optimizer.json").read_text())
     engine = open_engine(given, config, state)
-    tokens, skipped = (
-        (0, 0) if given.fresh else (state["consumed_tokens"], state["skipped_samples"])
-    )
+    if given.fresh:
+        state |= {"consumed_tokens": 0, "skipped_samples": 0}
+    tokens, skipped = state["consumed_tokens"], state["skipped_samples"]
     checkpoints = Path(f"{given.out}.zero")
     if (checkpoints / "latest").exists():
         tokens = engine.load_checkpoint(checkpoints)[1]["consumed_tokens"]
@@ -167,9 +162,8 @@ def run(given):
         begin = (tokens // config.training.seq_length + skipped) % samples
         tokens, taken = tokens + config.batch_tokens, taken + 1
         lr = learning_rate(config.schedule, tokens)
-        loss = train_step(
-            engine, batches, begin, [lr * group["lr_mult"] for group in state["groups"]]
-        )
+        rates = [lr * group["lr_mult"] for group in state["groups"]]
+        loss = train_step(engine, batches, begin, rates)
         if dist.get_rank() == 0:
             print(f"{tokens:,} tokens  loss {loss:.6f}  lr {lr:.3g}", flush=True)
             with Path(f"{given.out}.jsonl").open("a") as log:
