@@ -822,10 +822,12 @@ class Config:
         """The sections that a model and its optimizer are built from."""
         return Sections(self.model, self.training, self.parallel, self.optimizer, self.schedule)
 
-    @property
+    @cached_property  # asked at every step from the end of the prune phase on
     def after_prune(self) -> Config:
         """The same in the layout that it has from the end of the prune phase on."""
-        return dataclasses.replace(self, parallel=self.parallel_after_prune or self.parallel)
+        if self.parallel_after_prune is None:
+            return self
+        return dataclasses.replace(self, parallel=self.parallel_after_prune)
 
     @property
     def batch_tokens(self) -> int:
