@@ -307,7 +307,7 @@ def _validate(config: Config, nnodes: int, nproc: int) -> None:
     """Check the layout that the run goes on in here, and the one that it changes to."""
     from megatron_idea.config import validate
     from megatron_idea.course import layout_at
-    from megatron_idea.records.read import saved_tokens
+    from megatron_idea.records.saved import saved_tokens
 
     validate(layout_at(config, saved_tokens(config.run_dir)), nnodes * nproc)
     if config.nodes_after_prune:
@@ -721,8 +721,8 @@ def generate(
     tokenizer: OtherTokenizer = "",
 ) -> None:
     """Let a model go on from a prompt, in one process; a run's report shows what it wrote."""
-    from megatron_idea.checkpoint.folder import complete
     from megatron_idea.evaluation.generate import remember, sample
+    from megatron_idea.records.saved import complete
 
     samples = sample(
         path,

@@ -63,8 +63,8 @@ from megatron_idea.prune.relocate import extension
 from megatron_idea.records.lock import RunLock
 from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
-from megatron_idea.records.read import saved_tokens
 from megatron_idea.records.record import Record
+from megatron_idea.records.saved import saved_tokens
 from megatron_idea.schedule import (
     crossed,
     distillation_share,
@@ -226,11 +226,8 @@ def change_layout(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     if run.saving is None or run.saving.state.step != state.step:
         save(run, state)
     finish_saving(run)
-    run.progress.close()
-    run.log.close()
-    run.trainable.release()
+    leave(run)
     del run
-    gc.collect()  # a teacher is in cycles, too
     groups = regroup(before, config.parallel, config.training.seed)
     again, state = build(config, groups, given)
     again.stop.received = again.stop.received or stop.received
@@ -238,6 +235,15 @@ def change_layout(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     again.log.event("layout_changed", was=was, now=groups.layout, **place)
     again.progress.note(f"from {was} to {groups.layout}")
     return again, state
+
+
+def leave(run: Run) -> None:
+    """Give back what a run holds, before another one takes its place in this process."""
+    run.progress.close()
+    run.log.close()
+    run.trainable.release()
+    run.teacher = None
+    gc.collect()  # a teacher is in cycles
 
 
 def build(
@@ -449,9 +455,7 @@ def roll_back(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     given = run.given
     stop = run.stop  # may be told to stop until the new one takes over
     spike_at = state.step, state.consumed_tokens, state.skipped_samples
-    run.progress.close()
-    run.log.close()
-    run.trainable.release()
+    leave(run)
     del run
     again, state = build(config, groups, given)
     again.stop.received = again.stop.received or stop.received

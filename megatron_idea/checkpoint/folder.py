@@ -19,27 +19,12 @@ from megatron_idea.checkpoint.state import CheckpointError
 from megatron_idea.config import BlendEntry, Config, ConfigError
 from megatron_idea.data.tokenizer import tokenizer_file
 from megatron_idea.engine.distributed import ProcessGroups, together
+from megatron_idea.records.saved import checkpoints_of, complete, latest
 
 TOKENIZER = "tokenizer"
 """Folder of a run that has a copy of its tokenizer: a run can be moved, and read from anywhere."""
 ORIGIN = "origin.json"
 """File of an imported run, and of what branched from it: name and license of the model it was."""
-
-
-def checkpoints_of(run_dir: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(run_dir) / "checkpoints"
-
-
-def complete(run_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in checkpoints_of(run_dir).glob("step_[0-9]*[0-9]/state.json"))
-
-
-def latest(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
-    found = complete(run_dir)
-    return found[-1] if found else None
 
 
 def complete_for_all(run_dir: str | Path, groups: ProcessGroups) -> list[Path]:

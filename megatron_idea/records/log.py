@@ -26,6 +26,7 @@ from megatron_idea.records.read import (
     read_events,
 )
 from megatron_idea.records.record import Record, mean_count
+from megatron_idea.records.saved import latest
 from megatron_idea.records.trackers import Tracker, open_trackers, require_trackers, still_works
 
 T = TypeVar("T")
@@ -37,8 +38,8 @@ class RecordError(UserError):
 
     @staticmethod
     def of(run_dir: Path, error: OSError) -> RecordError:
-        saved = sorted(run_dir.glob("checkpoints/step_[0-9]*[0-9]/state.json"))
-        stands = f"the last checkpoint is {saved[-1].parent}" if saved else "nothing was saved yet"
+        saved = latest(run_dir)
+        stands = f"the last checkpoint is {saved}" if saved else "nothing was saved yet"
         why = error.strerror or error
         return RecordError(f"cannot write the records of run folder {run_dir}: {why}; {stands}")
 

@@ -92,19 +92,6 @@ class Reader(Generic[T]):
         return record
 
 
-def saved_tokens(run_dir: str | Path) -> int:
-    """Read how far the newest checkpoint of a run is, in consumed tokens; 0 without one.
-
-    Nothing is verified: whoever goes on from there does that.
-    """
-    states = sorted(Path(run_dir).glob("checkpoints/step_[0-9]*[0-9]/state.json"))
-    try:
-        tokens = files.read_json(states[-1]).get("consumed_tokens") if states else 0
-    except files.UnsafeFileError:
-        return 0
-    return tokens if files.is_whole(tokens) else 0
-
-
 def metrics_of(run_dir: Path, broken: list[str] | None = None) -> Reader[Record]:
     """Open the records of a run's steps; ``broken`` as for a ``Reader``."""
     return Reader(run_dir / METRICS, Record.parse, broken)
