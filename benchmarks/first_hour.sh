@@ -104,7 +104,8 @@ case ${1:-} in
         exit 2
         ;;
 esac
-if (($#)); then exit; fi
+status=$?
+if (($#)); then exit "$status"; fi
 
 # ---- one after the other --------------------------------------------------------------------------
 
