@@ -58,7 +58,8 @@ make_venv() {
     step "$venv on $("$python" -V)" "$python" -m venv "${options[@]}"
 }
 
-install() { PIP_CONSTRAINT="" "$venv/bin/python" -m pip install --quiet "$@"; }
+# Modules are compiled when they are first imported, and most never are: half of what pip would take.
+install() { PIP_CONSTRAINT="" "$venv/bin/python" -m pip install --quiet --no-compile "$@"; }
 
 # The version that the environment sees; fails when it sees none.
 torch_version() {

@@ -41,8 +41,9 @@ python tests/cuda_stand_in/build.py >/dev/null 2>&1 &
 
 ruff check
 ruff format --check
-mypy &
-types=$!
+types=$(mktemp)
+mypy >"$types" 2>&1 &
+checking=$!
 
 # With the newest megatron-core in place of the one that pip has for this Python: it is imported
 # without Triton, trains, compacts, saves and resumes as the other does.
@@ -61,7 +62,6 @@ with_newest_core() {
     fi
 }
 wait "$installing"
-wait "$types"
 if (($# == 0)); then
     output=$(mktemp)
     with_newest_core >"$output" 2>&1 &
@@ -71,10 +71,13 @@ fi
 # Files side by side, in the order of conftest.py. -n0 among the arguments runs one after the other,
 # with output as it comes.
 status=0
-pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@" || status=$?
+pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=15 "$@" || status=$?
 if (($# == 0)); then
     wait "$newest" || status=$?
     cat "$output"
     rm "$output"
 fi
+wait "$checking" || status=$?
+cat "$types"
+rm "$types"
 exit "$status"
