@@ -172,6 +172,17 @@ def test_what_a_crash_damaged_is_made_again(inputs, tmp_path, damage):
         assert "going on after" in told[0] and summary.earlier_bytes
 
 
+def test_what_a_call_killed_at_its_very_end_leaves_is_not_taken_for_its_work(inputs, tmp_path):
+    """It had moved all files and removed its records but for the last, or the last two."""
+    for left in (["complete"], ["complete", "finished.jsonl"]):
+        folder = tmp_path / "out" / ".set.tokenizing"
+        folder.mkdir(parents=True)
+        for name in left:
+            (folder / name).touch()
+        assert Told().again(inputs, tmp_path / "out")[1] == whole(inputs, tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_another_tokenizer_or_option_starts_anew_and_says_why(inputs, tmp_path):
     bpe = train_tokenizer([inputs], 270, tmp_path / "tokenizer.json")
     for options, why in [

@@ -199,8 +199,9 @@ class _Work:
         return (self.folder / _COMPLETE).exists()
 
     def __enter__(self) -> _Work:
-        why, same_files = _difference(self._known(), self._made_of)
-        if why:
+        known = self._known()
+        why, same_files = _difference(known, self._made_of)
+        if why or known is None:  # without that record it is not known what is complete
             (self.folder / _COMPLETE).unlink(missing_ok=True)
         self._restore(same_files, why)
         part = self.folder / f"{_MADE_OF}.part"
