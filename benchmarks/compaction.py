@@ -40,7 +40,7 @@ from megatron_idea.testing import Workers
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
-from measure import ratio, write
+from measure import ratio, result_file, write
 from training import FixedBatch, stepper
 
 GOALS = {
@@ -334,7 +334,7 @@ def main() -> None:
     measured |= memory_ratios(arguments.config, arguments.overrides)
     with tempfile.TemporaryDirectory() as folder:
         measured["growth"] = growth(config, Path(folder))
-    write("compaction", measured, GOALS)
+    write(result_file("compaction"), measured, GOALS)
 
 
 if __name__ == "__main__":

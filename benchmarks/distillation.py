@@ -76,7 +76,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    measure.write("distillation-cost", cost(arguments.rounds), {"taught_to_flops": GOAL})
+    file = measure.result_file("distillation-cost")
+    measure.write(file, cost(arguments.rounds), {"taught_to_flops": GOAL})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from megatron_idea.records.read import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
-from measure import write
+from measure import result_file, write
 
 RANKS = 2
 NOBODY = 65534
@@ -315,7 +315,7 @@ def main() -> None:
             "lost_trials": lost,
             "outcomes": [vars(o) for o in outcomes],
         }
-        write("faults", measured, {"lost": 0})
+        write(result_file("faults"), measured, {"lost": 0})
     sys.exit(bool(lost))
 
 

@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
-# What a first session on a GPU should do, in order of value: build, test, train, measure. Each part has
+# What a first session on a GPU should do, in order of value: build, train, test, measure. Each part has
 # a time of its own, and what it has printed and written stays whatever comes after it.
 #
 #   OUT=results bash benchmarks/first_hour.sh            # 25 minutes; one GPU
 #   SMALL=1 OUT=results bash benchmarks/first_hour.sh    # the same parts on tiny shapes, anywhere
 #
-#   OUT          folder for everything: PART.log, summary.txt, JSON results, runs
+#   OUT          folder for everything: PART.log, summary.txt, JSON results, runs; a relative one
+#                counts from the repository's root
 #   MINUTES=25   of all parts together; parts for which no time is left are named
 #   PARTS        some of them, with spaces between; default: all, in their order
-#   PYTHON=python
-# Needs what examples/setup.sh installs, or an image that has it (the Dockerfile); nothing is
-# downloaded. It ends with status 0 if every part that was begun has succeeded.
+#   PYTHON       default: that of .venv, else python3
+# Needs what `bash examples/setup.sh --dev` installs, or a machine that has it; nothing is downloaded.
+# It ends with status 1 if a part has failed. One that its time has stopped has not.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 OUT=${OUT:-runs/first_hour}
 MINUTES=${MINUTES:-25}
 SMALL=${SMALL:-0}
-PYTHON=${PYTHON:-python}
+venv=${MEGATRON_IDEA_VENV:-$PWD/.venv}
+if [[ -x $venv/bin/python ]]; then PYTHON=${PYTHON:-$venv/bin/python}; fi
+PYTHON=${PYTHON:-python3}
 PARTS=${PARTS:-build doctor train tests one_gpu kernels compare}
-mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
-export PYTHONSAFEPATH=1
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit
+# Unbuffered: what a part has printed is in its log when it is killed.
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 idea() { "$PYTHON" -W ignore -m megatron_idea "$@"; }
 
 small=()
@@ -35,32 +38,36 @@ fi
 # ---- parts ----------------------------------------------------------------------------------------
 
 build() { # the C++ extension, and what is here
-    "$PYTHON" -m pip install --no-deps --no-build-isolation -e . || return
-    "$PYTHON" -c 'import megatron_idea._C; print("megatron_idea._C is built")'
     nvidia-smi 2>/dev/null || echo "no nvidia-smi here"
+    "$PYTHON" -m pip install --no-deps --no-build-isolation -e . &&
+        "$PYTHON" -c 'import megatron_idea._C; print("megatron_idea._C is built")'
 }
 
 doctor() { idea doctor; }
 
 # The whole way in one process over NCCL: bf16, all compactions, resumed once, evaluated, exported.
 train() {
-    local data=$OUT/data run=$OUT/train steps=400
+    local data=$OUT/data run=$OUT/train steps=400 checkpoints
     ((SMALL)) && steps=24
     idea corpus "$data/corpus.jsonl" &&
         idea tokenize "$data/corpus.jsonl" --out "$data/corpus" --tokenizer byte || return
-    local settings=(run_dir="$run" data.tokenizer=byte "data.train=[{prefix: $data/corpus_train}]"
-        "data.validation=[{prefix: $data/corpus_heldout}]" model.vocab_size=264
+    local settings=(run_dir="$run" data.tokenizer=byte "data.train=[{prefix: '$data/corpus_train'}]"
+        "data.validation=[{prefix: '$data/corpus_heldout'}]" model.vocab_size=264
         parallel.tensor_model_parallel_size=1 training.precision=bf16 evaluation.every_tokens=0
         "evaluation.sample_prompts=[]" schedule.prune_warmup_fraction=0.3 "${small[@]}")
     local batch=$((4 * 256))
     ((SMALL)) && batch=$((4 * 32))
     settings+=(schedule.total_tokens=$((steps * batch)))
-    idea train examples/configs/quickstart.yaml "${settings[@]}" --nproc 1 &&
-        idea evaluate "$run" && idea export "$run" "$OUT/export"
+    local call=(train examples/configs/quickstart.yaml "${settings[@]}" --nproc 1)
+    idea "${call[@]}" || return
+    checkpoints=("$run"/checkpoints/step_*)
+    rm -r "${checkpoints[-1]}" # the one before it is of the end of the prune phase
+    rm -rf "$OUT/export"       # of an earlier call
+    idea "${call[@]}" && idea evaluate "$run" && idea export "$run" "$OUT/export"
 }
 
 tests() { # those that need a GPU; without one they are skipped
-    "$PYTHON" -m pytest -q -n0 -m gpu -p no:cacheprovider tests
+    "$PYTHON" -m pytest -v -n0 -m gpu -p no:cacheprovider tests
     local status=$?
     ((status == 5 || status == 0)) # 5: none was selected
 }
@@ -73,14 +80,13 @@ one_gpu() { # MFU of both sizes at sequence length 4096, Transformer Engine on a
 }
 
 kernels() {
-    local options=()
+    local options=(--json "$OUT/kernels.json")
     ((SMALL)) && options=(--quick)
-    "$PYTHON" -W ignore benchmarks/kernels.py "${options[@]}" || return
-    cp -p benchmarks/results/kernels-* "$OUT" 2>/dev/null || echo "no result was kept"
+    "$PYTHON" -W ignore benchmarks/kernels.py "${options[@]}"
 }
 
 compare() { # a comparison of runs, as far as the time goes: the same call goes on
-    local options=()
+    local options=(--parallel 4) # such models leave a GPU idle most of the time
     ((SMALL)) && options=(--seeds 0 schedule.total_tokens=131072 evaluation.every_tokens=0)
     mkdir -p data/micro
     if [[ ! -f data/micro/corpus_train.idx ]]; then
@@ -90,32 +96,35 @@ compare() { # a comparison of runs, as far as the time goes: the same call goes 
     idea compare examples/suites/laptop.yaml --out "$OUT/laptop" "${options[@]}"
 }
 
-case ${1:-} in
-    "") ;;
-    build) build ;;
-    doctor) doctor ;;
-    train) train ;;
-    tests) tests ;;
-    one_gpu) one_gpu ;;
-    kernels) kernels ;;
-    compare) compare ;;
-    *)
-        echo "first_hour: no part is called $1" >&2
-        exit 2
-        ;;
-esac
-status=$?
-if (($#)); then exit "$status"; fi
+if (($#)); then
+    # Not at once: while what it has called does not end, timeout is still there to kill that.
+    trap 'exit 143' TERM
+    case $1 in
+        build) build ;;
+        doctor) doctor ;;
+        train) train ;;
+        tests) tests ;;
+        one_gpu) one_gpu ;;
+        kernels) kernels ;;
+        compare) compare ;;
+        *) echo "first_hour: no part is called $1" >&2 && exit 2 ;;
+    esac
+    exit
+fi
 
 # ---- one after the other --------------------------------------------------------------------------
 
 declare -A limit_s=([build]=180 [doctor]=120 [train]=300 [tests]=300 [one_gpu]=400 [kernels]=500
     [compare]=900)
-end=$((SECONDS + MINUTES * 60)) failed=0
+grace_s=30 # to save and leave after SIGTERM, before SIGKILL
+end=$((SECONDS + MINUTES * 60 - grace_s)) failed=0
 : >"$OUT/summary.txt"
 note() { printf '%-9s %s\n' "$1" "$2" | tee -a "$OUT/summary.txt"; }
 
 export OUT SMALL PYTHON
+set -m # else what is begun by & ignores SIGINT, and so would the programs that tests interrupt
+# timeout has a process group of its own, which Ctrl-C does not reach.
+trap 'kill "$!" 2>/dev/null; wait; exit 130' INT TERM
 for part in $PARTS; do
     left=$((end - SECONDS)) begin=$SECONDS
     if ((left < 20)); then
@@ -123,15 +132,17 @@ for part in $PARTS; do
         continue
     fi
     seconds=$((${limit_s[$part]:-60} < left ? ${limit_s[$part]:-60} : left))
-    timeout --kill-after=30 "$seconds" bash benchmarks/first_hour.sh "$part" >"$OUT/$part.log" 2>&1
-    status=$?
-    case $status in
-        0) note "$part" "done in $((SECONDS - begin)) s" ;;
-        124 | 137) note "$part" "stopped after $seconds s; what it had until then is kept" ;;
-        *)
-            note "$part" "failed with status $status after $((SECONDS - begin)) s: $OUT/$part.log"
-            failed=1
-            ;;
-    esac
+    timeout --kill-after="$grace_s" "$seconds" bash benchmarks/first_hour.sh "$part" \
+        >"$OUT/$part.log" 2>&1 </dev/null &
+    wait "$!"
+    status=$? took=$((SECONDS - begin))
+    if ((status == 0)); then
+        note "$part" "done in $took s"
+    elif ((took >= seconds)); then
+        note "$part" "stopped after $seconds s; what it had until then is kept"
+    else
+        note "$part" "failed with status $status after $took s: $OUT/$part.log"
+        failed=1
+    fi
 done
 exit "$failed"

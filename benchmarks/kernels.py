@@ -3,6 +3,8 @@
     python benchmarks/kernels.py            laid out for 8 minutes of an H100 or H200
     python benchmarks/kernels.py --quick    one shape and few rounds, keeps nothing: does it run?
 
+Writes `results/kernels-DEVICE.json`, or what ``--json`` names, after every shape.
+
 First every contender is compared with fp64, values and gradients. Then each is timed with CUDA
 events, in rounds that alternate, over buffers that do not fit the cache together; forward and
 backward apart, dy made beforehand. The GPU's queue is filled behind a wait, so that the kernels
@@ -45,7 +47,7 @@ from kernel_contenders import (
     runnable,
     score_calls,
 )
-from measure import alternate, ratio, write
+from measure import alternate, ratio, result_file, write
 from training import FixedBatch, stepper
 
 # Out again: transformers looks for a package `kernels`, and would find this file.
@@ -105,6 +107,8 @@ class Findings:
     bandwidth_gb_per_s: dict[str, float]
     left_out: dict[str, str]
     fuser: str
+    file: Path | None
+    """Where they are kept; None: nowhere."""
     rows: dict[tuple[str, str, int, int], tuple[float, float]] = field(default_factory=dict)
     """Contender, pass, tokens, width (for scores: 0, number of weights): ms, GB/s."""
     step: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -130,6 +134,8 @@ class Findings:
         return found
 
     def save(self) -> None:
+        if self.file is None:
+            return
         limits = {name: at_most for name, (*_, at_most) in GOALS.items()} | STEP_GOAL
         judged = self.judged()
         content = {
@@ -143,7 +149,7 @@ class Findings:
                 for key, (ms, gb_per_s) in self.rows.items()
             ],
         }
-        write("kernels", content, {name: limits[name] for name in limits if name in judged})
+        write(self.file, content, {name: limits[name] for name in limits if name in judged})
 
 
 @jit
@@ -206,6 +212,7 @@ def measure_swiglu(
             measure_shape(inputs, here, clock, protocol, findings)
         except torch.cuda.OutOfMemoryError as error:
             findings.left_out[name] = str(error).splitlines()[0]
+        findings.save()
         print(f"{name}: {len(findings.rows)} medians", flush=True)
 
 
@@ -280,8 +287,8 @@ def measure_step(protocol: Protocol, findings: Findings, on_gpu: bool) -> None:
     findings.step[name] = ratio(seconds["pruning"], seconds["none"])
 
 
-def measure(protocol: Protocol, device: torch.device, keep: bool) -> Findings:
-    """Everything; ``keep`` writes what there is after each stage, as the next one may fail."""
+def measure(protocol: Protocol, device: torch.device, file: Path | None) -> Findings:
+    """Everything; what there is is kept after each stage and shape, as the next one may fail."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     implementation = "triton" if tl is not None and can_launch(device) else "reference"
@@ -293,7 +300,7 @@ def measure(protocol: Protocol, device: torch.device, keep: bool) -> Findings:
     clock = Clock(device)
     found, left_out = contenders(implementation)
     fuser_name = f"{fuser.__module__}.{fuser.__qualname__}"
-    findings = Findings(measure_bandwidth(clock, protocol, device), left_out, fuser_name)
+    findings = Findings(measure_bandwidth(clock, protocol, device), left_out, fuser_name, file)
     print(f"ours: {implementation}; Megatron's fuser: {findings.fuser}")
     good = runnable(found, dtype, device, left_out)
     for stage in (
@@ -302,20 +309,21 @@ def measure(protocol: Protocol, device: torch.device, keep: bool) -> Findings:
         lambda: measure_step(protocol, findings, on_gpu),
     ):
         stage()
-        if keep:
-            findings.save()
+        findings.save()
     return findings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds, no file")
+    parser.add_argument("--json", type=Path, help="file to write; default: in results/")
     arguments = parser.parse_args()
     quiet()
     on_gpu = torch.cuda.is_available()
     protocol = TINY if not on_gpu else QUICK if arguments.quick else FULL
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    findings = measure(protocol, device, keep=protocol is FULL)
+    file = (arguments.json or result_file("kernels")) if protocol is FULL else None
+    findings = measure(protocol, device, file)
     for name, reason in findings.left_out.items():
         print("left out:", name, "-", reason)
     if not on_gpu:

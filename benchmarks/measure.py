@@ -64,15 +64,18 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def write(name: str, measured: dict[str, Any], goals: dict[str, float]) -> Path:
-    """Print goals against ratios and write ``results/<name>-<device>.json``."""
+def result_file(name: str) -> Path:
+    """``results/<name>-<device>.json``."""
+    return RESULTS / f"{name}-{device_name().lower().replace(' ', '-')}.json"
+
+
+def write(path: Path, measured: dict[str, Any], goals: dict[str, float]) -> None:
+    """Print goals against ratios and keep both."""
     for key, goal in goals.items():
         value = measured[key]["ratio"]
         verdict = "reached" if value <= goal else f"missed by {value - goal:.3f}"
         print(f"{key:<28} {value:6.3f}   goal <= {goal:.2f}   {verdict}")
-    path = RESULTS / f"{name}-{device_name().lower().replace(' ', '-')}.json"
     keep(path, {"goals": goals, "measured": measured})
-    return path
 
 
 def keep(path: Path, found: dict[str, Any]) -> None:

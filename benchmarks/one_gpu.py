@@ -5,8 +5,9 @@
 The step of the enlarged model and of the small one (on random tokens, one micro-batch), with the
 model FLOPs utilization where the device's peak is known; the same with megatron-core's own layers
 where Transformer Engine's are the ones that a run uses; and one compaction of the enlarged model by
-a block, against the step before it. What does not fit the memory is said and left out. Writes
-`results/one-gpu-DEVICE.json`; ``--trace FILE`` also a trace of one step for chrome://tracing.
+a block, against the step before it. What does not fit the memory is said and left out. What is
+measured is written at once, to `results/one-gpu-DEVICE.json` or what ``--json`` names; ``--trace
+FILE`` writes a trace of one step, too, for chrome://tracing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import gc
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from megatron_idea.shape import Shape
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
 from compaction import shrink, synchronized, trained
-from measure import RESULTS, device_name, keep
+from measure import keep, result_file
 from training import FixedBatch, stepper
 
 ONE_GPU = (
@@ -66,6 +68,7 @@ def steps(
             step()
             synchronized()
         profiled.export_chrome_trace(str(trace))
+        print(trace)
     median = statistics.median(seconds)
     flops = config.batch_tokens * shape.flops_per_token(config.model, config.training.seq_length)
     most = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -100,11 +103,14 @@ def compaction(config: Config, groups: ProcessGroups) -> dict[str, Any]:
 
 
 def tried(name: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Call, print and return; of what does not fit the memory, say so."""
+    """Call, print and return; of what fails, or does not fit the memory, say so."""
     try:
         found = call()
     except torch.OutOfMemoryError as error:
         found = {"does_not_fit": str(error).splitlines()[0]}
+    except Exception as error:  # of any part of the engine: the others can still be measured
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -123,26 +129,27 @@ def main() -> None:
     quiet()
     config = configuration.load(given.config, [*ONE_GPU, *given.overrides])
     full, small = Shape.full(config.model), target_shape(config)
-    measured: dict[str, Any] = {}
+    file = given.json or result_file("one-gpu")
+    measured: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, call: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        measured[name] = tried(name, lambda: call(config, groups, *arguments))
+        keep(file, {"measured": measured})
+
     with joined(config.parallel, config.training.seed) as groups:
         with_engine = engine_model.uses_transformer_engine()
         layers = {"transformer-engine" if with_engine else "megatron-core": lambda: with_engine}
         if with_engine:
             layers["megatron-core"] = lambda: False
+        trace = given.trace
         for name, uses in layers.items():
             engine_model.uses_transformer_engine = uses
-            for size, shape in (("small", small), ("enlarged", full)):
-                trace = given.trace if size == "enlarged" and not measured.get("traced") else None
-                key = f"{size}, {name}"
-                measured[key] = tried(
-                    key, lambda s=shape, t=trace: steps(config, groups, s, given.rounds, t)
-                )
-                if trace is not None:
-                    measured["traced"] = key
+            measure(f"small, {name}", steps, small, given.rounds)
+            measure(f"enlarged, {name}", steps, full, given.rounds, trace)
+            trace = None
         engine_model.uses_transformer_engine = lambda: with_engine
-        measured["compaction"] = tried("compaction", lambda: compaction(config, groups))
-    device = device_name().lower().replace(" ", "-")
-    keep(given.json or RESULTS / f"one-gpu-{device}.json", {"measured": measured})
+        measure("compaction", compaction)
+    sys.exit(any("failed" in found for found in measured.values()))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from megatron_idea.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves a script's folder out
 
-from measure import alternate, ratio, write
+from measure import alternate, ratio, result_file, write
 from plain_gpt import PlainGPT
 
 GOALS = {
@@ -197,7 +197,8 @@ def main() -> None:
         ["parallel.tensor_model_parallel_size=1", "schedule.total_tokens=1e9"],
     )
     with joined(config.parallel, config.training.seed) as groups:
-        write("training", measure(config, groups, arguments.rounds), GOALS)
+        measured = measure(config, groups, arguments.rounds)
+        write(result_file("training"), measured, GOALS)
 
 
 if __name__ == "__main__":
