@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf import trained
+from hf import read, trained
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_export import LARGE, TARGETS
@@ -126,6 +126,10 @@ def test_mup_says_the_rate_of_matrices_and_large_states_are_split(
     assert by_name["model.embed_tokens.weight"] == (1.0, 0.1)
     assert by_name["model.layers.0.mlp.up_proj.weight"] == (0.5, 0.2)
     assert by_name["model.norm.weight"] == (1.0, 0.0)
+    export_checkpoint(run, tmp_path / "bf16", dtype="bf16", optimizer=True)
+    mains = moments_of(tmp_path / "bf16")
+    for name, tensor in read(out).items():
+        assert_equal(mains[f"main.{name}"], tensor, name)
     index = json.loads((out / "optimizer/optimizer.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(moments_of(out)) and len(index["weight_map"]) > 2
 

@@ -299,7 +299,7 @@ def export_checkpoint(
         moments.check(state, found)
     tensors = CheckpointTensors(found)
     live = _Live.of(found, tensors, state.shape, Shape.full(config.model))
-    run_dir = found.absolute().parents[1]
+    run_dir = found.absolute().parent.parent
     held_out = HeldOut.of_run(run_dir, config, state)
     model = _Model(found, config, state, tensors, live, Origin.of_run(run_dir), held_out)
     about = "A GPT that was pruned while it trained, under one learning-rate curve."

@@ -39,16 +39,15 @@ def write(weights: Weights, config: Config, state: TrainState, writer: Shards) -
     """Write AdamW's state beside its settings, ``optimizer.json``.
 
     ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, fp32, of the shapes of the exported ``weights`` and
-    with their rows, zeros where those are padding. Where weights are bf16 also ``main.NAME``, the
-    fp32 main weights.
+    with their rows, zeros where those are padding. Where weights are bf16 also ``main.NAME``, what
+    they were rounded from: the fp32 main weights, or an fp32 run's weights.
 
     Returns: a line that says what was written.
     """
-    sources = [*POWERS]
-    if weights.dtype == torch.bfloat16 and config.training.precision == "bf16":
-        sources.append(MAINS)
-    for source in sources:
-        kind = source.removeprefix("optimizer.")
+    sources = {source.removeprefix("optimizer."): source for source in POWERS}
+    if weights.dtype == torch.bfloat16:
+        sources["main."] = MAINS if config.training.precision == "bf16" else ""
+    for kind, source in sources.items():
         for name, tensor in dataclasses.replace(weights, of=source, dtype=torch.float32).in_order():
             writer.add(kind + name, tensor)
     writer.close()
