@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -378,9 +379,11 @@ def test_a_resumed_run_goes_on_in_its_own_curve(tmp_path: Path, wandb: FakeWandb
         log = RunLog(tmp_path, TRACKED, is_writer=True, step=first - 1)
         log.write(record(first))
         log.close()
-    RunLog(tmp_path / "other", TRACKED, is_writer=True).close()
+    RunLog(tmp_path / f"lr: 1/2? {'x' * 200}".replace("/", "#"), TRACKED, is_writer=True).close()
     ids = [given["id"] for name, given in wandb.calls if name == "init"]
     assert ids[0] == ids[1] != ids[2]
+    # wandb takes such letters, and makes a folder's name of them and of what it puts before.
+    assert re.fullmatch(r"lr__1_2__x+-[0-9a-f]+", ids[2]) and len(ids[2]) <= 128
 
 
 def test_a_tracker_that_does_not_start_is_explained(tmp_path: Path, wandb: FakeWandb) -> None:

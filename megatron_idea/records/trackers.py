@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -92,8 +93,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _identity(run_dir: Path, started_at: float) -> str:
-    """By which a resumed run finds its own curve."""
-    return f"{run_dir.name}-{round(started_at * 1000):x}"
+    """By which a resumed run finds its own curve.
+
+    Plain letters: ids of Weights & Biases have no ``:/#?``, and MLflow's filters know no escapes.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", run_dir.name)[:100]
+    return f"{name}-{round(started_at * 1000):x}"
 
 
 def _leave_out(name: str, error: Exception) -> None:
@@ -191,7 +196,6 @@ class _MLflow:
         from mlflow.exceptions import MlflowException
 
         client, tag = self._client, "megatron_idea.run"
-        identity = identity.replace("'", "_")  # a filter has no escapes
         try:
             experiment = client.create_experiment(config.logging.mlflow)
         except MlflowException as error:
