@@ -341,7 +341,7 @@ def make_budget(
     Raises: ConfigError when the configuration cannot run on so many.
     """
     assume = assume or Assumptions()
-    config = configuration.replace(config, parallel=config.parallel.resolved(cuda=True))
+    config = _on_gpus(config)
     run, changes = forecast(config, world_size), shape_plan(config)
     teacher = teacher_size(config)
     shapes = [Shape.full(config.model), *(change.shape for change in changes)]
@@ -355,9 +355,6 @@ def make_budget(
             compactions.append(_compactions(dry, config, shapes[0], drawn, teaching))
     small: _Measured | None = None
     if config.parallel_after_prune is not None and changes:
-        config = configuration.replace(
-            config, parallel_after_prune=config.parallel_after_prune.resolved(cuda=True)
-        )
         small = _fullest(config.after_prune, world_size, shapes[-1], teacher)
     none = footprint.Compaction(0, 0)
     stretches = []
@@ -407,6 +404,16 @@ def make_budget(
         days=sum(p.this_run + (p.teacher or 0) for p in phases) / world_size / 24,
         peak_bytes=peak,
         refusal=refusal(config, stretches[0].memory, gpu),
+    )
+
+
+def _on_gpus(config: Config) -> Config:
+    """Return the configuration with what its layouts leave open chosen as on GPUs."""
+    after = config.parallel_after_prune
+    return configuration.replace(
+        config,
+        parallel=config.parallel.resolved(cuda=True),
+        parallel_after_prune=None if after is None else after.resolved(cuda=True),
     )
 
 
@@ -524,10 +531,10 @@ def suggest(
 
 @dataclass(frozen=True)
 class AfterPrune:
-    """What the small model would gain from a layout of its own."""
+    """What the small model would gain from another layout."""
 
     now: Layout
-    """The run's own layout."""
+    """The one that it has in this run."""
     best: Layout
     """The fastest one that ``parallel_after_prune`` may name; the same where none is faster."""
     steps: int
@@ -547,17 +554,17 @@ def suggest_after_prune(
     steps = num_steps(config) - -(-phase_ends(config.schedule)["prune"] // config.batch_tokens)
     if not config.goals or steps <= 0:
         return None
-    config = configuration.replace(config, parallel=config.parallel.resolved(cuda=True))
+    config = _on_gpus(config)
     validate(config, world_size)
     micro, shape = config.training.micro_batch_size, target_shape(config)
-    (now,) = _layouts([config], world_size, gpu, assume, shape)
+    (now,) = _layouts([config.after_prune], world_size, gpu, assume, shape)
     found, _ = _try(config, world_size, gpu, assume, shape)
     smaller = [
         layout
         for layout in found
         if layout.micro_batch_size == micro
-        and now.tensor_parallel % layout.tensor_parallel == 0
-        and layout.pipeline_parallel <= now.pipeline_parallel
+        and config.parallel.tensor_model_parallel_size % layout.tensor_parallel == 0
+        and layout.pipeline_parallel <= config.parallel.num_stages
     ]
     best = min([now, *smaller], key=lambda layout: layout.step_s)
     hours = (now.step_s - best.step_s) * steps * world_size / 3600
