@@ -50,7 +50,8 @@ def write_example(name: str, out: Path) -> list[Path]:
     """Write an example to ``out``, and beside a suite the configuration that it starts from.
 
     Returns: what was written; a configuration that is there already, as it is, is not.
-    Raises: ConfigError for an unknown name, and for a file that is there already.
+    Raises: ConfigError for an unknown name, for a file that is there already, and where nothing can
+        be written.
     """
     known = {example.name: example for example in examples()}
     if name not in known:
@@ -73,8 +74,11 @@ def write_example(name: str, out: Path) -> list[Path]:
     for there in files:
         if there.exists():
             raise ConfigError(f"{there} is there already, and nothing is overwritten")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for target, content in files.items():
-        with open(target, "x", encoding="utf-8") as file:
-            file.write(content)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for target, content in files.items():
+            with open(target, "x", encoding="utf-8") as file:
+                file.write(content)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from error
     return list(files)

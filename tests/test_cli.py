@@ -465,6 +465,8 @@ def test_an_example_is_written_and_nothing_is_overwritten(
     assert Path("quickstart.yaml").read_text() == source
     code, said = init("quickstart")
     assert code == 2 and "quickstart.yaml is there already, and nothing is overwritten" in said
+    code, said = init("quickstart", "quickstart.yaml/mine.yaml")
+    assert code == 2 and "cannot write quickstart.yaml/mine.yaml: File exists" in said
     code, said = init("quikstart", "mine.yaml")
     assert code == 2 and "did you mean 'quickstart'?" in said
 
