@@ -353,6 +353,8 @@ def plan(
 
     if gpus is None and (suggest or picture):
         raise typer.BadParameter("say how many: --gpus 256", param_hint="--gpus")
+    if suggest and picture:
+        raise typer.BadParameter("a picture is of one layout", param_hint="--picture")
     if gpus is not None and nproc is not None and gpus != nproc:
         raise typer.BadParameter("one process a GPU: give one of the two", param_hint="--nproc")
     loaded = load(config, overrides or [])

@@ -193,6 +193,8 @@ def test_plan_ends_with_an_error_when_the_run_does_not_fit(config_path: Path) ->
 def test_plan_wants_to_know_how_many_gpus(config_path: Path) -> None:
     result = run("plan", config_path, "--suggest")
     assert result.exit_code == 2 and "--gpus" in result.stderr
+    result = run("plan", config_path, "--suggest", "--gpus", 2, "--picture", "layouts.png")
+    assert result.exit_code == 2 and "a picture is of one layout" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["plan", "train"])
