@@ -323,6 +323,7 @@ requeue() {
 
 run_here() {
     ((NODES == 1)) || fail "NODES is $NODES; without Slurm there is this machine only"
+    [[ -z $NODES_AFTER_PRUNE ]] || fail "NODES_AFTER_PRUNE is for Slurm: leave it out here"
     install_here
     exec megatron-idea train "$CONFIG" --nproc "$NPROC_PER_NODE" "${overrides[@]}"
 }

@@ -165,6 +165,8 @@ def test_a_pruned_run_goes_on_in_a_job_on_fewer_nodes(machine: Path, tmp_path: P
     assert "requeue" not in (tmp_path / "scontrol").read_text()
     refused = call(machine, DATA, NODES="4", NODES_AFTER_PRUNE="few")
     assert refused.returncode == 2 and "NODES_AFTER_PRUNE is 'few'" in refused.stderr
+    refused = call(machine, DATA, LAUNCH="local", NODES="1", NODES_AFTER_PRUNE="1")
+    assert refused.returncode == 2 and "leave it out here" in refused.stderr
 
 
 def test_inside_a_job_every_node_gets_one_launcher(machine: Path, tmp_path: Path) -> None:
