@@ -74,8 +74,8 @@ class Pruning:
 
         Args:
             config: its sections ``model`` (sizes of the host's GPTModel), ``training``
-                (``seq_length``, ``global_batch_size``, ``precision``), ``schedule`` (phases and
-                removal; not the learning rate) and ``prune`` count.
+                (``seq_length``, ``global_batch_size``, ``precision``, ``seed``), ``schedule``
+                (phases and removal; not the learning rate) and ``prune`` count.
             chunks: GPTModel in DistributedDataParallel, one, or as many as virtual stages.
             optimizer: as ``get_megatron_optimizer`` returns it.
             groups: of all ranks of the job.
