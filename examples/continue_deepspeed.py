@@ -60,7 +60,7 @@ def start():
 
 
 def open_engine(given, config, state):
-    """Returns DeepSpeed's engine around the exported model and torch's AdamW."""
+    """Return DeepSpeed's engine around the exported model and torch's AdamW."""
     model = transformers.AutoModelForCausalLM.from_pretrained(given.export, dtype="auto")
     model.config.use_cache = False
     named = dict(model.named_parameters())

@@ -36,7 +36,7 @@ def target_shape(config: Config) -> Shape:
 
 
 def num_steps(config: Config) -> int:
-    """Optimizer steps of the run; the last one is the first that reaches ``total_tokens``."""
+    """Count the optimizer steps of the run; the last is the first to reach ``total_tokens``."""
     return -(-config.schedule.total_tokens // config.batch_tokens)
 
 
@@ -76,7 +76,7 @@ def finished_axes(config: Config, tokens: int) -> list[str]:
 
 
 def planned_tokens(config: Config, step: int) -> int:
-    """Consumed tokens by which the last plan was made once ``step`` optimizer steps are done.
+    """Return the consumed tokens by which the last plan was made once ``step`` steps are done.
 
     Units go every ``prune.mask_interval_steps`` and in any step past the removal window.
     """
@@ -133,7 +133,7 @@ def shape_at(config: Config, tokens: int) -> Shape:
 
 
 def flops_between(config: Config, start: int, end: int) -> int:
-    """Training FLOPs from ``start`` to ``end`` consumed tokens, the model shrinking as planned."""
+    """Add up training FLOPs from ``start`` to ``end`` consumed tokens, shrinking as planned."""
     flops = 0
     shape, begin = Shape.full(config.model), 0
     for change in [*shape_plan(config), ShapeChange(max(end, 0), shape)]:
@@ -144,7 +144,7 @@ def flops_between(config: Config, start: int, end: int) -> int:
 
 
 def remaining_flops(config: Config, tokens: int) -> int:
-    """Training FLOPs still to do after ``tokens`` consumed tokens; evaluations are not in it."""
+    """Add up the training FLOPs still to do after ``tokens`` consumed tokens, no evaluations."""
     return flops_between(config, tokens, config.schedule.total_tokens)
 
 
@@ -156,7 +156,7 @@ class TeacherSize:
     shape: Shape
 
     def flops_per_token(self, seq_length: int) -> int:
-        """FLOPs of a forward pass: a third of those of training, which go backward for two."""
+        """Return the FLOPs of a forward pass: a third of training's, which goes back for two."""
         return self.shape.flops_per_token(self.model, seq_length) // 3
 
 
@@ -184,7 +184,7 @@ def taught_between(config: Config, start: int, end: int) -> int:
 def teacher_flops_between(
     config: Config, start: int, end: int, teacher: TeacherSize | None
 ) -> int | None:
-    """FLOPs of the teacher's forward passes from ``start`` to ``end`` consumed tokens.
+    """Add up the FLOPs of the teacher's forward passes from ``start`` to ``end`` consumed tokens.
 
     Returns: 0 where nobody is asked; None where somebody is whose size is not known.
     """

@@ -50,13 +50,13 @@ _FFN_MULT_UNIT = 256
 
 
 def whole_model_names(model: ModelConfig) -> dict[str, str]:
-    """Tensors outside of layers that this model has, ours to theirs."""
+    """List the tensors outside of layers that this model has, ours to theirs."""
     tied = model.share_embeddings_and_output_weights
     return {ours: hf for ours, hf in WHOLE_MODEL.items() if not (tied and ours == OUTPUT)}
 
 
 def checkpoint_name(parameter: str) -> str:
-    """A parameter's name in checkpoints, which is the one that Transformer Engine gives it."""
+    """Return a parameter's name in checkpoints: the one that Transformer Engine gives it."""
     for ours, fused in (
         (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
         (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
@@ -66,19 +66,22 @@ def checkpoint_name(parameter: str) -> str:
 
 
 def renamed_in_layer(model: ModelConfig) -> dict[str, str]:
-    """A layer's tensors that are renamed alone, ours to theirs."""
+    """List a layer's tensors that are renamed alone, ours to theirs."""
     return RENAMED | QK_NORMS if model.qk_layernorm else RENAMED
 
 
 def in_layer(model: ModelConfig) -> list[str]:
-    """Our names of all of a layer's tensors."""
+    """List our names of all of a layer's tensors."""
     return [*renamed_in_layer(model), QKV, PROJ, FC1, FC2]
 
 
 def split_qkv(weight: Tensor, groups: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's rows, one query group after another as [queries.., key, value], to q, k and v.
+    """Part Megatron's rows, one query group after another as [queries.., key, value].
 
-    Returns: [groups, heads of one or 1, channels, H] each.
+    Args:
+        weight: [groups x (heads of one + 2) x channels, H].
+        channels: of a head.
+    Returns: q [groups, heads of one, channels, H], k and v [groups, 1, channels, H]; views.
     """
     grouped = weight.view(groups, -1, channels, weight.shape[-1])
     q, k, v = grouped.split([grouped.shape[1] - 2, 1, 1], dim=1)
@@ -86,7 +89,7 @@ def split_qkv(weight: Tensor, groups: int, channels: int) -> tuple[Tensor, Tenso
 
 
 def join_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Inverse of ``split_qkv``."""
+    """Undo ``split_qkv``."""
     return torch.cat([q, k, v], dim=1).flatten(0, 2)
 
 
@@ -103,9 +106,10 @@ def with_epsilon(qkv: Tensor, groups: int, channels: int, ratio: float) -> Tenso
 def layer_to_hf(
     position: int, tensors: dict[str, Tensor], layer: LayerShape, model: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """One layer of ours under its Hugging Face names.
+    """Yield one layer of ours under its Hugging Face names.
 
     Args:
+        position: the layer's number in the folder.
         tensors: the layer's, without the ``decoder.layers.N.`` before their names.
         layer: as the folder is to have it. Query heads that ``tensors`` have not got are zeros at
             the end of each group, and so are their columns of the output projection.
@@ -127,7 +131,7 @@ def layer_to_hf(
 
 
 def hf_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the Hugging Face model of this shape, as exports go."""
+    """Yield name and shape of every tensor of the Hugging Face model of this shape, in order."""
     hidden, channels = shape.hidden_size, model.kv_channels
     outside = whole_model_names(model)
     yield outside.pop(EMBEDDING), (model.vocab_size, hidden)
@@ -148,7 +152,7 @@ def hf_shapes(model: ModelConfig, shape: Shape) -> Iterator[tuple[str, tuple[int
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether transformers can read it: an export, or another model."""
+    """Tell whether transformers can read it: an export, or another model."""
     return (path / "config.json").is_file()
 
 
@@ -213,7 +217,7 @@ def _kernel_of(config: Any, depth: int = 0) -> str:
 
 
 def names_of(position: int, axis: str) -> tuple[str, ...]:
-    """Tensors of a layer that its units have parts of: rows of all, but columns of the last."""
+    """Name the tensors of a layer that units have parts of: rows of all, columns of the last."""
     parts = _FFN_PARTS if axis == "ffn_hidden_size" else (*_QKV_PARTS, _O_PROJ)
     return tuple(f"model.layers.{position}.{name}" for name in parts)
 
@@ -221,7 +225,7 @@ def names_of(position: int, axis: str) -> tuple[str, ...]:
 def to_hf_config(
     model: ModelConfig, shape: Shape, seq_length: int, dtype: str, eod: int, compact: bool
 ) -> dict[str, Any]:
-    """``config.json`` of a model of this shape, whose layers have equally many query heads.
+    """Make the ``config.json`` of a model of this shape, of as many query heads in every layer.
 
     Its norms divide by the stored hidden size and ours by the enlarged one, so it has another
     epsilon where channels were removed; ``ResidualNorm`` says why.
@@ -300,7 +304,7 @@ def _to_block_configs(config: dict[str, Any], shape: Shape, model: ModelConfig) 
 
 
 def block_width(ffn: dict[str, Any], hidden_size: int) -> int:
-    """FFN width of a block; where ``ffn_mult`` is given, by the formula that engines have."""
+    """Return a block's FFN width; where ``ffn_mult`` is given, by the formula that engines have."""
     if ffn.get("ffn_mult"):
         return round_up(int(2 * ffn["ffn_mult"] * hidden_size / 3), _FFN_MULT_UNIT)
     return int(ffn["intermediate_size"])
