@@ -16,7 +16,7 @@ from megatron_idea import config as configuration
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))
-    for folder in ("examples", "tests", ".ci")
+    for folder in ("benchmarks", "examples", "tests", ".ci")
     for path in (REPOSITORY / folder).iterdir()
     if path.suffix == ".sh" or path.name == "run"
 )
