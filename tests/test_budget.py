@@ -213,6 +213,7 @@ def test_suggestions_fit_and_are_ranked_and_the_rest_says_why_not() -> None:
     assert exact.refusal == ""
     # Activations are scaled up from a micro-batch of one: a little too high, never too low.
     assert exact.stretches[0].total_bytes <= best.total_bytes * 1.001
+    assert exact.stretches[0].step_s == pytest.approx(best.step_s, rel=0.01)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(render_layouts(fitting, refused, gpu))

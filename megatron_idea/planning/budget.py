@@ -519,6 +519,7 @@ def suggest(
             f"distill.teacher ({config.distill.teacher}) cannot be read, and what fits depends on "
             "its size: put it there, or set distill.teacher=none to plan without it"
         )
+    config = _on_gpus(config)
     fitting, refused = _try(config, world_size, gpu, assume, Shape.full(config.model))
     if not fitting and not refused:
         raise ConfigError(
