@@ -6,7 +6,8 @@
 
 In torchrun's place DeepSpeed's own launcher: `deepspeed --num_accelerators 2 --no_local_rank`.
 Data, batches, learning rate and the number of tokens are those of the run's configuration, so this
-is what the run itself would have done. To fine-tune, begin anew with others:
+is what the run itself would have done, but for a teacher (`distill`), which is left out. To
+fine-tune, begin anew with others:
 
     ... out/mine runs/mine/config.yaml out/tuned --fresh 'data.train=[{prefix: data/other}]' \\
         schedule.total_tokens=1e6 schedule.lr=1e-5 schedule.min_lr=0
