@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,6 +125,7 @@ def write(
         )
         kinds: dict[str, str] = {}
         parameters, rest = 0, 0
+        fp32 = np.dtype(np.float32)  # of no account beside the kind
         for name, size in sizes:
             kinds[name] = _kind(dtype, size)
             rest += kinds[name] == "F16" and dtype == "q8_0"
@@ -132,8 +134,7 @@ def write(
             count = math.prod(size)
             parameters += count
             theirs = tensor_names.get_name(name, try_suffixes=(".weight",))
-            dense = torch.empty(0).numpy().dtype
-            writer.add_tensor_info(theirs, size, dense, count // block * block_bytes, kind)
+            writer.add_tensor_info(theirs, size, fp32, count // block * block_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
