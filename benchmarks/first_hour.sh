@@ -88,7 +88,7 @@ kernels() {
 
 compare() { # a comparison of runs, as far as the time goes: the same call goes on
     local options=(--parallel 4) # such models leave a GPU idle most of the time
-    ((SMALL)) && options=(--seeds 0 schedule.total_tokens=131072 evaluation.every_tokens=0)
+    ((SMALL)) && options=(--seeds 0 schedule.total_tokens=262144 evaluation.every_tokens=0)
     mkdir -p data/micro
     if [[ ! -f data/micro/corpus_train.idx || ! -f data/micro/corpus_heldout.idx ]]; then
         idea corpus data/micro/corpus.jsonl &&
