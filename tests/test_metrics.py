@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_idea import config as configs
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.course import remaining_flops
 from megatron_idea.engine.gpus import peak_flops
+from megatron_idea.records import trackers
 from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress, time_left_s
 from megatron_idea.records.read import lines_of, read_events, read_metrics, read_scores
@@ -570,6 +572,20 @@ def test_an_mlflow_that_fails_is_left_out_with_one_line(
     assert len(read_metrics(tmp_path)) == 3
     (said,) = [line for line in caplog.messages if "MLflow" in line]
     assert said == "MLflow cannot write and is left out from here on: the server is gone"
+
+
+def test_an_mlflow_that_never_answers_does_not_hold_a_run_that_ends(
+    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(tmp_path, TO_MLFLOW, is_writer=True)
+    answered = threading.Event()
+    monkeypatch.setattr(mlflow, "log_batch", lambda *_, **__: answered.wait(60))
+    monkeypatch.setattr(trackers, "PATIENCE_S", 0.01)
+    log.write(record(1))
+    log.close()
+    answered.set()
+    (said,) = [line for line in caplog.messages if "MLflow" in line]
+    assert said.endswith("the server has not answered for 0.01 s")
 
 
 def test_an_mlflow_that_does_not_start_is_explained(

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_S = 60.0
+"""For one request to a server at the end of a run, which a job's time limit may have stopped."""
 
 
 class Tracker(Protocol):
@@ -188,7 +191,6 @@ class _MLflow:
         self._known = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._waiting: list[Metric] = []
         # One request at a time, which no step waits for: a slow server gets fewer and larger ones.
-        self._sender = ThreadPoolExecutor(1)
         self._sending: Future[None] | None = None
 
     def _open(self, config: Config, name: str, identity: str) -> Run:
@@ -225,17 +227,32 @@ class _MLflow:
 
     def _send(self) -> None:
         """Send some of what waits, after the last request; raise what that one raised."""
-        if self._sending is not None:
-            self._sending.result()
+        self._wait()
         some, self._waiting = (
             self._waiting[: self.MOST_METRICS],
             self._waiting[self.MOST_METRICS :],
         )
-        self._sending = self._sender.submit(self._client.log_batch, self._run_id, some)
+        sending = self._sending = Future()
+
+        def send() -> None:
+            try:
+                sending.set_result(self._client.log_batch(self._run_id, some))
+            except Exception as error:
+                sending.set_exception(error)
+
+        # Not an executor's thread, for which Python waits when it ends: MLflow tries for minutes.
+        threading.Thread(target=send, name="MLflow", daemon=True).start()
+
+    def _wait(self) -> None:
+        if self._sending is None:
+            return
+        try:
+            self._sending.result(PATIENCE_S)
+        except TimeoutError as error:
+            raise TimeoutError(f"the server has not answered for {PATIENCE_S:g} s") from error
 
     def close(self) -> None:
         while self._waiting:
             self._send()
-        if self._sending is not None:
-            self._sending.result()
+        self._wait()
         self._client.set_terminated(self._run_id)
