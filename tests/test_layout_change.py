@@ -11,7 +11,7 @@ import pytest
 from test_checkpoint import assert_same_tensors, checkpoint_at, curves
 
 from megatron_idea import checkpoint
-from megatron_idea.config import Config, ConfigError, from_dict, load, replace, validate
+from megatron_idea.config import Config, ConfigError, from_dict, load, replace, to_yaml, validate
 from megatron_idea.records.read import read_events
 from megatron_idea.testing import Workers
 
@@ -144,3 +144,14 @@ def test_what_is_left_out_is_as_before_and_what_does_not_shrink_is_refused(tmp_p
     validate(load(path, ["training.micro_batch_size=4"]), 4)
     with pytest.raises(ConfigError, match="did you mean"):
         from_dict({"parallel_after_prune": {"tensor_parallel": 1}})
+
+
+def test_a_run_may_be_given_a_layout_after_pruning_when_it_has_begun(
+    tiny: Config, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoints" / "step_00000001"
+    path.mkdir(parents=True)
+    both = [tiny, replace(tiny, parallel_after_prune=tiny.parallel)]
+    for saved, config in (both, both[::-1]):
+        (path / "config.yaml").write_text(to_yaml(saved))
+        checkpoint.check_same_run(path, config)

@@ -22,8 +22,6 @@ from megatron_idea.checkpoint.folder import (
     checkpoints_of,
     complete,
     copy_origin,
-    differences,
-    is_among,
     latest,
     read_config,
     tokenizer_beside,
@@ -34,6 +32,7 @@ from megatron_idea.config import Config, ConfigError
 from megatron_idea.course import num_steps
 from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.prune.pruner import measures_alike
+from megatron_idea.records.settings import differences, is_among
 from megatron_idea.schedule import PHASES, phase_ends, snapshot_tokens
 from megatron_idea.shape import LAYER_AXES
 
@@ -152,7 +151,11 @@ def check_may_branch(source: Config, config: Config, tokenizer: str = "", where:
         tokenizer: the copy that the source's run has; empty without any.
         where: the checkpoint, for the message; by default the source's run folder.
     """
-    fixed = [line for key, line in differences(source, config, tokenizer) if is_among(key, FIXED)]
+    fixed = [
+        f"{key}: {was!r} in the checkpoint, {now!r} now"
+        for key, was, now in differences(source, config, tokenizer)
+        if is_among(key, FIXED)
+    ]
     if fixed:
         raise ConfigError(
             f"a run that starts from {where or source.run_dir} cannot change\n  "

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -16,10 +12,10 @@ from megatron_idea import config as configuration
 from megatron_idea import files
 from megatron_idea.checkpoint import storage
 from megatron_idea.checkpoint.state import CheckpointError
-from megatron_idea.config import BlendEntry, Config, ConfigError
-from megatron_idea.data.tokenizer import tokenizer_file
+from megatron_idea.config import Config, ConfigError
 from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.records.saved import checkpoints_of, complete, latest
+from megatron_idea.records.settings import differences, is_among
 
 TOKENIZER = "tokenizer"
 """Folder of a run that has a copy of its tokenizer: a run can be moved, and read from anywhere."""
@@ -106,9 +102,6 @@ _FREE = {
 def check_same_run(path: Path, config: Config) -> None:
     """Make sure that ``config`` continues what the checkpoint was computing.
 
-    Compared is what is meant: a file however its path is spelled, a tokenizer by its content, the
-    weights of a blend by their shares. The order of a blend counts: it decides who comes first.
-
     Raises: CheckpointError that names every differing value, for another model, schedule, data,
         batch or optimizer.
     """
@@ -117,8 +110,8 @@ def check_same_run(path: Path, config: Config) -> None:
     except ConfigError as error:
         raise CheckpointError(f"{path} cannot be resumed: {error}") from error
     changed = [
-        line
-        for key, line in differences(saved, config, tokenizer_beside(path) or "")
+        f"{key}: {was!r} in the checkpoint, {now!r} now"
+        for key, was, now in differences(saved, config, tokenizer_beside(path) or "")
         if not is_among(key, _FREE)
     ]
     if changed:
@@ -128,54 +121,6 @@ def check_same_run(path: Path, config: Config) -> None:
             f"{path} {what}:\n  " + "\n  ".join(changed) + "\n"
             "Resume with the same values, or give the new run another run_dir."
         )
-
-
-def differences(saved: Config, config: Config, tokenizer: str = "") -> list[tuple[str, str]]:
-    """List what differs in meaning between two configurations: keys, and a line about each.
-
-    Args:
-        tokenizer: the copy that the saved one's run has; empty without any.
-    """
-    was, now = (
-        configuration.flat(dataclasses.asdict(saved)),
-        configuration.flat(dataclasses.asdict(config)),
-    )
-    kept = "" if saved.data.tokenizer == "byte" else tokenizer
-    meant_then, meant_now = was | _meant(saved, kept), now | _meant(config)
-    return [
-        (key, f"{key}: {was[key]!r} in the checkpoint, {now[key]!r} now")
-        for key in sorted(was)
-        if meant_then[key] != meant_now[key]
-    ]
-
-
-def is_among(key: str, keys: Collection[str]) -> bool:
-    """Tell whether a dotted key is one of ``keys``, or lies in a section that is."""
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
-
-
-def _meant(config: Config, tokenizer: str = "") -> dict[str, Any]:
-    """Keys whose value can be spelled in several ways, and what they stand for."""
-
-    def shares(entries: Sequence[BlendEntry]) -> list[tuple[str, float]]:
-        total = sum(entry.weight for entry in entries)
-        return [(os.path.realpath(entry.prefix), entry.weight / total) for entry in entries]
-
-    return {
-        "data.train": shares(config.data.train),
-        "data.validation": shares(config.data.validation),
-        "data.tokenizer": _content(tokenizer or config.data.tokenizer),
-    }
-
-
-def _content(tokenizer: str) -> str:
-    """What a tokenizer's name stands for; of a file that is not there, its place."""
-    file = tokenizer_file(tokenizer)
-    if tokenizer == "byte":
-        return tokenizer
-    if not file.is_file():
-        return os.path.realpath(file)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def choose(config: Config, groups: ProcessGroups) -> tuple[Path | None, list[str]]:

@@ -23,7 +23,6 @@ reference's. ``teacher: ARM``: it learns from the model that that arm ends with,
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import os
@@ -43,6 +42,7 @@ from megatron_idea.course import (
     teacher_flops_between,
 )
 from megatron_idea.planning.estimate import teacher_size
+from megatron_idea.records.settings import differences, is_among
 from megatron_idea.schedule import PHASES, phase_ends
 
 
@@ -534,8 +534,8 @@ def _named(run: ArmRun, check: Callable[[Config], None]) -> None:
 # ---- what lies on the disk
 
 _FREE = (
-    "run_dir", "logging", "parallel", "checkpoint", "data.cache_dir", "law",
-    "training.micro_batch_size",
+    "run_dir", "logging", "parallel", "parallel_after_prune", "nodes_after_prune", "checkpoint",
+    "data.cache_dir", "law", "training.micro_batch_size",
 )  # fmt: skip
 """What may differ from a run that has begun."""
 _OTHER_RUNS = ("start_from", "distill.teacher")
@@ -563,13 +563,11 @@ def _check_folder(config: Config) -> None:
     if not file.is_file():
         return
     begun = configuration.load(file)
-    was, now = (configuration.flat(dataclasses.asdict(one)) for one in (begun, config))
     differing = [
-        f"{key} (was {was[key]!r}, is {now[key]!r})"
-        for key in now
-        if was[key] != now[key]
-        and not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
-        and not (key in _OTHER_RUNS and _lies_alike(begun, was[key], config, now[key]))
+        f"{key} (was {was!r}, is {now!r})"
+        for key, was, now in differences(begun, config)
+        if not is_among(key, _FREE)
+        and not (key in _OTHER_RUNS and _lies_alike(begun, was, config, now))
     ]
     if differing:
         raise ConfigError(
