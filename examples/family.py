@@ -7,27 +7,28 @@ begins at the trunk's last kept checkpoint from before the trunk is smaller than
 what is still too much in its first step, and anneals over ``cooldown`` times the tokens that the
 trunk had consumed. Its clock is the trunk's up to there, and the learning rate has no step.
 
-Each line is the branch's size, as given, and its overrides, separated by spaces.
+Each line is the branch's size, as given, and its overrides, separated by tabs.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from megatron_idea.config import Config, ConfigError, load, validate, whole_number
-from megatron_idea.course import live_at_step, num_steps
+from megatron_idea.course import live_at_step, num_steps, target_shape
 from megatron_idea.errors import UserError
 from megatron_idea.schedule import lr_decay_begins, phase_ends, removal_window
 from megatron_idea.shape import Shape
 
 
-def shape_of(config: Config, counts: dict[str, int]) -> Shape:
-    """Return the enlarged model's shape with so many units on some axes."""
+def parameters_at(config: Config, step: int) -> int:
+    """Count the parameters that are alive once ``step`` optimizer steps are done, as planned."""
     shape = Shape.full(config.model)
-    for axis, count in counts.items():
+    for axis, count in live_at_step(config, step).items():
         shape = shape.with_counts(axis, count)
-    return shape
+    return shape.parameters(config.model).total
 
 
 def first_step_within(config: Config, parameters: int) -> int:
@@ -35,8 +36,7 @@ def first_step_within(config: Config, parameters: int) -> int:
     low, high = 0, num_steps(config)
     while low < high:
         middle = (low + high) // 2
-        live = shape_of(config, live_at_step(config, middle))
-        if live.parameters(config.model).total <= parameters:
+        if parameters_at(config, middle) <= parameters:
             high = middle
         else:
             low = middle + 1
@@ -46,13 +46,15 @@ def first_step_within(config: Config, parameters: int) -> int:
 def branch(config: Config, size: str, cooldown: float) -> list[str]:
     """Return the overrides of the branch that ends with at most ``size`` parameters.
 
+    Args:
+        cooldown: its tokens, as a share of those that the trunk had consumed.
+
     Raises: ConfigError when the trunk does not come to that size before its own learning rate
         falls, or keeps no checkpoint to begin at.
     """
     parameters, batch = whole_number(size), config.batch_tokens
     full = Shape.full(config.model).parameters(config.model).total
-    least = shape_of(config, {axis: goal.target for axis, goal in config.goals.items()})
-    fewest = least.parameters(config.model).total
+    fewest = target_shape(config).parameters(config.model).total
     if parameters is None or not fewest < parameters < full:
         raise ConfigError(
             f"a size of the family is {size}; it must be a number of parameters between "
@@ -66,10 +68,11 @@ def branch(config: Config, size: str, cooldown: float) -> list[str]:
         begin = -(-(mark - every) // batch) * batch
     ends, schedule = phase_ends(config.schedule), config.schedule
     observed = removal_window(schedule)[0] - ends["enlarged"]
-    if begin < ends["enlarged"] + observed or begin > lr_decay_begins(schedule)[0]:
+    # Not at the very token either: nothing would be left of the phase in which scores are gathered.
+    if not ends["enlarged"] + observed < begin <= lr_decay_begins(schedule)[0]:
         raise ConfigError(
-            f"the branch to {size} would begin at {begin:,} tokens, which must be after scores are "
-            "gathered and before the trunk's learning rate falls: "
+            f"the branch to {size} would begin at {begin:,} tokens, which must be after removal "
+            "begins and before the trunk's learning rate falls: "
             f"{ends['enlarged'] + observed:,.0f} to {lr_decay_begins(schedule)[0]:,.0f}"
         )
     # Legal counts, none above what is alive then.
@@ -127,10 +130,12 @@ def main() -> None:
         config = load(given.config, given.overrides)
         validate(config, config.parallel.model_parallel_size)
         check_trunk(config)
-        for size in given.sizes.split(","):
+        if not 0 < given.cooldown < math.inf:
+            raise ConfigError(f"--cooldown is {given.cooldown}; it must be above 0, as 0.1 is")
+        for size in given.sizes.replace(" ", "").split(","):
             overrides = branch(config, size, given.cooldown)
             load(given.config, [*given.overrides, *overrides])
-            print(size, *overrides)
+            print(size, *overrides, sep="\t")
     except UserError as error:
         sys.exit(f"family: {error}")
 

@@ -33,19 +33,25 @@ export PATH="$venv/bin:$PATH"
 branches=$(python examples/family.py "$CONFIG" --sizes "$sizes" --cooldown "${COOLDOWN:-0.1}" \
     "${overrides[@]}")
 
-value() { # KEY: of the overrides in this line
-    sed -n "s/.* $1=\([^ ]*\).*/\1/p" <<<"$line"
+value() { # KEY: of the branch's overrides
+    printf '%s\n' "${of_branch[@]}" | sed -n "s/^$1=//p"
+}
+
+call() { # OVERRIDE...: as one would type it
+    printf 'CONFIG=%q bash examples/launch.sh' "$CONFIG"
+    if (($#)); then printf ' %q' "$@"; fi
 }
 
 start() { # RUN_DIR OVERRIDE...: unless it is there already
     local run_dir=$1
     shift
     if [[ -e $run_dir ]]; then
-        echo "family: $run_dir is there: CONFIG=$CONFIG bash examples/launch.sh $* goes on with it" >&2
+        echo "family: $run_dir is there: $(call "$@") goes on with it" >&2
     elif ((dry_run)); then
-        echo "CONFIG=$CONFIG bash examples/launch.sh $*"
+        call "$@"
+        echo
     else
-        bash examples/launch.sh "$@"
+        bash examples/launch.sh "$@" </dev/null # the loop below reads its lines from there
     fi
 }
 
@@ -66,9 +72,9 @@ PYTHON
 
 trunk=$(megatron-idea train "$CONFIG" --dry-run "${overrides[@]}" | sed -n 's/^run_dir: //p')
 start "$trunk" "${overrides[@]}"
-while read -r line; do
-    size=${line%% *}
-    read -r -a of_branch <<<"${line#* }"
+while IFS=$'\t' read -r -a of_branch; do
+    size=${of_branch[0]}
+    of_branch=("${of_branch[@]:1}")
     if ((dry_run)) || reached "$(value start_from)"; then
         start "$(value run_dir)" "${overrides[@]}" "${of_branch[@]}"
     else

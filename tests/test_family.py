@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_branches_have_their_size_and_the_learning_rate_has_no_step(
     sizes = ("25_000", "23_000")
     done = family(trunk, ",".join(sizes), "--cooldown", "0.3")
     assert done.returncode == 0, done.stderr
-    lines = [line.split(" ") for line in done.stdout.splitlines()]
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == [*sizes]
     for size, *overrides in lines:
         config = load(trunk, overrides)
@@ -83,6 +84,9 @@ def test_branches_have_their_size_and_the_learning_rate_has_no_step(
     [
         ("1e9", [], "must be a number of parameters between"),
         ("small", [], "a size of the family is small"),
+        ("25_000", ["--cooldown", "0"], "--cooldown is 0.0; it must be above 0"),
+        # Scores are gathered until the end of step 12, which a checkpoint follows.
+        ("27_000", ["schedule.prune_warmup_fraction=0.5"], "must be after removal begins"),
         ("25_000", ["schedule.lr_decay_style=cosine"], "lr_decay_style=WSD"),
         ("25_000", ["checkpoint.keep_every_tokens=0"], "checkpoints that the trunk keeps"),
         (
@@ -102,17 +106,16 @@ def test_what_no_family_can_come_of_is_refused(
 def test_the_script_says_what_it_would_start() -> None:
     environment = {**os.environ, "MEGATRON_IDEA_VENV": sys.prefix}
     done = subprocess.run(
-        ["bash", EXAMPLES / "family.sh", "--dry-run", "run_dir=runs/none"],
+        ["bash", EXAMPLES / "family.sh", "--dry-run", "run_dir=runs/none at all"],
         capture_output=True,
         text=True,
         check=True,
         env=environment,
     )
     trunk, *branches = done.stdout.splitlines()
-    assert trunk.endswith("launch.sh run_dir=runs/none")
-    assert [line.split("run_dir=")[2].split(" ")[0] for line in branches] == [
-        "runs/none-2.4e9", "runs/none-2.0e9", "runs/none-1.6e9",
-    ]  # fmt: skip
+    assert shlex.split(trunk)[-1] == "run_dir=runs/none at all"
+    runs = ("runs/none at all-2.4e9", "runs/none at all-2.0e9", "runs/none at all-1.6e9")
+    assert [shlex.split(line)[4] for line in branches] == [f"run_dir={run}" for run in runs]
     assert (
         yaml.safe_load((EXAMPLES / "configs/family.yaml").read_text())["run_dir"] == "runs/family"
     )
