@@ -91,11 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    text = README.read_text()
-    new = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}{table()}{END}", text, flags=re.S)
+    text = README.read_text("utf-8")
+    new, count = re.subn(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}{table()}{END}", text, flags=re.S)
+    if count != 1:
+        sys.exit(f"README.md has the two marks {count} times, and must have them once")
     if given.check and new != text:
         sys.exit("README.md does not say what benchmarks/results has: run this without --check")
-    README.write_text(new)
+    README.write_text(new, "utf-8")
 
 
 if __name__ == "__main__":
