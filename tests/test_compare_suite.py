@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from megatron_idea import cli
 from megatron_idea import config as configuration
-from megatron_idea.compare.forecast import costs
+from megatron_idea.compare.forecast import costs, render
 from megatron_idea.compare.suite import ArmRun, Suite, check_ready, end_of, flops, read_suite
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.engine.gpus import gpu_named
 from megatron_idea.planning.estimate import forecast
+from megatron_idea.records.terminal import Console
 from megatron_idea.shape import Shape
 
 BASE: dict[str, Any] = {
@@ -419,6 +420,46 @@ def test_a_folder_of_other_settings_is_refused_by_key(ready: Path, tmp_path: Pat
     (moved / "branch" / "seed1" / "config.yaml").write_text(configuration.to_yaml(other))
     with pytest.raises(ConfigError, match=r"branch, seed 1: .*start_from \(was .*idea/seed1@prune"):
         check_ready(read_suite(ready, out=moved))
+
+
+def test_a_run_that_came_of_what_was_made_anew_since_is_refused(ready: Path) -> None:
+    suite = read_suite(ready)
+    idea, branch = run_of(suite, "idea/seed0"), run_of(suite, "branch/seed0")
+
+    def began(run: ArmRun, time: float) -> None:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        events = [{"kind": "started", "time": time}, {"kind": "finished", "time": time + 9}]
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        (run.run_dir / "events.jsonl").write_text(text)
+
+    began(idea, 10.0)
+    began(branch, 20.0)
+    check_ready(suite)
+    began(idea, 30.0)
+    with pytest.raises(
+        ConfigError, match=r"branch, seed 0: .*another idea, seed 0 than the one that is there"
+    ):
+        check_ready(suite)
+    shutil.rmtree(idea.run_dir)
+    with pytest.raises(
+        ConfigError, match=r"than the one that is still to be made; delete that folder"
+    ):
+        check_ready(suite)
+    shutil.rmtree(branch.run_dir)
+    check_ready(suite)
+
+
+def test_a_sum_with_something_unknown_in_it_is_not_known(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, arms=ARMS | {"taught": {"distill": {"teacher": "runs/none"}}})
+    gpu = gpu_named("h100")
+    arms = costs(suite, gpu, 0.5)
+    assert [one.flops is None for one in arms] == [False, False, True]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render(suite, arms, gpu, 0.5))
+    for name in ("taught", "all"):
+        (row,) = (line for line in capture.get().splitlines() if line.split()[:1] == [name])
+        assert row.split()[-4:] == ["not", "known", "not", "known"]
 
 
 def test_a_dry_run_adds_up_what_every_arm_costs(tmp_path: Path) -> None:

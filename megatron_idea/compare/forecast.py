@@ -27,7 +27,7 @@ class ArmCost:
     runs: int
     tokens: int
     """Of all runs."""
-    flops: int | None
+    flops: float | None
     """Of all runs, teacher included; None where its size is not known."""
     gpu_hours: float | None
 
@@ -42,9 +42,8 @@ def costs(suite: Suite, gpu: Gpu, mfu: float) -> list[ArmCost]:
 
 
 def _cost(runs: list[ArmRun], gpu: Gpu, mfu: float) -> ArmCost:
-    first, each = runs[0], [flops(run, run.begins, end_of(run.config)) for run in runs]
-    known = [one for one in each if one is not None]
-    total = sum(known) if len(known) == len(each) else None
+    first = runs[0]
+    total = _sum(flops(run, run.begins, end_of(run.config)) for run in runs)
     at = first.config.start_from.rpartition("@")[2]
     return ArmCost(
         arm=first.arm,
@@ -76,17 +75,16 @@ def render(suite: Suite, arms: list[ArmCost], gpu: Gpu, mfu: float) -> Group:
             " to ".join(map(human_count, one.parameters_at_end)),
             str(one.runs),
             human_count(one.tokens / one.runs),
-            "not known" if one.flops is None else f"{one.flops / one.runs:.2e}",
-            "not known" if one.flops is None else f"{one.flops:.2e}",
-            "not known" if one.gpu_hours is None else _hours(one.gpu_hours),
+            _flops(None if one.flops is None else one.flops / one.runs),
+            _flops(one.flops),
+            _hours(one.gpu_hours),
         )
         for one in arms
     ]
-    total = sum(one.flops or 0 for one in arms)
-    hours = sum(one.gpu_hours or 0 for one in arms)
     runs = str(len(suite.runs))
     tokens = human_count(sum(one.tokens for one in arms) / len(suite.runs))
-    rows.append(("all", "", "", "", runs, tokens, "", f"{total:.2e}", _hours(hours)))
+    total, hours = _sum(one.flops for one in arms), _sum(one.gpu_hours for one in arms)
+    rows.append(("all", "", "", "", runs, tokens, "", _flops(total), _hours(hours)))
     columns = (
         "arm", "starts from", "parameters", "at the end", "runs", "tokens a run", "FLOPs a run",
         "FLOPs", "GPU-hours",
@@ -100,5 +98,18 @@ def render(suite: Suite, arms: list[ArmCost], gpu: Gpu, mfu: float) -> Group:
     return table(columns, rows, title=str(suite.path), note=note, left=2)
 
 
-def _hours(hours: float) -> str:
+def _sum(amounts: Iterable[float | None]) -> float | None:
+    """Add up; None where one is not known."""
+    each = list(amounts)
+    known = [one for one in each if one is not None]
+    return sum(known) if len(known) == len(each) else None
+
+
+def _flops(count: float | None) -> str:
+    return "not known" if count is None else f"{count:.2e}"
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "not known"
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"

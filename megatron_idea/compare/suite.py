@@ -42,6 +42,7 @@ from megatron_idea.course import (
     teacher_flops_between,
 )
 from megatron_idea.planning.estimate import teacher_size
+from megatron_idea.records.read import EVENTS, lines_of
 from megatron_idea.records.settings import differences, is_among
 from megatron_idea.schedule import PHASES, phase_ends
 
@@ -218,7 +219,7 @@ def end_of(config: Config) -> int:
 
 
 def check_ready(suite: Suite, processes: int | None = None) -> None:
-    """Make sure that every run can start, or go on: its data, its folder, its layout.
+    """Make sure that every run can start, or go on: its data, its folder, its past, its layout.
 
     Args:
         processes: of each run; None: TP x PP.
@@ -229,6 +230,7 @@ def check_ready(suite: Suite, processes: int | None = None) -> None:
             _named(run, lambda config: validate(config, processes))
         _named(run, _check_data)
         _named(run, _check_folder)
+        _check_past(run)
 
 
 # ---- the file's keys
@@ -574,6 +576,27 @@ def _check_folder(config: Config) -> None:
             f"{config.run_dir} was begun with other settings: {', '.join(differing)}; delete that "
             "folder, or give another --out"
         )
+
+
+def _check_past(run: ArmRun) -> None:
+    """Make sure that what a run began at or learns from has not been made anew since it began."""
+    began = _began(run)
+    if began is None:
+        return
+    for needed in run.needs:
+        there = _began(needed)
+        if there is None or there > began:
+            which = "is there now" if there else "is still to be made"
+            raise ConfigError(
+                f"arm {run}: {run.run_dir} came of another {needed} than the one that {which}; "
+                "delete that folder, or give another --out"
+            )
+
+
+def _began(run: ArmRun) -> float | None:
+    """Return the time of a run's first event, in seconds since 1970; None if there is none."""
+    events = lines_of(run.run_dir, EVENTS, broken=[])
+    return next((event["time"] for event in events if "time" in event), None)
 
 
 def _lies_alike(one: Config, path: str, other: Config, other_path: str) -> bool:
