@@ -171,6 +171,7 @@ def test_an_arm_learns_from_the_model_that_another_one_ends_with(tmp_path: Path)
         "longer": {"equal": "flops@taught", **SMALL},
         "late": {"from": "taught@enlarged", "schedule": {"removal": "linear"}},
         "taught": {"teacher": "wide", "distill": {"alpha": 0.5, "alpha_end": 0.5}},
+        "own": {"from": "taught@enlarged", "distill": {"teacher": "self"}},
         "scratch": SMALL,
         "wide": {"prune": {"strategy": "none"}},
     }
@@ -178,6 +179,8 @@ def test_an_arm_learns_from_the_model_that_another_one_ends_with(tmp_path: Path)
     wide, taught, late = (run_of(suite, f"{arm}/seed1") for arm in ("wide", "taught", "late"))
     assert taught.teacher is late.teacher is wide and taught.needs == [wide]
     assert late.needs == [taught, wide]
+    own = run_of(suite, "own/seed1")
+    assert own.needs == [taught] and own.config.distill.teacher == "self"
     for run in (taught, late):
         assert run.config.distill.teacher == str(wide.run_dir)
         assert (run.config.distill.alpha, run.config.distill.alpha_end) == (0.5, 0.5)

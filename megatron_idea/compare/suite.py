@@ -324,6 +324,7 @@ def _read_arm(name: str, given: dict[str, Any], arms: Mapping[str, Any], referen
     teacher = _text(words, "teacher")
     if teacher:
         _require_arm(teacher, arms, f"arms.{name}.teacher")
+        _refuse(sections, {"distill.teacher": f"its teacher is {teacher}"}, f"arms.{name}")
     if "from" in words and "equal" in words:
         raise ConfigError(
             f"arms.{name} has both from and equal: one that starts from another arm has its "
@@ -389,10 +390,13 @@ def _check_name(what: str, name: str) -> None:
 
 def _refuse_named_elsewhere(sections: dict[str, Any], where: str, swept: str) -> None:
     """Raise ConfigError for a key that the suite itself decides."""
-    elsewhere = _NAMED_ELSEWHERE | (
-        {swept: "every value of sweep would replace it"} if swept else {}
-    )
-    for key, instead in elsewhere.items():
+    every_value = {swept: "every value of sweep would replace it"} if swept else {}
+    _refuse(sections, _NAMED_ELSEWHERE | every_value, where)
+
+
+def _refuse(sections: dict[str, Any], keys: Mapping[str, str], where: str) -> None:
+    """Raise ConfigError for the first of ``keys`` that is set, with what is said of it."""
+    for key, instead in keys.items():
         found: Any = sections
         for name in key.split("."):
             found = found.get(name) if isinstance(found, dict) else None
@@ -446,6 +450,8 @@ def _make_runs(
             if source is not None:
                 own["start_from"] = f"{source.config.run_dir}@{arm.at}"
             config = configuration.from_dict(configuration.merge(sections[name], own))
+            if teacher is not None and config.distill.teacher != teacher.config.run_dir:
+                teacher = None  # its source's, and this one has another
             config = _keep_checkpoints(config, [a.at for a in arms.values() if a.source == name])
         except ConfigError as error:
             raise ConfigError(f"arm {', '.join(filter(None, (name, value)))}: {error}") from error
