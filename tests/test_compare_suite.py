@@ -289,6 +289,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "equal: flops@idea",
     ),
     "equal what": ({"arms": ARMS | {"x": {"equal": "tokens"}}}, "must be flops"),
+    "from where only saving every step would lead": (
+        {
+            "base": BASE | {"checkpoint": {"every_tokens": 9000}},
+            "arms": ARMS | {"x": {"from": "idea@6001"}},
+        },
+        "arm idea: others begin after 6,001 .*every_tokens is 9,000: .* no more than 1, so that",
+    ),
+    "two teachers": (
+        {"arms": ARMS | {"x": {"teacher": "idea", "distill": {"teacher": "self"}}}},
+        "arms.x sets distill.teacher.*; its teacher is idea",
+    ),
     "from and equal": (
         {"arms": ARMS | {"x": {"from": "idea@prune", "equal": "flops"}}}, "leave one of the two out"
     ),

@@ -460,14 +460,25 @@ def _make_runs(
 
 
 def _keep_checkpoints(config: Config, wanted: Sequence[str]) -> Config:
-    """Have a run keep the checkpoints that others begin at, each a phase or a number of tokens."""
+    """Have a run keep the checkpoints that others begin at, each a phase or a number of tokens.
+
+    Raises: ConfigError when it would have to save after every step for that.
+    """
     if not wanted:
         return config
     keep: dict[str, Any] = {"keep_phase_ends": True}
     tokens = [configuration.whole_number(at) or 0 for at in wanted if at not in PHASES]
     if tokens:  # the first checkpoint at or after each multiple is one after its very step
         for key in ("every_tokens", "keep_every_tokens"):
-            keep[key] = math.gcd(getattr(config.checkpoint, key), *tokens)
+            every = getattr(config.checkpoint, key)
+            keep[key] = math.gcd(every, *tokens)
+            if keep[key] < config.batch_tokens and keep[key] != every:
+                points = " and ".join(f"{one:,}" for one in tokens)
+                raise ConfigError(
+                    f"others begin after {points} of its tokens, and checkpoint.{key} is "
+                    f"{every:,}: both are multiples of no more than {keep[key]:,}, so that every "
+                    "step would be saved; let one divide the other"
+                )
     return configuration.replace(config, checkpoint=keep)
 
 
