@@ -165,9 +165,9 @@ def make_suite(
 ) -> Suite:
     out.mkdir(exist_ok=True)
     path = out / "laptop.yaml"
-    path.write_text("arms: {plain: {}}  # <b>\n")
+    text = "arms: {plain: {}}  # <b>\n"
     arms, seeds = (tuple(dict.fromkeys(of(run) for run in runs)) for of in (_arm, _seed))
-    return Suite(path, out, arms[0], seeds, sweep, tuple(pairs), arms, tuple(runs))
+    return Suite(path, out, arms[0], seeds, sweep, tuple(pairs), arms, tuple(runs), text)
 
 
 def _arm(run: ArmRun) -> str:
@@ -581,7 +581,8 @@ def test_the_page_has_every_arm_and_obeys_none(tmp_path: Path) -> None:
     pairs = [("idea", "plain"), (HOSTILE, "plain"), ("idea", HOSTILE)]
     suite = make_suite(tmp_path, runs, pairs)
     results = collect(suite)
-    content = page.write(suite, results).read_text()
+    assert not suite.path.exists()  # gone while the runs took their hours
+    content = page.write(suite, results, f"compare {suite.path} training.seed=1").read_text()
     found = Texts(content)
     assert found.tags.count("script") == 1  # the page's own
     assert "\x1b" not in content
@@ -595,6 +596,7 @@ def test_the_page_has_every_arm_and_obeys_none(tmp_path: Path) -> None:
     assert 'class="row better"' in content
     for heading in ("Loss over tokens", "Loss over training compute", "What is not shown", "Suite"):
         assert heading in found.texts
+    assert any("# compare laptop.yaml training.seed=1\narms:" in text for text in found.texts)
     assert any("# <b>" in text for text in found.texts)
     assert "\x1b" not in printed(tables.render(results))
 

@@ -39,15 +39,17 @@ def write(suite: Suite, results: Results, command: str = "") -> Path:
     """Write ``comparison.html``, ``.json`` and ``.md`` into the suite's folder.
 
     Args:
-        command: how the comparison was called, for the file of numbers; folders are cut off paths.
+        command: how the comparison was called; folders are cut off absolute paths.
 
     Returns: the page.
     """
     suite.out.mkdir(parents=True, exist_ok=True)
+    # Where things lie on this machine is nobody else's business.
+    command = re.sub(r"(^|[\s='\"])~?/\S*/", r"\1", command)
     numbers = json.dumps(_head(command) | as_json(results), indent=1, allow_nan=False)
     (suite.out / NUMBERS).write_text(f"{numbers}\n", "utf-8")
     (suite.out / MARKDOWN).write_text(tables.markdown(results), "utf-8")
-    (suite.out / PAGE).write_text(page(suite, results), "utf-8")
+    (suite.out / PAGE).write_text(page(suite, results, command), "utf-8")
     return suite.out / PAGE
 
 
@@ -56,8 +58,7 @@ def _head(command: str) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        # Where things lie on this machine is nobody else's business.
-        "command": re.sub(r"(^|[\s='\"])~?/\S*/", r"\1", command),
+        "command": command,
     }
 
 
@@ -74,8 +75,12 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def page(suite: Suite, results: Results) -> str:
-    """Write the page: answers, intervals, tables, curves, and what all that does not show."""
+def page(suite: Suite, results: Results, command: str = "") -> str:
+    """Write the page: answers, intervals, tables, curves, and what all that does not show.
+
+    Args:
+        command: how the comparison was called, shown above the suite, whose keys it may replace.
+    """
     body = (
         f"<header><h1>{escape(suite.path.stem)}</h1><p>{escape(_subtitle(results))}</p></header>"
         f"{_answers(results)}{_forest(results)}"
@@ -83,7 +88,7 @@ def page(suite: Suite, results: Results) -> str:
         f"{_curves(results)}"
         f"{_cards([_predictions(results), tables.swept(results), tables.to_do(results)])}"
         f"<h2>What is not shown</h2><p>{escape(_not_shown(results))}</p>"
-        f"{_suite_file(suite)}"
+        f"{_suite(suite, command)}"
         f"<footer>Drawn from what the runs recorded{escape(_where(results))}. Move over a chart, "
         f"or touch it, for its values. {ZOOM}</footer>"
     )
@@ -313,8 +318,8 @@ def _range(counts: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _suite_file(suite: Suite) -> str:
-    text = suite.path.read_text("utf-8", errors="replace")
+def _suite(suite: Suite, command: str) -> str:
+    text = f"# {command}\n{suite.text}" if command else suite.text
     return (
         f'<h2>Suite</h2><section class="card"><details><summary>{escape(suite.path.name)}</summary>'
         f"<pre>{escape(text)}</pre></details></section>"

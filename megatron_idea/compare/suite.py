@@ -112,6 +112,8 @@ class Suite:
     arms: tuple[str, ...]
     runs: tuple[ArmRun, ...]
     """In the order in which they are run: sources before those that start from them."""
+    text: str
+    """The file as it was read: it may be edited while the runs take their hours."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def read_suite(
     """
     path = Path(path)
     given = configuration.read_file(path)
+    text = path.read_text("utf-8", errors="replace")
     configuration.reject_unknown(given, _Keys, prefix="")
     given = {key: value for key, value in given.items() if value is not None}
     sweep = _read_sweep(given.get("sweep", {}))
@@ -196,7 +199,7 @@ def read_suite(
     reference = _text(given, "reference")
     return Suite(
         path, Path(folder), reference, found, sweep,
-        tuple(_read_pairs(given.get("pairs", []), arms, reference)), tuple(arms), tuple(made),
+        tuple(_read_pairs(given.get("pairs", []), arms, reference)), tuple(arms), tuple(made), text,
     )  # fmt: skip
 
 
