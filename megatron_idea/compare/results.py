@@ -15,11 +15,11 @@ import yaml
 from rich.console import Group
 from rich.text import Text
 
-from megatron_idea import law
 from megatron_idea.compare.statistics import Interval, interval, verdict
 from megatron_idea.compare.suite import ArmRun, Suite
-from megatron_idea.config import Config
+from megatron_idea.config import LawConfig
 from megatron_idea.errors import UserError
+from megatron_idea.law import in_range, predict
 from megatron_idea.records.record import Record, shape_of
 from megatron_idea.records.terminal import table
 from megatron_idea.report.cost import cost
@@ -105,7 +105,8 @@ class PairResult:
     of: int
     verdict: str
     predicted: float | None
-    """The difference that the configuration's scaling law predicts."""
+    """The difference that the configuration's scaling law predicts, nats per token, from recorded
+    average parameters and tokens; None where the arms name different laws."""
     in_range: bool
     """Whether the law was fitted to sizes like those of both arms."""
 
@@ -163,9 +164,9 @@ def collect(suite: Suite) -> Results:
         runs[arm][value][seed] = dataclasses.replace(found, shape=_brief(shape, most))
     best = {arm: at for arm, values in runs.items() if (at := _best(values)) is not None}
     chosen: _Chosen = {arm: _finished(runs[arm][value]) for arm, value in best.items()}
-    configs = {one.arm: one.config for one in suite.runs if best.get(one.arm) == one.value}
+    laws = {one.arm: one.config.law for one in suite.runs if best.get(one.arm) == one.value}
     pairs = [
-        _pair(left, right, chosen, configs)
+        _pair(left, right, chosen, laws)
         for left, right in suite.pairs
         if chosen.get(left, {}).keys() & chosen.get(right, {}).keys()
     ]
@@ -378,7 +379,7 @@ def _edges(values: Iterable[str]) -> list[str]:
     return [min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)]
 
 
-def _pair(left: str, right: str, chosen: _Chosen, configs: Mapping[str, Config]) -> PairResult:
+def _pair(left: str, right: str, chosen: _Chosen, laws: Mapping[str, LawConfig]) -> PairResult:
     """Hold an arm against another one in the seeds that both have finished, one or more."""
     shared = [seed for seed in chosen[left] if seed in chosen[right]]
 
@@ -393,7 +394,9 @@ def _pair(left: str, right: str, chosen: _Chosen, configs: Mapping[str, Config])
         "FLOPs": flops_ratio is not None and abs(flops_ratio - 1) <= EQUAL_FLOPS,
     }
     difference = interval([ours - theirs for ours, theirs in losses])
-    predicted, in_range = _predicted(configs[left], configs[right])
+    averages = map(statistics.fmean, both("average_parameters"))
+    sizes = list(zip(averages, map(statistics.fmean, tokens), strict=True))
+    predicted, valid = _predicted((laws[left], laws[right]), sizes)
     return PairResult(
         left,
         right,
@@ -405,7 +408,7 @@ def _pair(left: str, right: str, chosen: _Chosen, configs: Mapping[str, Config])
         len(shared),
         verdict(difference),
         predicted,
-        in_range,
+        valid,
     )
 
 
@@ -413,13 +416,19 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _predicted(left: Config, right: Config) -> tuple[float | None, bool]:
-    """Predict the difference of two arms' losses; None where they name different laws."""
-    if left.law != right.law:
+def _predicted(
+    laws: tuple[LawConfig, LawConfig], sizes: Sequence[tuple[float, float]]
+) -> tuple[float | None, bool]:
+    """Predict the difference of two arms' losses; None where they name different laws.
+
+    Args:
+        sizes: of each arm average parameters and tokens, as recorded: what came before a branch is
+            not in its own plan.
+    """
+    if laws[0] != laws[1]:
         return None, False
-    sizes = [(law.average_parameters(c), c.schedule.total_tokens) for c in (left, right)]
-    ours, theirs = (law.predict(left.law, *size) for size in sizes)
-    return ours - theirs, all(law.in_range(left.law, *size) for size in sizes)
+    ours, theirs = (predict(laws[0], *size) for size in sizes)
+    return ours - theirs, all(in_range(laws[0], *size) for size in sizes)
 
 
 # ------------------------------------------------------------------------------------- what is made
@@ -490,7 +499,7 @@ def fit(results: Results) -> Group:
             f"{point.parameters:,.0f}",
             f"{point.tokens:,.0f}",
             f"{point.loss:.4f}",
-            f"{point.loss - law.predict(fitted, point.parameters, point.tokens):+.4f}",
+            f"{point.loss - predict(fitted, point.parameters, point.tokens):+.4f}",
         )
         for arm, point in points.items()
     ]
