@@ -286,7 +286,13 @@ def test_layers_that_differ_are_listed(tmp_path: Path) -> None:
     uneven = Shape.full(a_config(tmp_path).model).with_counts("ffn_hidden_size", [40, 24])
     counts = uneven.by_number(2)
     suite = a_suite(tmp_path, {"idea": {}}, {"idea": [2.0]}, seeds=(0,), live=counts)
-    assert collect(suite).arms["idea"].shapes == ["40 24 neurons"]
+    results = collect(suite)
+    idea = results.arms["idea"]
+    assert idea.shapes == ["40 24 neurons"]
+    assert tables.arms(results).rows[0][-1] == "40 24 neurons"
+    other = dataclasses.replace(idea, shapes=[*idea.shapes, "24 40 neurons"], seeds=[0, 1])
+    shown = tables.arms(dataclasses.replace(results, arms={"idea": other}))
+    assert shown.rows[0][-1] == "40 24 neurons (seed 0)"
 
 
 def test_recorded_flops_count_and_not_the_shapes(tmp_path: Path) -> None:

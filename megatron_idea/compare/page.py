@@ -289,11 +289,11 @@ def _not_shown(results: Results) -> str:
             "that the order is the same at other sizes."
         )
     texts.append(
-        "Seeds change the first weights and the order of the data, and nothing else: an interval "
-        "says how far other seeds may differ, not other data, models or settings. With few seeds "
-        "it is wide, and it takes their differences as normally distributed. Each interval holds "
-        "for its own row: of twenty rows one is expected to be wrong, and the best of many arms "
-        "looks better than it is."
+        "Seeds change the first weights, the order of the data and what a method leaves to chance: "
+        "an interval says how far other seeds may differ, not other data, models or settings. With "
+        "few seeds it is wide, and it takes their differences as normally distributed. Each "
+        "interval holds for its own row: of twenty rows one is expected to be wrong, and the best "
+        "of many arms looks better than it is."
     )
     if results.sweep:
         texts.append(

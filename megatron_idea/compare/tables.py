@@ -58,7 +58,7 @@ def arms(results: Results) -> Table:
             *(_outcome(against[arm]) if arm in against else [""] * 5),
             plus_minus(found.rise, "+") if found.rise else "",
             human_count(found.average_parameters),
-            found.shapes[0],
+            _shape(found),
         )
         for arm, found in results.arms.items()
     ]
@@ -82,6 +82,12 @@ def _explained(results: Results) -> str:
             f"edge: the best {results.sweep} is an end of the sweep; a better one may lie beyond."
         )
     return " ".join(texts)
+
+
+def _shape(found: ArmResult) -> str:
+    """Write the live units at the end; where a method decides by seed, those of the first one."""
+    first = found.shapes[0]
+    return first if len(set(found.shapes)) == 1 else f"{first} (seed {found.seeds[0]})"
 
 
 def pairs(results: Results) -> Table:
