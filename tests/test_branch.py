@@ -12,9 +12,10 @@ import pytest
 from test_checkpoint import assert_same_tensors, checkpoint_at, curves, tensors
 
 from megatron_idea import checkpoint
-from megatron_idea.checkpoint.branch import check_may_branch, named
+from megatron_idea.checkpoint.branch import named
 from megatron_idea.config import BlendEntry, Config, ConfigError, PruneTarget, replace
 from megatron_idea.records.read import read_events, read_metrics
+from megatron_idea.records.settings import check_may_branch
 from megatron_idea.report.cost import cost
 from megatron_idea.report.run import read_run
 from megatron_idea.testing import Workers

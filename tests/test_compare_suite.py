@@ -500,9 +500,11 @@ def test_a_dry_run_adds_up_what_every_arm_costs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_suite_without_branches_is_read_without_torch(tmp_path: Path) -> None:
+def test_a_suite_is_read_without_torch(tmp_path: Path) -> None:
+    path = written(tmp_path, arms=ARMS | {"branch": {"from": "idea@enlarged"}})
     code = (
-        "import sys; from megatron_idea.compare.suite import read_suite; "
-        f"read_suite({str(written(tmp_path))!r}); assert 'torch' not in sys.modules"
+        "import sys; import megatron_idea.compare.jobs; "
+        "from megatron_idea.compare.suite import read_suite; "
+        f"read_suite({str(path)!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

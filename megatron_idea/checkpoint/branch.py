@@ -32,15 +32,9 @@ from megatron_idea.config import Config, ConfigError
 from megatron_idea.course import num_steps
 from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.prune.pruner import measures_alike
-from megatron_idea.records.settings import differences, is_among
+from megatron_idea.records.settings import check_may_branch
 from megatron_idea.schedule import PHASES, phase_ends, snapshot_tokens
 from megatron_idea.shape import LAYER_AXES
-
-FIXED = (
-    "model", "data.tokenizer", "training.seq_length", "training.global_batch_size",
-    "training.precision", "training.seed",
-)  # fmt: skip
-"""What a branch has of the run that it leaves: what was trained, and what a step is."""
 
 _OF_RUN = ("config.yaml", "state.json")
 
@@ -142,26 +136,6 @@ def _configuration(source: Path) -> Config:
         return read_config(source)
     except ConfigError as error:
         raise CheckpointError(f"{source} cannot be started from: {error}") from error
-
-
-def check_may_branch(source: Config, config: Config, tokenizer: str = "", where: str = "") -> None:
-    """Make sure that one run may go on as another. Raises: ConfigError that names what cannot.
-
-    Args:
-        tokenizer: the copy that the source's run has; empty without any.
-        where: the checkpoint, for the message; by default the source's run folder.
-    """
-    fixed = [
-        f"{key}: {was!r} in the checkpoint, {now!r} now"
-        for key, was, now in differences(source, config, tokenizer)
-        if is_among(key, FIXED)
-    ]
-    if fixed:
-        raise ConfigError(
-            f"a run that starts from {where or source.run_dir} cannot change\n  "
-            + "\n  ".join(fixed)
-            + "\nSchedule, pruning, distillation, optimizer, data and layout may change."
-        )
 
 
 def _check_future(state: TrainState, config: Config, source: Path) -> None:

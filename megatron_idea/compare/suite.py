@@ -43,7 +43,7 @@ from megatron_idea.course import (
 )
 from megatron_idea.planning.estimate import teacher_size
 from megatron_idea.records.read import EVENTS, lines_of
-from megatron_idea.records.settings import differences, is_among
+from megatron_idea.records.settings import check_may_branch, differences, is_among
 from megatron_idea.schedule import PHASES, phase_ends
 
 
@@ -529,8 +529,6 @@ def _check_runs(runs: Sequence[ArmRun]) -> None:
 
 
 def _check_branch(config: Config, run: ArmRun) -> None:
-    from megatron_idea.checkpoint.branch import check_may_branch  # it imports torch
-
     assert run.source is not None
     source, name = (
         run.source.config,

@@ -8,8 +8,14 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from megatron_idea.config import BlendEntry, Config, flat
+from megatron_idea.config import BlendEntry, Config, ConfigError, flat
 from megatron_idea.data.tokenizer import tokenizer_file
+
+FIXED = (
+    "model", "data.tokenizer", "training.seq_length", "training.global_batch_size",
+    "training.precision", "training.seed",
+)  # fmt: skip
+"""What a branch has of the run that it leaves: what was trained, and what a step is."""
 
 
 def differences(saved: Config, config: Config, tokenizer: str = "") -> list[tuple[str, Any, Any]]:
@@ -35,6 +41,26 @@ def differences(saved: Config, config: Config, tokenizer: str = "") -> list[tupl
 def is_among(key: str, keys: Collection[str]) -> bool:
     """Tell whether a dotted key is one of ``keys``, or lies in a section that is."""
     return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
+def check_may_branch(source: Config, config: Config, tokenizer: str = "", where: str = "") -> None:
+    """Make sure that one run may go on as another. Raises: ConfigError that names what cannot.
+
+    Args:
+        tokenizer: the copy that the source's run has; empty without any.
+        where: the checkpoint, for the message; by default the source's run folder.
+    """
+    fixed = [
+        f"{key}: {was!r} in the checkpoint, {now!r} now"
+        for key, was, now in differences(source, config, tokenizer)
+        if is_among(key, FIXED)
+    ]
+    if fixed:
+        raise ConfigError(
+            f"a run that starts from {where or source.run_dir} cannot change\n  "
+            + "\n  ".join(fixed)
+            + "\nSchedule, pruning, distillation, optimizer, data and layout may change."
+        )
 
 
 def _meant(config: Config, tokenizer: str = "") -> dict[str, Any]:
