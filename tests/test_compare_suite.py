@@ -344,6 +344,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"sweep": {"prune.ema": [0.1, 0.2]}, "arms": ARMS | {"x": {"prune": {"ema": 0.3}}}},
         "arms.x sets prune.ema.*sweep",
     ),
+    "arm sets what is swept to null": (
+        {
+            "sweep": {"schedule.removal": ["cubic", "linear"]},
+            "arms": ARMS | {"x": {"schedule": {"removal": None}}},
+        },
+        "arms.x sets schedule.removal.*sweep",
+    ),
     "config is missing": ({"config": "nowhere.yaml"}, "no configuration file at"),
 }  # fmt: skip
 

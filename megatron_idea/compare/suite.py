@@ -400,10 +400,11 @@ def _refuse_named_elsewhere(sections: dict[str, Any], where: str, swept: str) ->
 def _refuse(sections: dict[str, Any], keys: Mapping[str, str], where: str) -> None:
     """Raise ConfigError for the first of ``keys`` that is set, with what is said of it."""
     for key, instead in keys.items():
+        *parents, last = key.split(".")
         found: Any = sections
-        for name in key.split("."):
+        for name in parents:
             found = found.get(name) if isinstance(found, dict) else None
-        if found is not None:
+        if isinstance(found, dict) and last in found:  # null is a value, too
             raise ConfigError(f"{where} sets {key}, which it cannot; {instead}")
 
 
