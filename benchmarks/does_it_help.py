@@ -31,6 +31,16 @@ ROWS = {
         ("idea", "random"),
         ("distilled", "idea"),
     ],
+    "methods": [
+        ("idea", "scratch"),
+        ("idea", "random"),
+        ("idea", "magnitude"),
+        ("efficient_llm_obs", "idea"),
+        ("adapt_pruner", "idea"),
+        ("llm_pruner", "random_groups"),
+        ("idea_layers", "idea"),
+        ("idea_layers", "shortgpt"),
+    ],
 }
 """Pairs to show of each suite."""
 
@@ -42,6 +52,13 @@ WORDS = {
     "one_shot": "removing all at once",
     "random": "removing by chance",
     "distilled": "IDEA Prune with its enlarged model as teacher",
+    "magnitude": "removing the smallest weights",
+    "efficient_llm_obs": "EfficientLLM with its update",
+    "adapt_pruner": "Adapt-Pruner",
+    "llm_pruner": "LLM-Pruner's scores, on neurons and KV groups",
+    "random_groups": "chance, on neurons and KV groups",
+    "idea_layers": "IDEA Prune on layers",
+    "shortgpt": "ShortGPT's scores, on layers",
 }
 
 
