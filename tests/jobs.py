@@ -18,7 +18,11 @@ from megatron_idea.testing import Workers
 
 
 def small(**sections: Any) -> Config:
-    """Two layers, 24 FFN neurons each, 12 sequences a step: divisible by 1, 2 and 3 ranks."""
+    """Two layers, 24 FFN neurons each, 12 sequences a step: divisible by 1, 2 and 3 ranks.
+
+    Two micro-batches, which gradients are added up over: tensor-parallel ranks exchange messages
+    for each of them, and a message over gloo takes longer than a layer of this size.
+    """
     config = configuration.from_dict(
         {
             "model": {
@@ -26,7 +30,7 @@ def small(**sections: Any) -> Config:
                 "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 4,
                 "vocab_size": 32, "qk_layernorm": True,
             },
-            "training": {"seq_length": 8, "micro_batch_size": 2, "global_batch_size": 12},
+            "training": {"seq_length": 8, "micro_batch_size": 6, "global_batch_size": 12},
             "prune": {"target": {"ffn_hidden_size": 12}, "alignment": 2, "compaction_block": 4},
             "checkpoint": {"before_compaction": False},
         }
@@ -38,6 +42,8 @@ def run_job(
     workers: Workers, job: Callable[..., Any], world_size: int, config: Config, *arguments: Any
 ) -> list[Any]:
     """Call ``job(groups, config, *arguments)`` in started processes; returns results by rank."""
+    if world_size == 3:  # twelve sequences: four for each of three data-parallel ranks
+        config = configuration.replace(config, training={"micro_batch_size": 4})
     return workers.run(_run, world_size, job.__module__, job.__qualname__, config, arguments)
 
 

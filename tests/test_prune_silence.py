@@ -23,7 +23,7 @@ LOUD = small(
     model={
         "num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4, "init_method_std": 0.3,
     },
-    training={"global_batch_size": 4},
+    training={"micro_batch_size": 2, "global_batch_size": 4},
     optimizer={"clip_grad": 0.1},
 )  # fmt: skip
 # By original numbers; neurons and groups go in every layer, on every rank.
