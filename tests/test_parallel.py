@@ -45,8 +45,9 @@ class Layout:
 
 LAYOUTS = {
     "one": Layout(),
-    "tp2": Layout(2, TP2),
-    "tp2_whole_sequence": Layout(2, TP2 | {"sequence_parallel": False}),
+    # One micro-batch: a message over gloo takes longer than a layer of this size.
+    "tp2": Layout(2, TP2, micro_batch_size=4),
+    "tp2_whole_sequence": Layout(2, TP2 | {"sequence_parallel": False}, micro_batch_size=4),
     "pp2": Layout(2, PP2),
     "dp2": Layout(2),
     "dp2_replicated": Layout(2, {"use_distributed_optimizer": False}),
