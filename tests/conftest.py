@@ -11,7 +11,10 @@ from megatron_idea import config as configuration
 from megatron_idea.config import Config
 
 # Those that take longest, in few tests: begun last, one of them would be all that runs at the end.
-FIRST = ("slurm", "faults", "quickstart", "kernels_triton", "cuda_path", "stop", "train")
+FIRST = (
+    "slurm", "quickstart", "faults", "first_hour", "compare_jobs", "kernels_triton", "cuda_path",
+    "stop", "train",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
