@@ -259,8 +259,6 @@ def test_with_transformer_engine_every_layout_runs_to_its_end(
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
     config = replace(piped, training={"precision": "bf16"}, parallel=parallel)
-    if layout == "TP 2":  # a message over gloo takes longer than a layer of this size
-        config = replace(config, training={"micro_batch_size": 4})
     on_cpu = replace(config, run_dir=str(tmp_path / "cpu"), parallel=type(config.parallel)())
     workers.run(run, 1, on_cpu)
     found = check_whole_run(cuda_with_engine, world_size, config)
