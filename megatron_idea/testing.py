@@ -145,3 +145,4 @@ def serve_jobs(pipe: Connection, path: list[str]) -> None:
             pipe.send((False, traceback.format_exc()))
         # A model is a web of cycles; its process groups keep gloo's threads awake until it is gone.
         gc.collect()
+        gc.freeze()  # what the job has imported

@@ -53,7 +53,7 @@ from megatron_idea.engine.gpus import peak_flops
 from megatron_idea.engine.launcher import nodes_from_environment
 from megatron_idea.engine.optimizer import clip_and_step, squared_grad_norm
 from megatron_idea.engine.passes import forward_backward
-from megatron_idea.engine.trainable import Trainable, assemble
+from megatron_idea.engine.trainable import Trainable, assemble, modules_left_alone
 from megatron_idea.evaluation.generate import sample_live
 from megatron_idea.evaluation.held_out import held_out_loss
 from megatron_idea.prune.plan import Plan
@@ -134,9 +134,9 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
     Raises: ConfigError, DataError, CheckpointError, RunFolderError, on every rank, for what the
         user can mend.
     """
-    # Modules stay: not visiting them takes 0.2 s off the collection that every compaction needs.
-    gc.freeze()
-    try:
+    # Model and process groups are garbage in cycles, and the groups' threads wake all the time:
+    # at the end they are collected, or another run of this process would keep them for good.
+    with modules_left_alone():
         extension()  # a wrong switch is found now, not at the first compaction
         now = config
         if config.parallel_after_prune is None:
@@ -160,11 +160,6 @@ def train(config: Config, rendezvous: str | None = None) -> TrainState:
                 return loop(now, groups, config)
             finally:
                 lock.release()
-    finally:
-        gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks at exit
-        # Model and process groups are garbage in cycles, and the groups' threads wake all the time:
-        # another run of this process would freeze them and keep them for good.
-        gc.collect()
 
 
 def loop(config: Config, groups: ProcessGroups, given: Config) -> TrainState:

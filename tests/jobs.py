@@ -47,6 +47,12 @@ def run_job(
     return workers.run(_run, world_size, job.__module__, job.__qualname__, config, arguments)
 
 
+def train_on(rendezvous: str, config: Config) -> None:
+    from megatron_idea.train import train
+
+    train(config, rendezvous)
+
+
 def on_ranks(world_size: int, **parallel: Any) -> Callable[..., Any]:
     """Run a test in ``world_size`` processes, as ``test(groups, config, ...)``.
 

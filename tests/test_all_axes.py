@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from jobs import backward, live_run, run_job, small
-from test_checkpoint import checkpoint_at, curves, tensors, train_on
+from jobs import backward, live_run, run_job, small, train_on
+from test_checkpoint import checkpoint_at, curves, tensors
 from torch import Tensor
 
 from megatron_idea.config import Config, ConfigError, PruneTarget, replace, validate

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import train_on
 from test_checkpoint import assert_same_tensors, checkpoint_at, curves, tensors
 
 from megatron_idea import checkpoint
@@ -26,13 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TP2 = {"tensor_model_parallel_size": 2}
 # Steps of ``tiny``: 6 in the enlarged phase, 10 in the prune phase, 8 to recover.
 ENLARGED, BETWEEN, RECOVERING, STEPS = 6, 11, 20, 24
-
-
-def train_on(rendezvous: str, config: Config) -> None:
-    from megatron_idea.train import train
-
-    gc.freeze()
-    train(config, rendezvous)
 
 
 def attempt(rendezvous: str, config: Config) -> str:

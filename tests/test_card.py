@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from hf import trained
-from test_checkpoint import train_on
+from jobs import train_on
 
 from megatron_idea import checkpoint
 from megatron_idea import config as configuration

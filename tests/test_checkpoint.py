@@ -8,7 +8,6 @@ missing, as after a kill.
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import resource
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import train_on
 
 from megatron_idea.checkpoint.state import read_state
 from megatron_idea.config import BlendEntry, Config, replace, to_yaml
@@ -91,7 +91,6 @@ def drive(
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
-    gc.freeze()  # compaction collects garbage; what was imported is none
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     try:
         run, state = build(config, groups)
@@ -108,13 +107,6 @@ def drive(
         stop_distributed()
 
 
-def train_on(rendezvous: str, config: Config) -> None:
-    from megatron_idea.train import train
-
-    gc.freeze()
-    train(config, rendezvous)
-
-
 def go_on(rendezvous: str, config: Config, steps: int) -> tuple[Any, list[float], list[Any]]:
     """Build a run at its latest checkpoint, write that checkpoint again, take some steps.
 
@@ -123,7 +115,6 @@ def go_on(rendezvous: str, config: Config, steps: int) -> tuple[Any, list[float]
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.train import build, save, step
 
-    gc.freeze()
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     try:
         run, state = build(config, groups)
@@ -364,7 +355,6 @@ def first_gradients(rendezvous: str, configs: list[Config]) -> list[float]:
     from megatron_idea.engine.shards import shard_of
     from megatron_idea.train import build, samples_before, save
 
-    gc.freeze()
     groups = start_distributed(configs[0].parallel, configs[0].training.seed, rendezvous)
     norms = []
     try:

@@ -368,7 +368,6 @@ def leak_job(rendezvous: str, config: Config) -> list[tuple[int, int, int]]:
         return out
     finally:
         stop_distributed()
-        gc.unfreeze()
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from hf import trained
-from jobs import RandomBatches, live_run, random_tokens, run_job, small
+from jobs import RandomBatches, live_run, random_tokens, run_job, small, train_on
 from test_all_axes import killed_after
-from test_checkpoint import curves, train_on
+from test_checkpoint import curves
 from test_distill import LAYOUTS, same_end
 
 from megatron_idea import checkpoint

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from jobs import RandomBatches, random_tokens, run_job
-from test_checkpoint import train_on
+from jobs import RandomBatches, random_tokens, run_job, train_on
 from typer.testing import CliRunner
 
 from megatron_idea import checkpoint, cli

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_branch import train_on
+from jobs import train_on
 
 from megatron_idea.config import Config, load, replace, to_yaml
 from megatron_idea.records.read import read_metrics

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import train_on
 from test_checkpoint import assert_same_tensors, checkpoint_at, curves
 
 from megatron_idea import checkpoint
@@ -20,13 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 # Steps of ``tiny``: 6 in the enlarged phase, 10 in the prune phase, 8 to recover.
 PRUNED, STEPS = 16, 24
-
-
-def train_on(rendezvous: str, config: Config) -> None:
-    from megatron_idea.train import train
-
-    gc.freeze()
-    train(config, rendezvous)
 
 
 def threads_of_rebuilt(rendezvous: str, config: Config) -> tuple[int, int]:

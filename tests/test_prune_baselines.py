@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +176,6 @@ def test_random_pruning_is_the_same_in_every_layout(
 def _train(rendezvous: str, config: Config) -> int:
     from megatron_idea.train import train
 
-    gc.freeze()
     return train(config, rendezvous).step
 
 

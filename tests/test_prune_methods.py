@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from jobs import backward, built, live_run, on_ranks, random_tokens, run_job
+from jobs import backward, built, live_run, on_ranks, random_tokens, run_job, train_on
 from test_all_axes import MODEL, TARGET, killed_after, pruned, whole_run
-from test_checkpoint import checkpoint_at, curves, tensors, train_on
+from test_checkpoint import checkpoint_at, curves, tensors
 from test_prune_activations import CONFIG, LAYOUTS, UNITS, keeping
 from test_prune_scores import MODEL_AXES, _by_hand, enlarge_second_moments, sums_of
 from torch import Tensor

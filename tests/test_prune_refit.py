@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from jobs import RandomBatches, live_run, run_job, small, whole
+from jobs import RandomBatches, live_run, run_job, small, train_on, whole
 from test_all_axes import LAYOUTS, MODEL, TP2, killed_after, pruned, whole_run
-from test_checkpoint import checkpoint_at, curves, tensors, train_on
+from test_checkpoint import checkpoint_at, curves, tensors
 from torch import Tensor
 
 from megatron_idea.config import Config, ConfigError, PruneTarget, replace, validate

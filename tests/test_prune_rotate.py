@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from jobs import RandomBatches, live_run, run_job, small, whole
+from jobs import RandomBatches, live_run, run_job, small, train_on, whole
 from test_all_axes import PP2, TP2, killed_after
-from test_checkpoint import checkpoint_at, curves, tensors, train_on
+from test_checkpoint import checkpoint_at, curves, tensors
 
 from megatron_idea.checkpoint import read_state
 from megatron_idea.config import Config, ConfigError, PruneTarget, replace, validate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import signal
@@ -36,7 +35,6 @@ def train_once(rendezvous: str, config: Config, signal_at: int = 0) -> tuple[int
     """
     from megatron_idea import train as module
 
-    gc.freeze()  # compaction collects garbage; what was imported is none
     step = module.step
 
     def interrupted(run: Any, state: Any) -> Any:
@@ -202,7 +200,6 @@ def spoil_one_step(rendezvous: str, config: Config, spoiled: int) -> list[dict[s
     from megatron_idea.engine.distributed import start_distributed, stop_distributed
     from megatron_idea.engine.shards import MOMENTS, shard_of
 
-    gc.freeze()
     groups = start_distributed(config.parallel, config.training.seed, rendezvous)
     forward_backward = module.forward_backward
 

