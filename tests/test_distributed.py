@@ -9,11 +9,12 @@ from typing import Any
 
 import psutil
 import pytest
-from jobs import on_ranks
+from jobs import small
 
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.engine import distributed
-from megatron_idea.engine.distributed import ProcessGroups, choose_interface
+from megatron_idea.engine.distributed import choose_interface
+from megatron_idea.testing import Workers
 
 
 @pytest.fixture
@@ -67,12 +68,18 @@ def test_a_host_without_name_or_way_is_named(job: Any) -> None:
         job(4, 2, "first", here=None, first=None)
 
 
+def policies_of_gloos_threads(rendezvous: str, config: Config) -> set[int]:
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # tests have the other one
+    distributed.start_distributed(config.parallel, config.training.seed, rendezvous)
+    try:
+        tasks = list(Path("/proc/self/task").iterdir())
+        talking = [task for task in tasks if "gloo" in (task / "comm").read_text()]
+        return {os.sched_getscheduler(int(task.name)) for task in talking}
+    finally:
+        distributed.stop_distributed()
+
+
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
-@on_ranks(2)
-def test_gloos_threads_let_others_finish(groups: ProcessGroups, config: Config) -> None:
-    policies = {
-        Path(task, "comm").read_text().strip(): os.sched_getscheduler(int(task.name))
-        for task in Path("/proc/self/task").iterdir()
-    }
-    talking = {name for name in policies if "gloo" in name}
-    assert talking and {policies[name] for name in talking} == {os.SCHED_BATCH}
+def test_gloos_threads_let_others_finish(workers: Workers) -> None:
+    found = workers.run(policies_of_gloos_threads, 2, small())
+    assert found == [{os.SCHED_BATCH}] * 2
