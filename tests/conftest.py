@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -25,6 +26,14 @@ FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # tests and what they import stay: collections look at what a test makes
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # objects that outlive the interpreter make bindings report leaks at exit
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -78,7 +87,7 @@ def tiny(dataset: Path, tmp_path: Path) -> Config:
                 "validation": [{"prefix": f"{dataset}_heldout"}],
                 "cache_dir": str(tmp_path / "cache"),
             },
-            "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4},
+            "training": {"seq_length": 32, "micro_batch_size": 4, "global_batch_size": 4},
             "schedule": {
                 "total_tokens": 24 * 128, "lr": 3e-3, "min_lr": 3e-5,
                 "enlarged_fraction": 0.25, "prune_fraction": 5 / 12, "recover_fraction": 1 / 3,
@@ -90,3 +99,9 @@ def tiny(dataset: Path, tmp_path: Path) -> Config:
             "logging": {"tensorboard": False, "progress": False},
         }
     )  # fmt: skip
+
+
+@pytest.fixture()
+def tiny_halved(tiny: Config) -> Config:
+    """``tiny`` in two micro-batches: one for each of two data-parallel ranks."""
+    return configuration.replace(tiny, training={"micro_batch_size": 2})

@@ -89,6 +89,12 @@ start() {
 
 stop() {
     local files=("$folder"/slurmd-n?.pid "$folder/slurmctld.pid" "$folder/munge/pid") file left
+    # Jobs first: an srun whose daemons are gone would wait for ever.
+    scancel --quiet --user=root 2>/dev/null || true
+    for _ in $(seq 150); do
+        if [[ -z $(squeue -h 2>/dev/null) ]]; then break; fi
+        sleep 0.1
+    done
     for file in "${files[@]}"; do
         if [[ -s $file ]]; then kill "$(<"$file")" 2>/dev/null || true; fi
     done

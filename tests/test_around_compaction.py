@@ -45,18 +45,18 @@ def losses(events: list[dict[str, Any]], why: str) -> list[float]:
 
 
 def test_a_compaction_keeps_the_held_out_loss_in_every_layout(
-    tiny: Config, workers: Workers
+    tiny_halved: Config, workers: Workers
 ) -> None:
     curves = {}
     for layout in LAYOUTS:
-        steps, events = trained(tiny, workers, layout, around=True)
+        steps, events = trained(tiny_halved, workers, layout, around=True)
         before, after = (losses(events, f"compaction_{side}") for side in ("before", "after"))
         assert len(before) == len(after) == 5
         # Products over fewer neurons are summed in another order.
         assert after == pytest.approx(before, rel=1e-6), layout
         curves[layout] = before + after
 
-        plain_steps, plain_events = trained(tiny, workers, layout, around=False)
+        plain_steps, plain_events = trained(tiny_halved, workers, layout, around=False)
         for name in ("loss", "grad_norm", "stored", "live"):
             assert [s[name] for s in steps] == [s[name] for s in plain_steps], (layout, name)
         assert losses(events, "phase_end") == losses(plain_events, "phase_end")

@@ -48,10 +48,10 @@ def refused(given: tuple[int, str, str], *parts: str) -> None:
 
 
 @pytest.fixture
-def config(tiny: Config, tmp_path: Path) -> Path:
+def config(tiny_halved: Config, tmp_path: Path) -> Path:
     """The tiny run as a file, with 8 steps."""
     path = tmp_path / "run.yaml"
-    path.write_text(to_yaml(replace(tiny, schedule=SHORT)))
+    path.write_text(to_yaml(replace(tiny_halved, schedule=SHORT)))
     return path
 
 

@@ -379,11 +379,11 @@ def leak_job(rendezvous: str, config: Config) -> list[tuple[int, int, int]]:
     ids=["one", "dp2_overlapped"],
 )
 def test_compactions_leave_nothing_behind(
-    world_size: int, parallel: dict[str, Any], tiny: Config, workers: Workers
+    world_size: int, parallel: dict[str, Any], tiny_halved: Config, workers: Workers
 ) -> None:
     # Nothing of the pruner's own: all 21 steps are in the enlarged phase.
     config = replace(
-        tiny,
+        tiny_halved,
         parallel=parallel,
         schedule={
             "total_tokens": 48 * 128,
@@ -466,9 +466,9 @@ def _differences(before: Any, after: Any, where: str = "") -> list[str]:
 
 @pytest.mark.parametrize("parallel", [TP2, {}], ids=["tp2", "dp2"])
 def test_a_plan_that_differs_between_ranks_is_refused_before_anything_changes(
-    parallel: dict[str, Any], tiny: Config, workers: Workers
+    parallel: dict[str, Any], tiny_halved: Config, workers: Workers
 ) -> None:
-    for rank in workers.run(refused_job, 2, replace(tiny, parallel=parallel)):
+    for rank in workers.run(refused_job, 2, replace(tiny_halved, parallel=parallel)):
         assert rank["changed"] == []
         assert len(rank["messages"]) == 3
         for message in rank["messages"][:2]:

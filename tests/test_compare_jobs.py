@@ -348,8 +348,8 @@ def results(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def with_data(tiny: Config, tmp_path: Path) -> Path:
-    base = yaml.safe_load(configuration.to_yaml(tiny))
+def with_data(tiny_halved: Config, tmp_path: Path) -> Path:
+    base = yaml.safe_load(configuration.to_yaml(tiny_halved))
     del base["run_dir"], base["start_from"], base["training"]["seed"]
     return written(tmp_path, ARMS, base=base, seeds=[3])
 

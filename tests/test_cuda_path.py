@@ -258,7 +258,9 @@ def test_with_transformer_engine_every_layout_runs_to_its_end(
     cuda_with_engine: Workers, workers: Workers, piped: Config, tmp_path: Path, layout: str
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    config = replace(piped, training={"precision": "bf16"}, parallel=parallel)
+    # Two micro-batches: one for each of two data-parallel ranks, or to fill a pipeline with.
+    training = {"precision": "bf16", "micro_batch_size": piped.training.micro_batch_size // 2}
+    config = replace(piped, training=training, parallel=parallel)
     on_cpu = replace(config, run_dir=str(tmp_path / "cpu"), parallel=type(config.parallel)())
     workers.run(run, 1, on_cpu)
     found = check_whole_run(cuda_with_engine, world_size, config)

@@ -110,8 +110,8 @@ def test_a_step_whose_loss_is_not_finite_is_not_taken(tiny: Config, workers: Wor
     assert records[9].live["ffn_hidden_size"] == records[8].live["ffn_hidden_size"]
 
 
-def test_too_many_of_them_end_the_run_on_every_rank(tiny: Config, workers: Workers) -> None:
-    config = guarded(tiny, max_skipped_in_row=2)
+def test_too_many_of_them_end_the_run_on_every_rank(tiny_halved: Config, workers: Workers) -> None:
+    config = guarded(tiny_halved, max_skipped_in_row=2)
     with pytest.raises(RuntimeError, match="2 steps in a row had a loss or gradient") as error:
         workers.run(job, 2, config, {36: math.nan, 40: math.inf})
     assert "rank 0" in str(error.value) and "rank 1" in str(error.value)

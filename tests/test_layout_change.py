@@ -37,8 +37,10 @@ def changed(config: Config, run_dir: Path, **after: Any) -> Config:
 
 
 @pytest.fixture
-def tp2(tiny: Config) -> Config:
-    return replace(tiny, parallel={"tensor_model_parallel_size": 2}, checkpoint={"keep_last": 0})
+def tp2(tiny_halved: Config) -> Config:
+    return replace(
+        tiny_halved, parallel={"tensor_model_parallel_size": 2}, checkpoint={"keep_last": 0}
+    )
 
 
 def test_tp_2_becomes_dp_2_and_computes_the_same(
@@ -85,22 +87,24 @@ def test_killed_after_the_change_it_goes_on_in_the_small_models_layout(
 
 
 def test_where_only_data_parallel_messages_change_it_is_bitwise_the_same(
-    tiny: Config, workers: Workers, tmp_path: Path
+    tiny_halved: Config, workers: Workers, tmp_path: Path
 ) -> None:
     config = changed(
-        tiny, tmp_path / "changed", overlap_grad_reduce=True, overlap_param_gather=True
+        tiny_halved, tmp_path / "changed", overlap_grad_reduce=True, overlap_param_gather=True
     )
-    workers.run(train_on, 2, tiny)
+    workers.run(train_on, 2, tiny_halved)
     workers.run(train_on, 2, config)
-    assert curves(config.run_dir, 0) == curves(tiny.run_dir, 0)
-    assert_same_tensors(checkpoint_at(config.run_dir, STEPS), checkpoint_at(tiny.run_dir, STEPS))
+    assert curves(config.run_dir, 0) == curves(tiny_halved.run_dir, 0)
+    assert_same_tensors(
+        checkpoint_at(config.run_dir, STEPS), checkpoint_at(tiny_halved.run_dir, STEPS)
+    )
 
 
 def test_a_pipeline_and_its_teacher_come_along(
-    tiny: Config, workers: Workers, tmp_path: Path
+    tiny_halved: Config, workers: Workers, tmp_path: Path
 ) -> None:
     taught = replace(
-        tiny,
+        tiny_halved,
         parallel={"pipeline_model_parallel_size": 2},
         distill={"teacher": "self", "average_last": 1},
     )

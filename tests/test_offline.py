@@ -105,10 +105,10 @@ def test_online_and_offline_compaction_agree_bit_for_bit(
     parallel: dict[str, Any],
     placement: str,
     precision: str,
-    tiny: Config,
+    tiny_halved: Config,
     workers: Workers,
 ) -> None:
-    one = replace(tiny, training={"precision": precision}, prune={"placement": placement})
+    one = replace(tiny_halved, training={"precision": precision}, prune={"placement": placement})
     config = replace(one, parallel=parallel, checkpoint={"before_compaction": True, "keep_last": 0})
     validate(config, world_size)
     pairs = workers.run(online_job, world_size, config)[0]

@@ -157,12 +157,12 @@ def test_what_cannot_turn_is_refused() -> None:
 
 @pytest.mark.parametrize("every", [1, 0], ids=["after", "before"])
 def test_a_run_that_stops_around_the_turn_goes_on_as_if_it_had_not(
-    workers: Workers, tiny: Config, tmp_path: Path, every: int
+    workers: Workers, tiny_halved: Config, tmp_path: Path, every: int
 ) -> None:
     """From the checkpoint right before, with its plan, and from one with moments of zeros."""
     config = replace(
-        tiny,
-        model={**vars(CONFIG.model), "vocab_size": tiny.model.vocab_size},
+        tiny_halved,
+        model={**vars(CONFIG.model), "vocab_size": tiny_halved.model.vocab_size},
         schedule={"removal": None},
         prune={"strategy": "pca_stem", "target": PruneTarget(hidden_size=12),
                "channel_alignment": 4},

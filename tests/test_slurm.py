@@ -93,11 +93,11 @@ def train_in_worker(rendezvous: str, config: Config) -> int:
 
 
 def test_a_run_stopped_and_preempted_while_it_prunes_equals_an_undisturbed_one(
-    slurm: Slurm, tiny: Config, tmp_path: Path, workers: Workers
+    slurm: Slurm, tiny_halved: Config, tmp_path: Path, workers: Workers
 ) -> None:
     steps, first_prune_step, last_prune_step = 400, 51, 350
     config = replace(
-        tiny,
+        tiny_halved,
         schedule={
             "total_tokens": steps * 128, "enlarged_fraction": 0.125, "prune_fraction": 0.75,
             "recover_fraction": 0.125,
@@ -165,9 +165,9 @@ def test_a_run_stopped_and_preempted_while_it_prunes_equals_an_undisturbed_one(
 
 
 def test_a_cancelled_run_is_saved_and_stays_cancelled(
-    slurm: Slurm, tiny: Config, tmp_path: Path
+    slurm: Slurm, tiny_halved: Config, tmp_path: Path
 ) -> None:
-    config = replace(tiny, schedule={"total_tokens": 2000 * 128})
+    config = replace(tiny_halved, schedule={"total_tokens": 2000 * 128})
     path = tmp_path / "tiny.yaml"
     path.write_text(configuration.to_yaml(config))
     run_dir = Path(config.run_dir)
@@ -186,10 +186,10 @@ def test_a_cancelled_run_is_saved_and_stays_cancelled(
 
 
 def test_a_pruned_run_goes_on_on_fewer_nodes_in_a_layout_of_its_own(
-    slurm: Slurm, tiny: Config, tmp_path: Path
+    slurm: Slurm, tiny_halved: Config, tmp_path: Path
 ) -> None:
-    tp2 = replace(tiny, parallel={"tensor_model_parallel_size": 2})
-    config = replace(tp2, parallel_after_prune=tiny.parallel)
+    tp2 = replace(tiny_halved, parallel={"tensor_model_parallel_size": 2})
+    config = replace(tp2, parallel_after_prune=tiny_halved.parallel)
     path = tmp_path / "tiny.yaml"
     path.write_text(configuration.to_yaml(config))
     run_dir, logs = Path(config.run_dir), tmp_path / "logs"

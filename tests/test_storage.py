@@ -146,9 +146,9 @@ def slow_job(rendezvous: str, config: Config) -> list[int]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_its_own_step(
-    world_size: int, tiny: Config, workers: Workers, tmp_path: Path
+    world_size: int, tiny_halved: Config, workers: Workers, tmp_path: Path
 ) -> None:
-    config = replace(tiny, checkpoint={"keep_last": 0})
+    config = replace(tiny_halved, checkpoint={"keep_last": 0})
     waiting = replace(
         config,
         run_dir=str(tmp_path / "waiting"),

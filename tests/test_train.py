@@ -252,9 +252,9 @@ def spoil_one_step(rendezvous: str, config: Config, spoiled: int) -> list[dict[s
     ids=["tp1", "tp2_bf16", "dp2"],
 )
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(
-    tiny: Config, workers: Workers, world_size: int, sections: dict[str, Any]
+    tiny_halved: Config, workers: Workers, world_size: int, sections: dict[str, Any]
 ) -> None:
-    config = replace(tiny, **sections)
+    config = replace(tiny_halved, **sections)
     for before, after, later, last in workers.run(spoil_one_step, world_size, config, 8):
         record = after.pop("record")
         assert record.skipped == 1 and not np.isfinite(record.grad_norm)
@@ -389,12 +389,12 @@ def full_job(rendezvous: str, config: Config) -> str:
 
 
 def test_a_full_disk_ends_a_run_on_every_rank_with_what_was_saved_last(
-    tiny: Config, workers: Workers
+    tiny_halved: Config, workers: Workers
 ) -> None:
-    run_dir = Path(tiny.run_dir)
+    run_dir = Path(tiny_halved.run_dir)
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
-    said = workers.run(full_job, 2, tiny)
+    said = workers.run(full_job, 2, tiny_halved)
     expected = f"cannot write the records of run folder {run_dir}: No space left on device"
     assert said[0] == f"{expected}; nothing was saved yet"
     assert said[1] == f"rank 0: {said[0]}"
