@@ -83,9 +83,9 @@ def evaluated(path: Path, data: Path) -> float:
 
 
 def test_zero_goes_on_as_we_do(
-    workers: Workers, zero: Workers, tiny: Config, dataset: Path, tmp_path: Path
+    workers: Workers, zero: Workers, tiny_halved: Config, dataset: Path, tmp_path: Path
 ) -> None:
-    config = configuration.replace(tiny, checkpoint={"keep_phase_ends": True})
+    config = configuration.replace(tiny_halved, checkpoint={"keep_phase_ends": True})
     workers.run(train_once, 2, config)
     ours = [one.loss for one in read_metrics(Path(config.run_dir))]
     small = tmp_path / "small"

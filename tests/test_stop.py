@@ -25,8 +25,8 @@ STEPS = 100_000  # more than will be made
 
 
 @pytest.fixture
-def endless(tiny: Config, tmp_path: Path) -> Config:
-    config = replace(tiny, schedule={"total_tokens": STEPS * 128})
+def endless(tiny_halved: Config, tmp_path: Path) -> Config:
+    config = replace(tiny_halved, schedule={"total_tokens": STEPS * 128})
     (tmp_path / "run.yaml").write_text(configuration.to_yaml(config))
     return config
 
