@@ -59,7 +59,10 @@ make_venv() {
 }
 
 # Modules are compiled when they are first imported, and most never are: half of what pip would take.
-install() { PIP_CONSTRAINT="" "$venv/bin/python" -m pip install --quiet --no-compile "$@"; }
+# Where Python may not write down what it has compiled, it would do so in every process.
+compile=(--no-compile)
+if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then compile=(--compile); fi
+install() { PIP_CONSTRAINT="" "$venv/bin/python" -m pip install --quiet "${compile[@]}" "$@"; }
 
 # The version that the environment sees; fails when it sees none.
 torch_version() {

@@ -9,6 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # The tests see what a user has installed, and no folder of the repository but tests/.
 unset PYTHONPATH
 export PYTHONSAFEPATH=1
+# Some images set it: each of a thousand processes would compile all that it imports, for 4 s.
+unset PYTHONDONTWRITEBYTECODE
 # A build of csrc/ that failed must not hide behind PyTorch, which does its work where it is absent.
 export MEGATRON_IDEA_EXTENSION=require
 
