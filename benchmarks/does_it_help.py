@@ -90,6 +90,7 @@ def row(pair: dict[str, Any], left: str, right: str, found: dict[str, Any]) -> s
     mean = -difference["mean"] if turned else difference["mean"]
     half = (difference["high"] - difference["low"]) / 2
     arm = found["arms"][left]
+    edge = any(found["arms"][name]["at_edge"] for name in (left, right))
     size = arm["parameters"][0]
     way = "lower" if mean < 0 else "higher"
     cells = (
@@ -99,7 +100,7 @@ def row(pair: dict[str, Any], left: str, right: str, found: dict[str, Any]) -> s
         f"{size / 1000:.1f}K, {arm['tokens'] / size:.0f}",
         f"{mean:+.4f} ± {half:.4f}",
         f"{pair['agree']} of {pair['of']} {way}",
-        f"**{verdict}**",
+        f"**{verdict}**{', at an end of the sweep' if edge else ''}",
     )
     return f"| {' | '.join(cells)} |"
 

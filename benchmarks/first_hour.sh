@@ -45,14 +45,21 @@ build() { # the C++ extension, and what is here
 
 doctor() { idea doctor; }
 
+# A corpus of bytes, for the parts that train: the sources of Python's own library.
+corpus() {
+    [[ -f $OUT/data/corpus_train.idx && -f $OUT/data/corpus_heldout.idx ]] ||
+        { idea corpus "$OUT/data/corpus.jsonl" &&
+            idea tokenize "$OUT/data/corpus.jsonl" --out "$OUT/data/corpus" --tokenizer byte; }
+}
+data=("data.train=[{prefix: '$OUT/data/corpus_train'}]"
+    "data.validation=[{prefix: '$OUT/data/corpus_heldout'}]")
+
 # The whole way in one process over NCCL: bf16, all compactions, resumed once, evaluated, exported.
 train() {
-    local data=$OUT/data run=$OUT/train steps=400 checkpoints
+    local run=$OUT/train steps=400 checkpoints
     ((SMALL)) && steps=24
-    idea corpus "$data/corpus.jsonl" &&
-        idea tokenize "$data/corpus.jsonl" --out "$data/corpus" --tokenizer byte || return
-    local settings=(run_dir="$run" data.tokenizer=byte "data.train=[{prefix: '$data/corpus_train'}]"
-        "data.validation=[{prefix: '$data/corpus_heldout'}]" model.vocab_size=264
+    corpus || return
+    local settings=(run_dir="$run" "${data[@]}" data.tokenizer=byte model.vocab_size=264
         parallel.tensor_model_parallel_size=1 training.precision=bf16 evaluation.every_tokens=0
         "evaluation.sample_prompts=[]" schedule.prune_warmup_fraction=0.3 "${small[@]}")
     local batch=$((4 * 256))
@@ -89,12 +96,8 @@ kernels() {
 compare() { # a comparison of runs, as far as the time goes: the same call goes on
     local options=(--parallel 4) # such models leave a GPU idle most of the time
     ((SMALL)) && options=(--seeds 0 schedule.total_tokens=262144 evaluation.every_tokens=0)
-    mkdir -p data/micro
-    if [[ ! -f data/micro/corpus_train.idx || ! -f data/micro/corpus_heldout.idx ]]; then
-        idea corpus data/micro/corpus.jsonl &&
-            idea tokenize data/micro/corpus.jsonl --out data/micro/corpus --tokenizer byte || return
-    fi
-    idea compare examples/suites/laptop.yaml --out "$OUT/laptop" "${options[@]}"
+    corpus || return
+    idea compare examples/suites/laptop.yaml --out "$OUT/laptop" "${options[@]}" "${data[@]}"
 }
 
 if (($#)); then

@@ -21,6 +21,7 @@ and add --universal to that call:
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def start():
     deepspeed.init_distributed()
 
 
+def micro_batch_size(training):
+    """Return the run's, or less where its batch is spread over more ranks."""
+    share, rest = divmod(training.global_batch_size, dist.get_world_size())
+    if rest:
+        raise SystemExit(
+            f"a batch of {training.global_batch_size} sequences cannot be spread over "
+            f"{dist.get_world_size()} ranks: start a divisor of it"
+        )
+    return math.gcd(training.micro_batch_size, share)
+
+
 def open_engine(given, config, state):
     """Return DeepSpeed's engine around the exported model and torch's AdamW."""
     model = transformers.AutoModelForCausalLM.from_pretrained(given.export, dtype="auto")
@@ -71,7 +83,7 @@ def open_engine(given, config, state):
     ]
     training = config.training
     settings = {
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size(training),
         "train_batch_size": training.global_batch_size,
         "gradient_clipping": state["clip_grad"],
         "zero_optimization": {"stage": given.stage},
@@ -139,7 +151,15 @@ def save_folder(engine, given):
 
 def run(given):
     config = configuration.load(given.config, given.overrides)
-    state = json.loads((given.export / "optimizer/optimizer.json").read_text())
+    settings = given.export / "optimizer/optimizer.json"
+    if not settings.is_file():
+        raise SystemExit(f"there is no {settings}: megatron-idea export RUN OUT --optimizer")
+    state = json.loads(settings.read_text())
+    if not given.fresh and state["consumed_tokens"] >= config.schedule.total_tokens:
+        raise SystemExit(
+            f"{given.export} has consumed all of its {state['consumed_tokens']:,} tokens: raise "
+            "schedule.total_tokens, or begin anew with --fresh"
+        )
     engine = open_engine(given, config, state)
     if given.fresh:
         state |= {"consumed_tokens": 0, "skipped_samples": 0}
@@ -154,7 +174,7 @@ def run(given):
         config.data.train, load_tokenizer(config.data.tokenizer), split="train",
         num_samples=samples, seed=config.training.seed, cache_dir=cache_dir(config),
         seq_length=config.training.seq_length, model_vocab_size=config.model.vocab_size,
-        micro_batch_size=config.training.micro_batch_size,
+        micro_batch_size=micro_batch_size(config.training),
         global_batch_size=config.training.global_batch_size,
         dp_rank=dist.get_rank(), dp_size=dist.get_world_size(), device=engine.device,
     )  # fmt: skip

@@ -177,6 +177,14 @@ resolve() {
         "${of_job[@]}" "${overrides[@]}"
 }
 
+# The same, checked and kept; nodes_after_prune of the configuration counts as the variable does.
+take_config() {
+    resolved=$(resolve) || exit "$?"
+    if [[ -z $NODES_AFTER_PRUNE ]]; then
+        NODES_AFTER_PRUNE=$(sed -n 's/^nodes_after_prune: \([1-9][0-9]*\)$/\1/p' <<<"$resolved")
+    fi
+}
+
 # ---- outside of a job: submit ---------------------------------------------------------------------
 
 directive() { # OPTION VALUE; nothing for an empty value
@@ -220,7 +228,7 @@ job_text() {
 submit() {
     local resolved job
     if installed; then
-        resolved=$(resolve) || exit "$?"
+        take_config
         [[ $resolved != *$'\n  train: []\n'* ]] ||
             fail "data.train is empty; for example 'data.train=[{prefix: data/web_train}]'"
     elif [[ -n $CONTAINER ]]; then
@@ -290,7 +298,10 @@ finish() { # STATUS of the run
     case $status in
         0) say "the run is finished" ;;
         "$STOPPED") requeue ;;
-        "$FEWER_NODES") go_on_smaller ;;
+        "$FEWER_NODES")
+            if [[ -n $NODES_AFTER_PRUNE ]]; then go_on_smaller; fi
+            say "pruned, and to go on on fewer nodes: submit it again with NODES=nodes_after_prune"
+            ;;
         *) say "the run failed with status $status: the first error above says why" ;;
     esac
     exit "$status"
@@ -340,7 +351,7 @@ print_job() {
     local resolved="not known here: megatron-idea is in the container only"
     if [[ -z $CONTAINER ]] || installed; then
         install_here
-        resolved=$(resolve) || exit "$?"
+        take_config
     fi
     job_text
     printf '\n# The configuration, resolved:\n'

@@ -311,7 +311,7 @@ def _validate(config: Config, nnodes: int, nproc: int) -> None:
 
     validate(layout_at(config, saved_tokens(config.run_dir)), nnodes * nproc)
     if config.nodes_after_prune:
-        validate(config.after_prune, config.nodes_after_prune * nproc)
+        validate(config.after_prune, min(config.nodes_after_prune, nnodes) * nproc)
 
 
 @app.command()
@@ -369,16 +369,20 @@ def plan(
             show(render(made))
         return
     from megatron_idea.engine.gpus import gpu_named
-    from megatron_idea.planning.budget import Assumptions, make_budget
-    from megatron_idea.planning.view import draw_budget, render_budget
+    from megatron_idea.planning.budget import Assumptions, make_budget, suggest_after_prune
+    from megatron_idea.planning.view import draw_budget, render_after_prune, render_budget
 
     with Console(stderr=True).status("a dry run on the meta device"):
         budget = make_budget(loaded, gpus, gpu_named(gpu), Assumptions(mfu=mfu))
+        after = suggest_after_prune(loaded, gpus, gpu_named(gpu), Assumptions(mfu=mfu))
     if as_json:
-        _print_json(dataclasses.asdict(made) | {"budget": budget})
+        _print_json(dataclasses.asdict(made) | {"budget": budget, "after_prune": after})
     else:
         show(render(made))
         show(render_budget(budget))
+        if after is not None:
+            say("")
+            show(render_after_prune(after))
     if picture:
         draw_budget(budget, picture)
     if budget.refusal:
@@ -572,6 +576,8 @@ def compare(
         raise typer.BadParameter("the fit is printed as text: leave out --json", param_hint="--fit")
     if dry_run and (fit or slurm):
         raise typer.BadParameter("a dry run runs nothing", param_hint="--dry-run")
+    if slurm and fit:
+        raise typer.BadParameter("with --slurm the runs are to come", param_hint="--fit")
     if slurm and parallel > 1:
         raise typer.BadParameter("with --slurm the queue decides", param_hint="--parallel")
     read = read_suite(suite, overrides or [], out, seeds.split(",") if seeds else None)
@@ -601,7 +607,7 @@ def compare(
     else:
         show(tables.render(found))
         say(f"\npage: {written}")
-    if fit:
+    if fit and status == 0:
         show(results.fit(found))
     raise typer.Exit(status)
 

@@ -796,7 +796,7 @@ class Config:
     start_from: str = ""
     """Where a new run begins, in place of the seed: a checkpoint, or a run and which of its own, as
     in ``runs/wide`` (the latest), ``runs/wide@enlarged`` (the end of a phase) or
-    ``runs/wide@1.5e12`` (the first at or after so many consumed tokens)."""
+    ``runs/wide@1.5e12`` (after the step that came to so many consumed tokens)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -1218,6 +1218,8 @@ def _validate_layout_after(config: Config, world_size: int) -> None:
         f"parallel ({tp[0]}), and its PP x virtual PP ({after.num_stages}) be at most "
         f"{before.num_stages}",
     )
+    if config.nodes_after_prune:
+        return  # it is that of another number of processes, which ``train`` knows
     try:
         validate_layout(config.after_prune, world_size)
     except ConfigError as error:

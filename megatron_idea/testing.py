@@ -71,8 +71,10 @@ class Workers:
         """``serve(pipe, path)`` is a process's life; default: ``serve_jobs``.
 
         ``forked``: processes come from a server that has imported what a run needs, with the
-        environment that was there when the first of them was started.
+        environment that was there when the first of them was started. Not where torch has CUDA:
+        what is imported may initialize it, and no forked process could use it then.
         """
+        forked = forked and not torch.version.cuda
         self._context: Any = mp.get_context("forkserver" if forked else "spawn")
         self._folder = folder
         self._serve = serve or serve_jobs

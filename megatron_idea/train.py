@@ -65,6 +65,7 @@ from megatron_idea.records.log import RecordError, RunLog
 from megatron_idea.records.progress import Progress
 from megatron_idea.records.record import Record
 from megatron_idea.records.saved import saved_tokens
+from megatron_idea.records.settings import check_targets
 from megatron_idea.schedule import (
     crossed,
     distillation_share,
@@ -94,6 +95,8 @@ class Run:
     teacher: Teacher | None = None
     """A model that the loss listens to, once there is one."""
     saving: Saving | None = None
+    saved_step: int = -1
+    """Of the last checkpoint that is complete; -1: of none."""
     """A checkpoint on its way to the disk."""
 
 
@@ -218,9 +221,9 @@ def change_layout(run: Run, state: TrainState) -> tuple[Run, TrainState]:
     """Go on in the layout of the small model, from a checkpoint of this step."""
     before, given, stop = run.groups, run.given, run.stop
     config, was = layout_at(given, state.consumed_tokens), before.layout
-    if run.saving is None or run.saving.state.step != state.step:
-        save(run, state)
     finish_saving(run)
+    if run.saved_step != state.step:
+        save(run, state, wait=True)
     leave(run)
     del run
     groups = regroup(before, config.parallel, config.training.seed)
@@ -269,7 +272,7 @@ def build(
     if path is not None:
         checkpoint.load(trainable, pruner, path)
     if source is not None:
-        checkpoint.check_targets(config, pruner.live(pruner.alive), str(source))
+        check_targets(config, pruner.live(pruner.alive), str(source))
 
     def open_log() -> RunLog:
         if groups.is_writer:
@@ -286,9 +289,10 @@ def build(
 
     log = together(open_log, groups)
     progress = Progress(config, groups.is_writer)
-    if source is not None:
+    # Again after a kill before the first step was done, which may have come before this event, too.
+    if config.start_from and state.step == state.began_at:
         place = {"step": state.step, "tokens": state.consumed_tokens}
-        log.event("branched", source=str(source), **place)
+        log.event("branched", source=str(source or config.start_from), **place)
     for found in damage:
         log.event("damaged", reason=found)
         progress.note(found)
@@ -598,6 +602,7 @@ def finish_saving(run: Run) -> None:
         return
     begin = time.perf_counter()
     path = saving.finish()
+    run.saved_step = saving.state.step
     waited_s = time.perf_counter() - begin
     run.log.event(
         "saved", step=saving.state.step, path=str(path), seconds=saving.seconds, waited_s=waited_s

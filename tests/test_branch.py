@@ -184,6 +184,15 @@ def test_a_branch_that_was_killed_goes_on_without_the_run_that_it_left(
     shutil.rmtree(copy)
     workers.run(train_on, 1, config)
     assert curves(config.run_dir, 0) == expected
+    # Killed when it had linked the checkpoint, and before it could say so.
+    for path in (tmp_path / "branch" / "checkpoints").iterdir():
+        if path.name > f"step_{BETWEEN:08d}":
+            shutil.rmtree(path)
+    (tmp_path / "branch" / "events.jsonl").unlink()
+    workers.run(train_on, 1, config)
+    assert curves(config.run_dir, 0) == expected
+    (event,) = [e for e in read_events(Path(config.run_dir)) if e["kind"] == "branched"]
+    assert (event["step"], event["source"]) == (BETWEEN, config.start_from)
     shutil.rmtree(tmp_path / "branch")
     (said,) = workers.run(attempt, 1, config)
     assert "neither a checkpoint, nor a run with a complete one" in said
@@ -271,7 +280,7 @@ def test_a_run_is_named_with_the_place_in_it(source: Callable[..., Config]) -> N
     assert named(run) == checkpoint_at(run, STEPS)
     assert named(f"{run}@prune") == checkpoint_at(run, 16)
     assert named(f"{run}@recover") == checkpoint_at(run, STEPS)
-    assert named(f"{run}@1.4e3") == checkpoint_at(run, 11)
+    assert named(f"{run}@1.4e3") == checkpoint_at(run, 11)  # the step that came there
     assert named(str(checkpoint_at(run, 3))) == checkpoint_at(run, 3)
 
 
@@ -282,6 +291,8 @@ def test_ends_of_phases_stay_when_asked(tiny: Config, workers: Workers, tmp_path
     assert [path.name for path in checkpoint.complete(config.run_dir)] == [
         f"step_{step:08d}" for step in (ENLARGED, 16, STEPS)
     ]
+    with pytest.raises(ConfigError, match=r"no checkpoint from there.*1,000 consumed.*768, 2,048"):
+        named(f"{config.run_dir}@1e3")  # not the next one that there is: more is removed by then
     late = replace(config, run_dir=str(tmp_path / "late"), start_from=f"{config.run_dir}@prune")
     late = replace(late, checkpoint={"keep_phase_ends": False})
     workers.run(train_on, 1, late)

@@ -19,7 +19,14 @@ from megatron_idea.checkpoint.branch import _branch
 from megatron_idea.checkpoint.compact import compact_checkpoint
 from megatron_idea.checkpoint.state import TrainState
 from megatron_idea.config import Config, replace
-from megatron_idea.huggingface.card import Facts, HeldOut, Origin, model_card, plain
+from megatron_idea.huggingface.card import (
+    Facts,
+    HeldOut,
+    Origin,
+    model_card,
+    plain,
+    what_it_is,
+)
 from megatron_idea.huggingface.export import export_checkpoint
 from megatron_idea.huggingface.import_ import import_checkpoint
 from megatron_idea.shape import Shape
@@ -160,6 +167,37 @@ def test_a_held_out_figure_is_that_of_the_exported_step(
     del last["scored_tokens"]
     (run / "events.jsonl").write_text(json.dumps(last) + "\n")
     assert HeldOut.of_run(run, config, state) == HeldOut(last["val_loss"], name, None)
+
+
+def test_a_card_says_when_and_how_it_was_pruned(folder: Path, tmp_path: Path) -> None:
+    config = configuration.from_dict({})
+    full = Shape.full(config.model)
+    small = full.with_counts("ffn_hidden_size", 384)
+    half = config.schedule.total_tokens // 2
+
+    def said(tokens: int, live: Shape, origin: Origin = Origin(), **sections: Any) -> str:  # noqa: B008
+        run = replace(config, **sections)
+        state = replace(TrainState.fresh(run), consumed_tokens=tokens)
+        return what_it_is(run, state, full, live, origin).removeprefix("A GPT ")
+
+    plain_run = {"prune": {"strategy": "none"}}
+    one = "that was pruned while it trained, under one learning-rate curve"
+    assert said(half * 2, small) == f"{one}."
+    two = said(half * 2, small, schedule={"kind": "restarted"})
+    assert two == f"{one.replace('one', 'two')}s, one after the other."
+    assert said(1, full) == "from which nothing has been removed yet."
+    assert said(half * 2, full, **plain_run) == "from which nothing has been removed."
+    assert said(half * 2, small, **plain_run) == "that was pruned while it trained."
+    cut = Origin(cut="wanda, to ffn_hidden_size 384")
+    assert said(0, small, cut) == "that was pruned on disk, by wanda, to ffn_hidden_size 384."
+    assert said(half * 2, small, cut).startswith(f"{one}, and on disk, by wanda, to")
+    assert "pruned" not in yaml.safe_load(a_card(config).split("---\n")[1])["tags"]
+    # And compact writes it down, for all that comes of it.
+    compact_checkpoint(folder.parent / "run", tmp_path / "cut", {"ffn_hidden_size": [16]})
+    assert Origin.of_run(tmp_path / "cut").cut == "the scores of its run, to ffn_hidden_size 16"
+    export_checkpoint(tmp_path / "cut", tmp_path / "out")
+    assert "on disk, by the scores of its run, to" in (tmp_path / "out/README.md").read_text()
+    assert "cut" not in head(tmp_path / "out")
 
 
 def a_card(config: Config, **facts: Any) -> str:

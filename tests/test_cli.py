@@ -178,7 +178,9 @@ def test_plan_as_json_is_json(config_path: Path) -> None:
 def test_plan_for_gpus_adds_memory_and_hours(config_path: Path, tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     result = run("plan", config_path, "--gpus", 2, "--json", "--picture", picture)
-    budget = json.loads(result.stdout)["budget"]
+    shown = json.loads(result.stdout)
+    budget, after = shown["budget"], shown["after_prune"]
+    assert after["best"]["tensor_parallel"] <= after["now"]["tensor_parallel"]
     assert (budget["gpus"], budget["gpu"], budget["refusal"]) == (2, "H100", "")
     assert picture.stat().st_size > 0
 
@@ -186,7 +188,7 @@ def test_plan_for_gpus_adds_memory_and_hours(config_path: Path, tmp_path: Path) 
 def test_plan_ends_with_an_error_when_the_run_does_not_fit(config_path: Path) -> None:
     large = ["model.hidden_size=65536", "model.vocab_size=262144"]
     result = run("plan", config_path, "--gpus", 2, *large)
-    assert "Memory of the fullest GPU" in result.stdout
+    assert "Memory of the fullest GPU" in result.stdout and "The small model" in result.stdout
     assert_user_error(result, "GB too much")
 
 

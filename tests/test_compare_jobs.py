@@ -309,6 +309,71 @@ def test_after_a_kill_the_same_call_goes_on(
     assert starts(suite) == [suite.runs[0].key, *(run.key for run in suite.runs)]
 
 
+HOLD = """
+import json, sys, time
+from megatron_idea.records.lock import RunLock
+
+run = sys.argv[1]
+with RunLock(run):
+    print("held", flush=True)
+    sys.stdin.readline()
+    with open(f"{run}/events.jsonl", "a") as file:
+        file.write(json.dumps({"kind": sys.argv[2], "time": time.time(), "val_loss": 1.5}) + "\\n")
+"""
+
+
+@pytest.mark.parametrize("kind", ["finished", "signal"])
+def test_a_run_that_outlived_its_comparison_is_waited_for(
+    suite: Suite, trainer: list[str], kind: str
+) -> None:
+    """Killed alone, a comparison leaves its run at work."""
+    first = suite.runs[0]
+    command = [sys.executable, "-c", HOLD, str(first.run_dir), kind]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdin and holder.stdout and holder.stdout.readline() == "held\n"
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        assert starts(suite) == [] or holder.poll() is not None
+        if "at work already" in text and holder.stdin:
+            holder.stdin.write("\n")
+            holder.stdin.flush()
+            holder.wait()
+
+    assert jobs.run_missing(suite, command=trainer, tell=tell) == 0
+    assert f"{first} is at work already, in process {holder.pid}" in said[0]
+    assert said[1].startswith(f"{first}: held-out loss") and len(said) == 5
+    runs = suite.runs[1:] if kind == "finished" else suite.runs
+    assert starts(suite) == [run.key for run in runs]
+    holder.communicate()
+
+
+def test_a_run_that_another_one_has_just_begun_is_waited_for(
+    suite: Suite, trainer: list[str]
+) -> None:
+    """Both start at the same moment, and the lock is the other one's."""
+    first = suite.runs[0]
+    steal = f"""
+import subprocess, sys
+run = {str(first.run_dir)!r}
+if "scratch/seed0" in sys.argv[1] and not __import__("os").path.exists(run):
+    other = subprocess.Popen(
+        [sys.executable, "-c", {HOLD!r}, run, "finished"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, start_new_session=True,
+    )
+    other.stdout.readline()
+    subprocess.Popen(["sh", "-c", "sleep 0.3; echo"], stdout=other.stdin)
+    sys.exit("error: in use")
+"""
+    script = Path(trainer[1])
+    script.write_text(steal + script.read_text())
+    said: list[str] = []
+    assert jobs.run_missing(suite, command=trainer, tell=said.append) == 0
+    assert f"{first} is at work already" in said[0]
+    assert starts(suite) == [run.key for run in suite.runs[1:]]
+
+
 def test_two_comparisons_in_one_folder_are_refused(
     suite: Suite, trainer: list[str], started: Callable[..., psutil.Popen]
 ) -> None:
@@ -365,8 +430,8 @@ def test_the_command_runs_what_is_missing_and_shows_what_came_out(
 
     monkeypatch.setattr(jobs, "run_missing", run)
     monkeypatch.setenv("FAILS", "idea")
-    failed = runner.invoke(cli.app, call)
-    assert failed.exit_code == jobs.FAILED
+    failed = runner.invoke(cli.app, [*call, "--fit"])
+    assert failed.exit_code == jobs.FAILED and "fitted" not in failed.stdout
     assert "1 finished" in failed.stdout and "comparison.html" in failed.stdout
     monkeypatch.delenv("FAILS")
     done = runner.invoke(cli.app, [*call, "--json", "--parallel", "2"])
@@ -375,7 +440,10 @@ def test_the_command_runs_what_is_missing_and_shows_what_came_out(
     assert "idea, seed 3: held-out loss" in done.stderr
     again = runner.invoke(cli.app, [*call, "--fit"])
     assert again.exit_code == 0 and again.stdout.endswith("\nfitted\n")
-    for wrong in (["--fit", "--json"], ["--slurm", "--parallel", "2"], ["--fit", "--dry-run"]):
+    for wrong in (
+        ["--fit", "--json"], ["--fit", "--dry-run"], ["--fit", "--slurm"],
+        ["--slurm", "--parallel", "2"],
+    ):  # fmt: skip
         assert runner.invoke(cli.app, [*call, *wrong]).exit_code == 2
 
 
@@ -515,6 +583,16 @@ def test_what_cannot_be_submitted_is_said(
         monkeypatch.setenv("NODES", "none")
         jobs.submit_missing(suite)
     monkeypatch.delenv("NODES")
+    with pytest.raises(ConfigError, match="leave NODES_AFTER_PRUNE and nodes_after_prune out"):
+        monkeypatch.setenv("NODES_AFTER_PRUNE", "1")
+        jobs.submit_missing(suite)
+    monkeypatch.delenv("NODES_AFTER_PRUNE")
+    # Of all arms before the first is submitted: this one needs a multiple of two processes.
+    arms = ARMS | {"wide": {"parallel": {"tensor_model_parallel_size": 2}}}
+    wide = written(tmp_path, arms, base=yaml.safe_load(with_data.read_text())["base"], seeds=[3])
+    with pytest.raises(ConfigError, match=r"wide, seed 3 could not be submitted: .*multiple of 2"):
+        jobs.submit_missing(read_suite(wide), 1)
+    assert not list(cluster.glob("job*"))
     jobs.submit_missing(suite, 1)
     (cluster / "squeue").write_text(
         "#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1"

@@ -342,15 +342,15 @@ def test_the_rise_is_from_before_the_first_removal_on(tmp_path: Path) -> None:
 
 def test_time_flops_and_losses_before_a_branch_are_the_sources(tmp_path: Path) -> None:
     first = a_config(tmp_path / "idea" / "seed0")
-    second = a_config(tmp_path / "second" / "seed0")
-    third = a_config(tmp_path / "third" / "seed0")
+    second = configs.replace(
+        a_config(tmp_path / "second" / "seed0"), start_from=f"{first.run_dir}@{6 * BATCH}"
+    )
+    third = configs.replace(
+        a_config(tmp_path / "third" / "seed0"), start_from=f"{second.run_dir}@{15 * BATCH}"
+    )
     write_run(first, {0: 5.5, 4: 3.0, 5: 2.9, 7: 1.0, 20: 2.5}, step_s=1.0)
-
-    def branched(step: int) -> list[dict[str, Any]]:
-        return [{"kind": "branched", "source": "x", "step": step, "tokens": step * BATCH}]
-
-    write_run(second, {10: 3.0, 20: 2.4}, steps=range(7, 21), events=branched(6), step_s=10.0)
-    write_run(third, {20: 2.3}, steps=range(16, 21), events=branched(15), step_s=100.0)
+    write_run(second, {10: 3.0, 20: 2.4}, steps=range(7, 21), step_s=10.0)
+    write_run(third, {20: 2.3}, steps=range(16, 21), step_s=100.0)
     one = ArmRun("idea", "", 0, first, None)
     two = ArmRun("second", "", 0, second, one)
     three = ArmRun("third", "", 0, third, two)
@@ -371,9 +371,10 @@ def test_time_flops_and_losses_before_a_branch_are_the_sources(tmp_path: Path) -
 
 def test_a_branch_whose_source_is_gone_is_to_do(tmp_path: Path) -> None:
     source = ArmRun("idea", "", 0, a_config(tmp_path / "idea" / "seed0"), None)
-    config = a_config(tmp_path / "second" / "seed0")
-    events = [{"kind": "branched", "source": "x", "step": 6, "tokens": 6 * BATCH}]
-    write_run(config, {20: 2.4}, steps=range(7, 21), events=events)
+    config = configs.replace(
+        a_config(tmp_path / "second" / "seed0"), start_from=f"{source.run_dir}@{6 * BATCH}"
+    )
+    write_run(config, {20: 2.4}, steps=range(7, 21))
     results = collect(make_suite(tmp_path, [source, ArmRun("second", "", 0, config, source)]))
     assert results.arms == {}
 

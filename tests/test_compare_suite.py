@@ -21,6 +21,7 @@ from megatron_idea.compare.suite import ArmRun, Suite, check_ready, end_of, flop
 from megatron_idea.config import Config, ConfigError
 from megatron_idea.engine.gpus import gpu_named
 from megatron_idea.planning.estimate import forecast
+from megatron_idea.records.settings import differences
 from megatron_idea.records.terminal import Console
 from megatron_idea.shape import Shape
 
@@ -171,7 +172,7 @@ def test_an_arm_learns_from_the_model_that_another_one_ends_with(tmp_path: Path)
         "longer": {"equal": "flops@taught", **SMALL},
         "late": {"from": "taught@enlarged", "schedule": {"removal": "linear"}},
         "taught": {"teacher": "wide", "distill": {"alpha": 0.5, "alpha_end": 0.5}},
-        "own": {"from": "taught@enlarged", "distill": {"teacher": "self"}},
+        "own": {"from": "taught@enlarged", "distill": {"teacher": "self", "average_last": 1}},
         "scratch": SMALL,
         "wide": {"prune": {"strategy": "none"}},
     }
@@ -322,6 +323,35 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"arms": ARMS | {"x": {"from": "idea@enlarged", "model": {"num_layers": 4}}}},
         "arm x, seed 0: .*cannot change.*model.num_layers",
     ),
+    "branch to more than is left": (
+        {"arms": ARMS | {"x": {
+            "from": "idea@prune", "prune": {"target": {"ffn_hidden_size": 32}},
+        }}},
+        "arm x, seed 0: .*from: idea@prune has 24 left of model.ffn_hidden_size",
+    ),
+    "branch of a branch to more than is left": (
+        {"arms": ARMS | {
+            "y": {"from": "idea@prune", "prune": {"strategy": "none"}},
+            "x": {"from": "y@25600", "prune": {
+                "strategy": "idea", "target": {"ffn_hidden_size": 32},
+            }},
+        }},
+        "arm x, seed 0: .*from: y@25600 has 24 left of model.ffn_hidden_size",
+    ),
+    "branch of a branch from before it": (
+        {"arms": ARMS | {"y": {"from": "idea@prune"}, "x": {"from": "y@enlarged"}}},
+        "arm x, seed 0: from: y@enlarged is after 15,360 tokens, and y itself begins at idea",
+    ),
+    "branch that would have to teach itself from before": (
+        {"arms": ARMS | {"x": {"from": "idea@enlarged", "distill": {"teacher": "self"}}}},
+        "arm x, seed 0: distill.teacher=self .* idea@enlarged is from 15,360, of a run that has",
+    ),
+    "branch after the model that is to teach": (
+        {"arms": ARMS | {"x": {
+            "from": "idea@prune", "distill": {"teacher": "self", "average_last": 1},
+        }}},
+        "arm x, seed 0: distill.teacher=self .* with distill.average_last=1",
+    ),
     "arm is a path": ({"arms": ARMS | {"a/b": {}}}, "name of an arm is 'a/b'"),
     "arm is hidden": ({"arms": ARMS | {".x": {}}}, "name of an arm is '.x'"),
     "arm with an at": ({"arms": ARMS | {"a@b": {}}}, "name of an arm is 'a@b'"),
@@ -339,6 +369,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an illegal value": ({"sweep": {"prune.ema": [0.5, 2]}}, "arm scratch, ema=2: prune.ema is 2"),
     "a value with a slash": ({"sweep": {"data.tokenizer": ["a/b", "c"]}}, "value of sweep.data"),
+    "sweep of no list": ({"sweep": {"prune.mask_interval_steps": 25}}, "must be a list"),
     "sweep of the seed": ({"sweep": {"training.seed": [1, 2]}}, "sweep sets training.seed"),
     "arm sets what is swept": (
         {"sweep": {"prune.ema": [0.1, 0.2]}, "arms": ARMS | {"x": {"prune": {"ema": 0.3}}}},
@@ -468,6 +499,56 @@ def test_a_run_that_came_of_what_was_made_anew_since_is_refused(ready: Path) -> 
         check_ready(suite)
     shutil.rmtree(branch.run_dir)
     check_ready(suite)
+
+
+def test_a_branch_does_not_begin_at_what_its_source_has_not_kept(ready: Path) -> None:
+    suite = read_suite(ready)
+    idea, branch = run_of(suite, "idea/seed0"), run_of(suite, "branch/seed0")
+
+    def has(run: ArmRun, *tokens: int) -> None:
+        for each in tokens:
+            folder = run.run_dir / "checkpoints" / f"step_{each // BATCH:08d}"
+            folder.mkdir(parents=True)
+            (folder / "state.json").write_text(json.dumps({"consumed_tokens": each}))
+
+    has(idea, branch.begins - BATCH)
+    check_ready(suite)  # it will come there
+    has(idea, branch.begins + BATCH)
+    with pytest.raises(
+        ConfigError,
+        match=r"branch, seed 0: it begins after 15,360 tokens of idea, seed 0, which is past them "
+        rf"and has kept checkpoints at 15,232, 15,488 alone: delete {idea.run_dir}",
+    ):
+        check_ready(suite)
+    has(branch, branch.begins)
+    check_ready(suite)  # it has its own
+    shutil.rmtree(branch.run_dir)
+    has(idea, branch.begins)
+    check_ready(suite)
+
+
+def test_a_run_is_the_same_from_wherever_it_is_called(tmp_path: Path) -> None:
+    """As the run itself sees it, and as the comparison does."""
+    there, here = (
+        configuration.from_dict({
+            "run_dir": f"{out}/x/seed0", "start_from": f"{out}/idea/seed0@prune",
+            "distill": {"teacher": f"{out}/t/seed0"},
+        })
+        for out in ("out", os.path.abspath("out"))
+    )  # fmt: skip
+    assert [key for key, *_ in differences(there, here)] == ["run_dir"]
+    moved = configuration.replace(there, run_dir="elsewhere")  # alone
+    assert [key for key, *_ in differences(there, moved)] == ["run_dir"]
+    other = configuration.replace(here, distill={"teacher": "self"})
+    assert [key for key, *_ in differences(there, other)] == ["distill.teacher", "run_dir"]
+
+
+SUITES = sorted((Path(__file__).parents[1] / "examples/suites").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_a_suite_that_ships_can_be_run(path: Path) -> None:
+    assert read_suite(path, seeds=[0]).runs
 
 
 def test_a_sum_with_something_unknown_in_it_is_not_known(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def load_example() -> Any:
     return example
 
 
-def deepspeed_job(rendezvous: str, calls: list[dict[str, Any]]) -> None:
-    """Call the example as often as asked, in one process group."""
+def deepspeed_job(rendezvous: str, calls: list[dict[str, Any]]) -> list[str]:
+    """Call the example as often as asked, in one process group. Returns: what it refused."""
     os.environ["LOCAL_RANK"] = os.environ["RANK"]  # as torchrun gives it
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch.distributed as dist
@@ -50,11 +50,15 @@ def deepspeed_job(rendezvous: str, calls: list[dict[str, Any]]) -> None:
         "gloo", rendezvous, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )
     example.start()
-    load_moments = example.load_moments
+    load_moments, refused = example.load_moments, list[str]()
     for call in calls:
         example.load_moments = load_moments if call.pop("moments", True) else lambda *_: None
-        example.run(argparse.Namespace(**call))
+        try:
+            example.run(argparse.Namespace(**call))
+        except SystemExit as error:
+            refused.append(str(error))
     dist.destroy_process_group()
+    return refused
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +116,21 @@ def test_zero_goes_on_as_we_do(
     run = Path(config.run_dir)
     for stage in (1, 2, 3):
         call(f"plain{stage}", stage, again, fresh=True)
-        call(f"moments{stage}", stage, run)
+        # A micro-batch as large as the batch: two ranks make two of it.
+        call(f"moments{stage}", stage, run, overrides=["training.micro_batch_size=4"])
+    export_checkpoint(run, tmp_path / "ended", optimizer=True)
+    call("end", 1, run, export=tmp_path / "ended")
+    call("end", 1, run, export=run)
+    call("end", 1, run, overrides=["training.global_batch_size=3"])
     call("without", 2, run, moments=False)
     for stage in (2, 3):
         call(f"resumed{stage}", stage, run, steps=4)
         call(f"resumed{stage}", stage, run)
-    zero.run(deepspeed_job, 2, calls)
+    for refused in zero.run(deepspeed_job, 2, calls):
+        assert len(refused) == 3
+        assert refused[0].endswith("raise schedule.total_tokens, or begin anew with --fresh")
+        assert "there is no" in refused[1] and "--optimizer" in refused[1]
+        assert refused[2].startswith("a batch of 3 sequences cannot be spread over 2 ranks")
 
     parity = {
         f"ZeRO-{stage} {what}": apart(losses_of(tmp_path / f"{name}{stage}"), expected)

@@ -163,6 +163,11 @@ def test_a_pruned_run_goes_on_in_a_job_on_fewer_nodes(machine: Path, tmp_path: P
     assert given[-2:] == ["nodes_after_prune=2", DATA]
     assert (tmp_path / "job.sh").read_text() == first.replace("--nodes=4", "--nodes=2")
     assert "requeue" not in (tmp_path / "scontrol").read_text()
+    # The configuration's key does the same.
+    (tmp_path / "job.sh").unlink()
+    settings |= {"NODES_AFTER_PRUNE": "", "LOG_DIR": str(tmp_path / "logs")}
+    assert call(machine, "nodes_after_prune=2", DATA, **settings).returncode == 0
+    assert "export NODES_AFTER_PRUNE=2\n" in (tmp_path / "job.sh").read_text()
     refused = call(machine, DATA, NODES="4", NODES_AFTER_PRUNE="few")
     assert refused.returncode == 2 and "NODES_AFTER_PRUNE is 'few'" in refused.stderr
     refused = call(machine, DATA, LAUNCH="local", NODES="1", NODES_AFTER_PRUNE="1")

@@ -139,6 +139,8 @@ def test_what_is_left_out_is_as_before_and_what_does_not_shrink_is_refused(tmp_p
         with pytest.raises(ConfigError, match=words):
             validate(load(path, overrides), 4)
     validate(load(path, ["training.micro_batch_size=4"]), 4)
+    # On fewer nodes it is the layout of fewer processes, which train checks.
+    validate(load(path, ["training.micro_batch_size=8", "nodes_after_prune=1"]), 4)
     with pytest.raises(ConfigError, match="did you mean"):
         from_dict({"parallel_after_prune": {"tensor_parallel": 1}})
 

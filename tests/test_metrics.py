@@ -589,7 +589,7 @@ def test_an_mlflow_that_never_answers_does_not_hold_a_run_that_ends(
 
 
 def test_an_mlflow_that_does_not_start_is_explained(
-    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise sys.modules["mlflow.exceptions"].MlflowException("no access\nand more")
@@ -599,6 +599,26 @@ def test_an_mlflow_that_does_not_start_is_explained(
     with pytest.raises(
         ConfigError, match="start at http://a-server: no access; check MLFLOW_TRACK"
     ):
+        RunLog(tmp_path, TO_MLFLOW, is_writer=True)
+    # A run that goes on does so without: its job must not end with the server.
+    log = RunLog(tmp_path, TO_MLFLOW, is_writer=True, step=3)
+    log.write(record(4))
+    log.close()
+    (said,) = [line for line in caplog.messages if "MLflow" in line]
+    assert "MLflow cannot write and is left out" in said
+    assert [one.step for one in read_metrics(tmp_path)] == [4]
+
+
+def test_an_address_that_mlflow_does_not_know_is_explained(
+    tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise sys.modules["mlflow.exceptions"].MlflowException("no such scheme")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "my-server:5000")
+    if mlflow is FakeMLflow:
+        monkeypatch.setattr(mlflow, "__init__", refused)
+    with pytest.raises(ConfigError, match="MLflow does not start at my-server:5000: "):
         RunLog(tmp_path, TO_MLFLOW, is_writer=True)
 
 

@@ -74,7 +74,7 @@ def test_the_wheel_has_one_top_level_name_and_every_module(wheel):
     }
     assert {f"megatron_idea/report/page.{kind}" for kind in ("css", "js")} <= shipped
     assert "megatron_idea/compare/page.css" in shipped
-    examples = {path.relative_to(ROOT / "examples") for path in (ROOT / "examples").glob("*/*")}
+    examples = {p.relative_to(ROOT / "examples") for p in (ROOT / "examples").glob("*/*.yaml")}
     assert {name for name in shipped if name.split("/")[1] in ("configs", "suites")} == {
         f"megatron_idea/{path.as_posix()}" for path in examples
     }

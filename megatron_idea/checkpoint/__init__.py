@@ -10,7 +10,7 @@ A folder is written under a temporary name and renamed when it is complete, so i
 absent.
 """
 
-from megatron_idea.checkpoint.branch import branch, check_targets, find_source, keeps_teacher
+from megatron_idea.checkpoint.branch import branch, find_source
 from megatron_idea.checkpoint.folder import (
     ONE_PROCESS,
     ORIGIN,
@@ -39,14 +39,12 @@ __all__ = [
     "TrainState",
     "branch",
     "check_same_run",
-    "check_targets",
     "checkpoints_of",
     "choose",
     "complete",
     "complete_for_all",
     "copy_origin",
     "find_source",
-    "keeps_teacher",
     "latest",
     "load",
     "load_weights",

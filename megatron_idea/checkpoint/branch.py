@@ -32,8 +32,8 @@ from megatron_idea.config import Config, ConfigError
 from megatron_idea.course import num_steps
 from megatron_idea.engine.distributed import ProcessGroups, together
 from megatron_idea.prune.pruner import measures_alike
-from megatron_idea.records.settings import check_may_branch
-from megatron_idea.schedule import PHASES, phase_ends, snapshot_tokens
+from megatron_idea.records.settings import check_may_branch, check_targets, keeps_teacher
+from megatron_idea.schedule import PHASES, phase_ends
 from megatron_idea.shape import LAYER_AXES
 
 _OF_RUN = ("config.yaml", "state.json")
@@ -72,9 +72,10 @@ def named(start_from: str) -> Path:
             f"complete one, nor RUN@PHASE or RUN@TOKENS of such a run (phases: {', '.join(PHASES)})"
         )
     known = [(one, read_state(one).consumed_tokens) for one in there]
-    begin, end = _span(which, read_config(there[-1]), start_from)
+    config = read_config(there[-1])
+    begin = _tokens_of(which, config, start_from)
     for one, tokens in known:
-        if begin <= tokens < end:
+        if begin <= tokens < begin + config.batch_tokens:  # after the step that came there
             return one
     listed = ", ".join(f"{tokens:,}" for _, tokens in known)
     raise ConfigError(
@@ -84,18 +85,17 @@ def named(start_from: str) -> Path:
     )
 
 
-def _span(which: str, config: Config, start_from: str) -> tuple[int, float]:
-    """Return the consumed tokens, first and end, between which the checkpoint must lie."""
+def _tokens_of(which: str, config: Config, start_from: str) -> int:
+    """Return the consumed tokens that a phase or a number stands for."""
     if which in PHASES:
-        begin = phase_ends(config.schedule)[which]
-        return begin, begin + config.batch_tokens
+        return phase_ends(config.schedule)[which]
     tokens = configuration.whole_number(which)
     if tokens is None:
         raise ConfigError(
             f"start_from is {start_from!r}: after the @ comes a phase ({', '.join(PHASES)}) or a "
             "number of tokens, as in 1.5e12"
         )
-    return tokens, float("inf")
+    return tokens
 
 
 def branch(config: Config, source: Path, groups: ProcessGroups) -> Path:
@@ -153,31 +153,6 @@ def _check_future(state: TrainState, config: Config, source: Path) -> None:
     check_targets(config, live | {"num_layers": [state.shape.num_layers]}, str(source))
 
 
-def check_targets(config: Config, live: dict[str, list[int]], where: str) -> None:
-    """Make sure that no axis is to end with more units than there are. Raises: ConfigError.
-
-    A run without pruning keeps what there is.
-
-    Args:
-        live: units by axis, of every layer that is there, or one number.
-    """
-    if config.prune.strategy == "none":
-        return
-    goals = config.goals
-    for axis, counts in live.items():
-        there = [count for count in counts if count]
-        least = goals[axis].least if axis in goals else getattr(config.model, axis)
-        if sum(there) < least * len(there):
-            asked = f"prune.target.{axis} is {least}"
-            if axis not in goals:
-                asked = f"prune.target does not name {axis}, which keeps all {least}"
-            raise ConfigError(
-                f"start_from: {where} has {sum(there) / len(there):g} left of model.{axis}, and "
-                f"{asked}: what was removed does not come back. Ask for at most so many, start "
-                "from an earlier checkpoint, or set prune.strategy=none to keep what there is"
-            )
-
-
 def _future_state(state: TrainState, before: Config, config: Config) -> TrainState:
     """Return the state that the branch begins with: what its own future has a use for."""
     alike = measures_alike(before, config)
@@ -199,14 +174,6 @@ def _future_state(state: TrainState, before: Config, config: Config) -> TrainSta
         teacher=state.teacher if keeps_teacher(before, config) else "",
         skipped_samples=skipped_samples,
     )
-
-
-def keeps_teacher(before: Config, config: Config) -> bool:
-    """Tell whether a branch has the same teacher: by name; the run's own, by its snapshots, too."""
-    if before.distill.teacher != config.distill.teacher:
-        return False
-    marks = [snapshot_tokens(each.schedule, each.distill) for each in (before, config)]
-    return config.distill.teacher != "self" or marks[0] == marks[1]
 
 
 def _shares_data(one: Config, other: Config) -> bool:

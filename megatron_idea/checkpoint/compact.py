@@ -46,6 +46,7 @@ from megatron_idea.prune.plan import (
 from megatron_idea.prune.pruner import Pruner
 from megatron_idea.prune.units import named_shares
 from megatron_idea.records.lock import RunLock
+from megatron_idea.records.readable import spread
 from megatron_idea.shape import AXES, LAYER_AXES, Shape, due_shape
 
 Sizes = Mapping[str, Sequence[int]]
@@ -76,7 +77,8 @@ def compact_checkpoint(
     config = checkpoint.read_config(found, checkpoint.ONE_PROCESS)
     validate(config, world_size=1)
     state = checkpoint.read_state(found, config)
-    sizes = dict(sizes or {})
+    asked = dict(sizes or {})
+    sizes = asked.copy()
     (parameters,) = sizes.pop(PARAMETERS, [None])
     _check(sizes, parameters, how)
     wanted = _legal(sizes, state.shape, saved)
@@ -120,7 +122,11 @@ def compact_checkpoint(
         pruner.load_state(fresh, carried, pruner.pending_steps, pruner.memory.tolist())
         if tokenizer := checkpoint.tokenizer_beside(found):
             copy_tokenizer(tokenizer, out / checkpoint.TOKENIZER)
-        checkpoint.copy_origin(found, out)
+        words = {}
+        if asked:
+            to = "; ".join(f"{axis} {spread(counts)}" for axis, counts in asked.items())
+            words["cut"] = f"{how.strategy if how else 'the scores of its run'}, to {to}"
+        checkpoint.copy_origin(found, out, **words)
         new_run = configuration.replace(saved, run_dir=str(out))
         return checkpoint.save(new_run, fresh, pruner, state)
 

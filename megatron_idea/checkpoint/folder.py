@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,11 +70,12 @@ def tokenizer_beside(path: Path) -> str | None:
     return str(kept) if (kept / "tokenizer.json").is_file() else None
 
 
-def copy_origin(path: Path, run_dir: str | Path) -> None:
-    """Let run ``run_dir`` say of itself what that of checkpoint ``path`` began with."""
+def copy_origin(path: Path, run_dir: str | Path, **words: str) -> None:
+    """Let run ``run_dir`` say what that of checkpoint ``path`` began with, and ``words``."""
     kept = path.absolute().parents[1] / ORIGIN
-    if kept.is_file():
-        (Path(run_dir) / ORIGIN).write_bytes(files.read_bytes(kept, most=1 << 16))
+    said = files.read_json(kept) if kept.is_file() else {}
+    if said | words:
+        (Path(run_dir) / ORIGIN).write_text(json.dumps(said | words, indent=2) + "\n")
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -134,13 +134,15 @@ class _Here:
         self._children: list[_Child] = []
         self._failed: set[str] = set()
         self._stopped: set[str] = set()
+        self._elsewhere: set[str] = set()
+        """At work already, as those are whose comparison was killed."""
 
     def work(self, stop: _Stop) -> int:
         """Start runs as places become free, until none is left. Returns: the exit status."""
         while True:
             if stop.received is None:
                 self._start_those_that_can()
-            if not self._children:
+            if not self._children and (stop.received is not None or not self._elsewhere):
                 break
             time.sleep(POLL_S)
             number = stop.take()
@@ -164,9 +166,14 @@ class _Here:
             child.process.wait()
 
     def _start_those_that_can(self) -> None:
+        if len(self._children) >= self._parallel:
+            return
+        self._look_elsewhere()
         for run in list(self._waiting):
-            if len(self._children) == self._parallel:
+            if len(self._children) + len(self._elsewhere) >= self._parallel:
                 return
+            if run.key in self._elsewhere:
+                continue
             failed = [needed for needed in run.needs if needed.key in self._failed]
             if failed:
                 self._waiting.remove(run)
@@ -178,6 +185,18 @@ class _Here:
             elif all(needed.key in self._finished for needed in run.needs):
                 self._waiting.remove(run)
                 self._children.append(self._start(run))
+
+    def _look_elsewhere(self) -> None:
+        """Find out which runs others are at work at; one that they have finished is done."""
+        before, self._elsewhere = self._elsewhere, set()
+        for run in list(self._waiting):
+            if holder := RunLock(run.run_dir).holder_here():
+                self._elsewhere.add(run.key)
+                if run.key not in before:
+                    self._tell(f"{run} is at work already, in {holder}: waiting for its end")
+            elif run.key in before and is_finished(run):
+                self._waiting.remove(run)
+                self._finish(run)
 
     def _start(self, run: ArmRun) -> _Child:
         environment = os.environ | {"PYTHONSAFEPATH": "1"}
@@ -197,15 +216,19 @@ class _Here:
     def _note_end(self, child: _Child, told_to_stop: bool) -> None:
         run, status = child.run, child.process.returncode
         if status == 0 and is_finished(run):
-            self._finished.add(run.key)
-            took = human_duration(time.monotonic() - child.begun)
-            self._tell(f"{run}: {_held_out(run)}, {took}; {self._left()} to go")
+            self._finish(run, f", {human_duration(time.monotonic() - child.begun)}")
         elif status == STOPPED or told_to_stop:  # or before it could listen
             self._stopped.add(run.key)
+        elif RunLock(run.run_dir).holder_here():  # which had not taken it when this one was started
+            self._waiting.insert(0, run)
         else:
             self._failed.add(run.key)
             ended = f"status {status}" if status >= 0 else signal.Signals(-status).name
             say_error(f"{run} ended with {ended}: {_last_line(run.log)} ({run.log})")
+
+    def _finish(self, run: ArmRun, took: str = "") -> None:
+        self._finished.add(run.key)
+        self._tell(f"{run}: {_held_out(run)}{took}; {self._left()} to go")
 
     def _left(self) -> str:
         left = len(self._waiting) + len(self._children) + len(self._failed) + len(self._stopped)
@@ -241,20 +264,26 @@ def submit_missing(
     Raises: ConfigError when nothing can be submitted from here, RunFolderError as ``run_missing``.
     """
     script = _launch_script()
+    if os.environ.get("NODES_AFTER_PRUNE") or any(r.config.nodes_after_prune for r in suite.runs):
+        raise ConfigError(
+            "a run that goes on on fewer nodes does so in a job that no comparison knows of: leave "
+            "NODES_AFTER_PRUNE and nodes_after_prune out"
+        )
     with RunLock(suite.out, "comparison"):
         path = suite.out / JOBS
         jobs: dict[str, str] = files.read_json(path) if path.is_file() else {}
-        for run in suite.runs:
+        missing = [run for run in suite.runs if not is_finished(run)]
+        for run in missing:  # all are refused before one is submitted; seeds change nothing of it
+            if run.seed == missing[0].seed:
+                _launch(script, run, "", nproc, "--dry-run")
+        for run in missing:
             job = jobs.get(run.key, "")
-            if is_finished(run):
-                continue
             if job and _is_queued(job):
                 tell(f"{run}: job {job} is in the queue")
                 continue
             waits = [jobs[needed.key] for needed in run.needs if not is_finished(needed)]
             after = f"afterok:{':'.join(waits)}" if waits else ""
-            _write_config(run)
-            jobs[run.key] = _submit(script, run, after, nproc)
+            jobs[run.key] = _launch(script, run, after, nproc)
             _replace(path, json.dumps(jobs, indent=1))
             tell(f"{run}: submitted job {jobs[run.key]}{f', {after}' if after else ''}")
 
@@ -283,7 +312,9 @@ def _is_queued(job: str) -> bool:
     return done.returncode == 0 and bool(done.stdout.strip())
 
 
-def _submit(script: Path, run: ArmRun, after: str, nproc: int | None) -> str:
+def _launch(script: Path, run: ArmRun, after: str, nproc: int | None, *options: str) -> str:
+    """Call ``launch.sh`` for a run. Returns: what it printed, the job's id."""
+    _write_config(run)
     environment = os.environ | {
         "CONFIG": str(run.file.absolute()),
         "LAUNCH": "slurm",
@@ -292,7 +323,8 @@ def _submit(script: Path, run: ArmRun, after: str, nproc: int | None) -> str:
     }
     if nproc is not None:
         environment["NPROC_PER_NODE"] = str(nproc)
-    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    called = ["bash", str(script), *options]
+    done = subprocess.run(called, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise ConfigError(f"{run} could not be submitted: {said[-1]}")

@@ -214,10 +214,10 @@ def _parts(one: ArmRun) -> list[_Part]:
         return []
     if one.source is None:
         return [_Part(run)]
-    branched = run.of_kind("branched")
-    begin = branched[-1].get("tokens", 0) if branched else 0
     before = _parts(one.source)
-    return [*(_Part(p.run, min(p.end, begin)) for p in before), _Part(run)] if before else []
+    if not before:
+        return []
+    return [*(_Part(p.run, min(p.end, one.begins)) for p in before), _Part(run)]
 
 
 def _result(one: ArmRun, parts: Sequence[_Part]) -> RunResult:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,14 +36,23 @@ from megatron_idea.config import Config, ConfigError, validate
 from megatron_idea.course import (
     TeacherSize,
     flops_between,
+    live_at_step,
     num_steps,
     target_shape,
     teacher_flops_between,
 )
 from megatron_idea.planning.estimate import teacher_size
 from megatron_idea.records.read import EVENTS, lines_of
-from megatron_idea.records.settings import check_may_branch, differences, is_among
+from megatron_idea.records.saved import kept_tokens
+from megatron_idea.records.settings import (
+    check_may_branch,
+    check_own_teacher,
+    check_targets,
+    differences,
+    is_among,
+)
 from megatron_idea.schedule import PHASES, phase_ends
+from megatron_idea.shape import AXES
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,7 @@ def check_ready(suite: Suite, processes: int | None = None) -> None:
         _named(run, _check_data)
         _named(run, _check_folder)
         _check_past(run)
+        _named(run, lambda _, run=run: _check_point(run))
 
 
 # ---- the file's keys
@@ -261,7 +270,8 @@ def _read_sweep(given: Any) -> tuple[str, tuple[str, ...]] | None:
             "sweep must be one key and its values: sweep: {schedule.lr: [1e-3, 2e-3]}"
         )
     ((key, values),) = given.items()
-    values = ["null" if value is None else value for value in values or []]
+    if isinstance(values, list):
+        values = ["null" if value is None else value for value in values]
     values = configuration.read_value(values, list[str], f"sweep.{key}")
     if len(set(values)) < 2 or len(set(values)) < len(values):
         raise ConfigError(
@@ -502,8 +512,9 @@ def _tokens_for(config: Config, teacher: ArmRun | None, like: ArmRun) -> int:
 def _flops(config: Config, teacher: ArmRun | None, start: int, end: int) -> int | None:
     if end <= start:
         return 0
-    size = teacher_size(config)
-    if teacher is not None:  # it need not be there yet
+    if teacher is None:
+        size = teacher_size(config)
+    else:  # it need not be there yet
         size = TeacherSize(teacher.config.model, target_shape(teacher.config))
     taught = teacher_flops_between(config, start, end, size)
     return None if taught is None else flops_between(config, start, end) + taught
@@ -531,17 +542,34 @@ def _check_runs(runs: Sequence[ArmRun]) -> None:
 
 def _check_branch(config: Config, run: ArmRun) -> None:
     assert run.source is not None
-    source, name = (
-        run.source.config,
-        f"from: {run.source.arm}@{config.start_from.rpartition('@')[2]}",
-    )
+    source, arm = run.source.config, run.source.arm
+    name = f"from: {arm}@{config.start_from.rpartition('@')[2]}"
     last = min(end_of(source), end_of(config) - config.batch_tokens)
     if not 0 < run.begins <= last:
         raise ConfigError(
-            f"{name} is after {run.begins:,} tokens; {run.source.arm} has {end_of(source):,}, and "
+            f"{name} is after {run.begins:,} tokens; {arm} has {end_of(source):,}, and "
             f"this arm {end_of(config):,}: between 0 and {last:,} there is something left to train"
         )
+    if run.begins <= run.source.begins:
+        raise ConfigError(
+            f"{name} is after {run.begins:,} tokens, and {arm} itself begins at "
+            f"{run.source.source}, after {run.source.begins:,}: begin at that one, or later"
+        )
     check_may_branch(source, config)
+    check_own_teacher(source, config, run.begins, name)
+    if source.parameter_goal is None:  # else which shape it has then is known when it has it
+        full = {axis: getattr(source.model, axis) for axis in AXES}
+        live = full | _live(run.source, run.begins)
+        check_targets(config, {axis: [count] for axis, count in live.items()}, name)
+
+
+def _live(run: ArmRun, tokens: int) -> dict[str, int]:
+    """Count the units alive in a run after ``tokens``, by axis, as planned; its source's, too."""
+    live = live_at_step(run.config, tokens // run.config.batch_tokens)
+    if run.source is not None:
+        for axis, count in _live(run.source, run.begins).items():
+            live[axis] = min(live.get(axis, count), count)
+    return live
 
 
 def _named(run: ArmRun, check: Callable[[Config], None]) -> None:
@@ -559,7 +587,6 @@ _FREE = (
     "data.cache_dir", "law", "training.micro_batch_size",
 )  # fmt: skip
 """What may differ from a run that has begun."""
-_OTHER_RUNS = ("start_from", "distill.teacher")
 
 
 def _check_data(config: Config) -> None:
@@ -588,7 +615,6 @@ def _check_folder(config: Config) -> None:
         f"{key} (was {was!r}, is {now!r})"
         for key, was, now in differences(begun, config)
         if not is_among(key, _FREE)
-        and not (key in _OTHER_RUNS and _lies_alike(begun, was, config, now))
     ]
     if differing:
         raise ConfigError(
@@ -612,15 +638,21 @@ def _check_past(run: ArmRun) -> None:
             )
 
 
+def _check_point(run: ArmRun) -> None:
+    """Make sure that the checkpoint that a run is to begin at is there, or still to come."""
+    source = run.source
+    if source is None or kept_tokens(run.run_dir):
+        return
+    kept = kept_tokens(source.run_dir)
+    if kept and kept[-1] >= run.begins and run.begins not in kept:
+        raise ConfigError(
+            f"it begins after {run.begins:,} tokens of {source}, which is past them and has kept "
+            f"checkpoints at {', '.join(f'{tokens:,}' for tokens in kept)} alone: delete "
+            f"{source.run_dir}, to have it trained again, or give another --out"
+        )
+
+
 def _began(run: ArmRun) -> float | None:
     """Return the time of a run's first event, in seconds since 1970; None if there is none."""
     events = lines_of(run.run_dir, EVENTS, broken=[])
     return next((event["time"] for event in events if "time" in event), None)
-
-
-def _lies_alike(one: Config, path: str, other: Config, other_path: str) -> bool:
-    """Tell whether two paths are one as seen from their runs: all may have been moved together."""
-    if not path or not other_path:
-        return False
-    seen = [os.path.relpath(p, run.run_dir) for run, p in ((one, path), (other, other_path))]
-    return seen[0] == seen[1]

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from megatron_idea.compare.results import ArmResult, PairResult, Results
 from megatron_idea.compare.statistics import Interval
-from megatron_idea.records.readable import human_count
+from megatron_idea.records.readable import human_amount, human_count, human_duration
 from megatron_idea.records.terminal import CONTROL
 from megatron_idea.report.chart import Table, colours_of
 from megatron_idea.report.tables import in_terminal
@@ -48,14 +48,15 @@ def arms(results: Results) -> Table:
     against = {pair.left: pair for pair in results.pairs if pair.right == results.reference}
     columns = (
         "arm", "seeds", "loss", f"to {results.reference}", "verdict", "agree", "tokens", "FLOPs",
-        "rise", "average parameters", "shape",
+        "time", "rise", "average parameters", "shape",
     )  # fmt: skip
     rows = [
         (
             named(arm, found),
             str(len(found.seeds)),
             plus_minus(found.loss),
-            *(_outcome(against[arm]) if arm in against else [""] * 5),
+            *(_outcome(against[arm]) if arm in against else _own(found)),
+            human_duration(found.wall_s.mean),
             plus_minus(found.rise, "+") if found.rise else "",
             human_count(found.average_parameters),
             _shape(found),
@@ -72,8 +73,16 @@ def arms(results: Results) -> Table:
     )
 
 
+def _own(found: ArmResult) -> list[str]:
+    """Write what the reference has where others have what they differ by."""
+    flops = "not known" if found.flops is None else human_amount(found.flops, "FLOPs")
+    return ["", "", "", human_count(found.tokens), flops]
+
+
 def _explained(results: Results) -> str:
-    texts = [f"tokens, FLOPs: times those of {results.reference}."]
+    reference = results.reference
+    texts = [f"tokens, FLOPs: those of {reference}; of the others, times those."]
+    texts.append("time: of training steps.")
     if any(found.rise for found in results.arms.values()):
         texts.append("rise: highest loss since the first removal minus the last one before.")
     texts.append("average parameters: those alive, mean over tokens.")

@@ -30,6 +30,7 @@ from megatron_idea.huggingface import import_
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.huggingface.export import plain_tokenizer
 from megatron_idea.huggingface.names import is_hugging_face
+from megatron_idea.records.settings import keeps_teacher, missed_teacher
 from megatron_idea.schedule import snapshot_tokens
 from megatron_idea.shape import LAYER_AXES, Shape
 
@@ -100,17 +101,11 @@ def inherit_teacher(config: Config, source: Path) -> None:
     there = source.absolute().parents[1] / "teacher" / "self"
     marks = snapshot_tokens(config.schedule, config.distill)
     needed = [_snapshot(there, mark) for mark in marks if mark < state.consumed_tokens]
-    if has_one := bool(state.teacher) and checkpoint.keeps_teacher(before, config):
+    if has_one := bool(state.teacher) and keeps_teacher(before, config):
         needed.append(there)
     missing = [path for path in needed if not (path / storage.MANIFEST).is_file()]
     if missing or (state.consumed_tokens > marks[-1] and not has_one):
-        raise ConfigError(
-            f"distill.teacher=self is the mean of weights at {', '.join(f'{m:,}' for m in marks)} "
-            f"consumed tokens, and {source} is from {state.consumed_tokens:,}, of a run that has "
-            f"not kept those before. Start from an earlier checkpoint, or from one of at most "
-            f"{marks[-1]:,} tokens with distill.average_last=1, or name a checkpoint that is to "
-            "teach: distill.teacher=PATH"
-        )
+        raise ConfigError(missed_teacher(marks, str(source), state.consumed_tokens))
     for path in needed:
         copy = folder_of(config).parent / path.name
         if not (copy / storage.MANIFEST).is_file():

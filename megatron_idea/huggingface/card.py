@@ -19,8 +19,9 @@ import yaml
 from megatron_idea import __version__, checkpoint, files
 from megatron_idea.checkpoint.state import TrainState
 from megatron_idea.config import METHODS, Config, PruneConfig
+from megatron_idea.course import removed_at
 from megatron_idea.records.read import read_events
-from megatron_idea.schedule import learning_rate, phase
+from megatron_idea.schedule import learning_rate, lr_curves, phase
 from megatron_idea.shape import AXES, Shape
 
 _MOST_README_BYTES = 1 << 20
@@ -36,6 +37,8 @@ class Origin:
     license: str = ""
     license_name: str = ""
     license_link: str = ""
+    cut: str = ""
+    """What ``compact`` chose and cut out on disk: by what, and to which sizes."""
 
     @staticmethod
     def of_folder(folder: Path) -> Origin:
@@ -138,6 +141,23 @@ class Facts:
     has_chat_template: bool
 
 
+def what_it_is(config: Config, state: TrainState, full: Shape, live: Shape, origin: Origin) -> str:
+    """Say in a sentence whether, when and how a checkpoint was pruned."""
+    tokens, schedule = state.consumed_tokens, config.schedule
+    ways = []
+    if removed_at(config, tokens) > 0:
+        curves = ("one learning-rate curve", "two learning-rate curves, one after the other")
+        ways.append(f"while it trained, under {curves[len(lr_curves(schedule)) - 1]}")
+    if origin.cut:
+        ways.append(f"on disk, by {origin.cut}")
+    if not ways and live != full and tokens:  # by the run that this one has branched from
+        ways.append("while it trained")
+    if ways:
+        return f"A GPT that was pruned {', and '.join(ways)}."
+    yet = " yet" if config.goals and tokens < schedule.total_tokens else ""
+    return f"A GPT from which nothing has been removed{yet}."
+
+
 def model_card(config: Config, state: TrainState, facts: Facts) -> str:
     """Return the text of ``README.md``."""
     name = _line(Path(config.run_dir).name)
@@ -178,12 +198,12 @@ def model_card(config: Config, state: TrainState, facts: Facts) -> str:
 
 
 def _head(config: Config, state: TrainState, facts: Facts, name: str) -> dict[str, Any]:
-    origin = {key: value for key, value in asdict(facts.origin).items() if value}
-    origin = {key: origin[key] for key in sorted(origin, key=lambda key: key == "base_model")}
+    words = ("license", "license_name", "license_link", "base_model")
+    origin = {key: value for key in words if (value := getattr(facts.origin, key))}
     head = origin | {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["megatron-idea", "pruned"],
+        "tags": ["megatron-idea", *(["pruned"] if facts.live != facts.full else [])],
     }
     if facts.held_out is None:
         return head

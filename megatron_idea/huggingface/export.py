@@ -38,7 +38,7 @@ from megatron_idea.data.tokenizer import (
 )
 from megatron_idea.huggingface import gguf, moments
 from megatron_idea.huggingface import names as huggingface
-from megatron_idea.huggingface.card import Facts, HeldOut, Origin, model_card
+from megatron_idea.huggingface.card import Facts, HeldOut, Origin, model_card, what_it_is
 from megatron_idea.prune.axis import cut, shares_of
 from megatron_idea.prune.plan import misfit
 from megatron_idea.records.readable import human_widths, megabytes
@@ -301,8 +301,9 @@ def export_checkpoint(
     live = _Live.of(found, tensors, state.shape, Shape.full(config.model))
     run_dir = found.absolute().parent.parent
     held_out = HeldOut.of_run(run_dir, config, state)
-    model = _Model(found, config, state, tensors, live, Origin.of_run(run_dir), held_out)
-    about = "A GPT that was pruned while it trained, under one learning-rate curve."
+    origin = Origin.of_run(run_dir)
+    model = _Model(found, config, state, tensors, live, origin, held_out)
+    about = what_it_is(config, state, Shape.full(config.model), live.shape, origin)
     return _export(model, out, form, about, remark)
 
 

@@ -503,6 +503,10 @@ class Layout:
     refusal: str
 
 
+SIZES = (1, 2, 4, 8)
+"""Of TP and of PP that are tried."""
+
+
 def suggest(
     config: Config, world_size: int, gpu: Gpu, assume: Assumptions | None = None
 ) -> tuple[list[Layout], list[Layout]]:
@@ -558,16 +562,21 @@ def suggest_after_prune(
     config = _on_gpus(config)
     validate(config, world_size)
     micro, shape = config.training.micro_batch_size, target_shape(config)
-    (now,) = _layouts([config.after_prune], world_size, gpu, assume, shape)
-    found, _ = _try(config, world_size, gpu, assume, shape)
     smaller = [
-        layout
-        for layout in found
-        if layout.micro_batch_size == micro
-        and config.parallel.tensor_model_parallel_size % layout.tensor_parallel == 0
-        and layout.pipeline_parallel <= config.parallel.num_stages
+        each
+        for tp, pp in itertools.product(SIZES, SIZES)
+        if config.parallel.tensor_model_parallel_size % tp == 0
+        and pp <= min(config.parallel.num_stages, shape.num_layers)
+        for each in _legal(config, world_size, tp, pp)
+        if each.training.micro_batch_size == micro
     ]
-    best = min([now, *smaller], key=lambda layout: layout.step_s)
+    now, *others = (
+        layout
+        for each in (config.after_prune, *smaller)
+        for layout in _layouts([each], world_size, gpu, assume, shape)
+    )
+    fitting = [layout for layout in others if not layout.refusal]
+    best = min([now, *fitting], key=lambda layout: layout.step_s)
     hours = (now.step_s - best.step_s) * steps * world_size / 3600
     return AfterPrune(now, best, steps, hours)
 
@@ -577,7 +586,7 @@ def _try(
 ) -> tuple[list[Layout], list[Layout]]:
     """Try all layouts in one shape; those that fit, fastest first, and the smallest that do not."""
     fitting, refused = [], []
-    for tp, pp in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+    for tp, pp in itertools.product(SIZES, SIZES):
         if tp > gpu.gpus_per_node or shape.num_layers < pp:
             continue
         sizes = list(_legal(config, world_size, tp, pp))

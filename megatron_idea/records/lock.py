@@ -145,6 +145,13 @@ class RunLock:
         holder = _parse(found[0]) if found else None
         return holder is not None and holder != self._me
 
+    def holder_here(self) -> Holder | None:
+        """Return the holder if it is a process of this machine, and still there."""
+        found = self._look()
+        holder = _parse(found[0]) if found else None
+        is_here = holder is not None and holder.machine == _machine() and _is_running(holder)
+        return holder if is_here else None
+
     def _create(self, me: Holder) -> bool:
         """Take the lock if nobody has it; return whether that was so."""
         try:

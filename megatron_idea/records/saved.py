@@ -23,14 +23,21 @@ def latest(run_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def saved_tokens(run_dir: str | Path) -> int:
-    """Read how far the newest checkpoint of a run is, in consumed tokens; 0 without one.
+def kept_tokens(run_dir: str | Path) -> list[int]:
+    """Read of each complete checkpoint of a run its consumed tokens, oldest first.
 
-    Nothing is verified: whoever goes on from there does that.
+    Nothing is verified: whoever goes on from there does that. Of an unreadable one they are 0.
     """
+    return [_consumed_tokens(path) for path in complete(run_dir)]
+
+
+def saved_tokens(run_dir: str | Path) -> int:
+    """Read how far the newest checkpoint of a run is, in consumed tokens; 0 without one."""
     path = latest(run_dir)
-    if path is None:
-        return 0
+    return 0 if path is None else _consumed_tokens(path)
+
+
+def _consumed_tokens(path: Path) -> int:
     try:
         tokens = files.read_json(path / "state.json").get("consumed_tokens")
     except files.UnsafeFileError:

@@ -67,17 +67,29 @@ def open_trackers(run_dir: Path, config: Config, step: int, started_at: float) -
     """Open the trackers that ``config.logging`` asks for, to go on after ``step`` steps.
 
     ``started_at``: seconds since 1970; the same for a run however often it is resumed.
+
+    Raises: ConfigError when a server cannot be reached at the start of a run. One that goes on does
+        so without it: a job that runs for weeks must not end with somebody's server.
     """
-    trackers: list[Tracker] = []
+    wanted: list[tuple[str, Callable[[], Tracker]]] = []
     if config.logging.tensorboard:
-        try:
-            trackers.append(_TensorBoard(run_dir, step))
-        except OSError as error:
-            _leave_out(_TensorBoard.name, error)
+        wanted.append((_TensorBoard.name, lambda: _TensorBoard(run_dir, step)))
     if config.logging.wandb:
-        trackers.append(_WeightsAndBiases(run_dir, config, started_at))
+        wanted.append(
+            (_WeightsAndBiases.name, lambda: _WeightsAndBiases(run_dir, config, started_at))
+        )
     if config.logging.mlflow:
-        trackers.append(_MLflow(run_dir, config, started_at))
+        wanted.append((_MLflow.name, lambda: _MLflow(run_dir, config, started_at)))
+    trackers = []
+    for name, opened in wanted:
+        try:
+            trackers.append(opened())
+        except OSError as error:
+            _leave_out(name, error)
+        except ConfigError as error:
+            if not step:
+                raise
+            _leave_out(name, error)
     return trackers
 
 
@@ -178,8 +190,8 @@ class _MLflow:
         from mlflow import MlflowClient  # takes a second
         from mlflow.exceptions import MlflowException
 
-        self._client = MlflowClient(tracking_uri=where)
         try:
+            self._client = MlflowClient(tracking_uri=where)
             run = self._open(config, run_dir.name, _identity(run_dir, started_at))
         except (MlflowException, OSError) as error:
             raise ConfigError(
