@@ -95,9 +95,9 @@ class Run:
     teacher: Teacher | None = None
     """A model that the loss listens to, once there is one."""
     saving: Saving | None = None
-    saved_step: int = -1
-    """Of the last checkpoint that is complete; -1: of none."""
     """A checkpoint on its way to the disk."""
+    saved_step: int = -1
+    """Of the last checkpoint that this process has completed; -1: of none."""
 
 
 class StopSignal:

@@ -30,7 +30,7 @@ from megatron_idea.huggingface import import_
 from megatron_idea.huggingface import names as huggingface
 from megatron_idea.huggingface.export import plain_tokenizer
 from megatron_idea.huggingface.names import is_hugging_face
-from megatron_idea.records.settings import keeps_teacher, missed_teacher
+from megatron_idea.records.settings import is_its_own_teacher, keeps_teacher, missed_teacher
 from megatron_idea.schedule import snapshot_tokens
 from megatron_idea.shape import LAYER_AXES, Shape
 
@@ -50,7 +50,7 @@ def due_snapshots(config: Config, tokens: int) -> list[int]:
 
     The last of all is taken before the first step past the enlarged phase.
     """
-    if not config.distill.teaches or config.distill.teacher != "self":
+    if not is_its_own_teacher(config):
         return []
     marks = snapshot_tokens(config.schedule, config.distill)
     return [mark for mark in marks if tokens <= mark < tokens + config.batch_tokens]
@@ -94,7 +94,7 @@ def inherit_teacher(config: Config, source: Path) -> None:
 
     Raises: ConfigError when one is needed and not there.
     """
-    if not config.distill.teaches or config.distill.teacher != "self":
+    if not is_its_own_teacher(config):
         return
     before = checkpoint.read_config(source)
     state = checkpoint.read_state(source)

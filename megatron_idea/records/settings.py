@@ -101,10 +101,10 @@ def check_own_teacher(source: Config, config: Config, begin: int, where: str) ->
         where: what the message calls that checkpoint.
     Raises: ConfigError.
     """
-    if not _is_its_own_teacher(config):
+    if not is_its_own_teacher(config):
         return
     marks = snapshot_tokens(config.schedule, config.distill)
-    taken = snapshot_tokens(source.schedule, source.distill) if _is_its_own_teacher(source) else []
+    taken = snapshot_tokens(source.schedule, source.distill) if is_its_own_teacher(source) else []
     is_missed = any(mark < begin and mark not in taken for mark in marks)
     if is_missed or (begin > marks[-1] and not keeps_teacher(source, config)):
         raise ConfigError(missed_teacher(marks, where, begin))
@@ -133,7 +133,8 @@ def keeps_teacher(before: Config, config: Config) -> bool:
     return config.distill.teacher != "self" or marks[0] == marks[1]
 
 
-def _is_its_own_teacher(config: Config) -> bool:
+def is_its_own_teacher(config: Config) -> bool:
+    """Tell whether a run learns from the enlarged model that it was."""
     return config.distill.teaches and config.distill.teacher == "self"
 
 
